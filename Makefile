@@ -1,0 +1,50 @@
+# One list of verbs. A fresh machine needs python3 (3.11 or newer) with venv, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format lint types coverage docs wheel bench crash clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready ## the main job on real input, killed three times on the way
+	$(BIN)/python examples/index_sources.py
+
+test: $(VENV)/ready ## all tests
+	$(BIN)/python -m pytest
+
+check: format lint types coverage wheel demo ## what CI runs
+
+format: $(VENV)/ready
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+coverage: $(VENV)/ready ## all tests, with the bars of branch coverage
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --fail-under=95
+	$(BIN)/coverage report --include='src/rivetq/log.py,src/rivetq/machine.py,src/rivetq/recovery.py' --fail-under=100
+
+wheel: $(VENV)/ready ## the wheel builds and holds py.typed
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/python -m zipfile --list dist/*.whl | grep -q 'rivetq/py.typed'
+
+bench: $(VENV)/ready ## speed beside the disk's own limit and SQLite by hand
+	$(BIN)/python benchmarks/bench.py
+
+CYCLES ?= 100
+crash: $(VENV)/ready ## kill -9 a writing process CYCLES times
+	$(BIN)/python -m pytest tests/test_kill.py --cycles $(CYCLES) -s
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

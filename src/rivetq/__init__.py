@@ -1,0 +1,70 @@
+"""RivetQ: a durable job queue that lives inside a Python process.
+
+>>> import rivetq
+>>> broker = rivetq.Broker(":memory:")
+>>> job_id = broker.enqueue("mail", {"to": "ada@example.org"}, priority=7)
+>>> lease = broker.lease("mail")
+>>> lease.json()
+{'to': 'ada@example.org'}
+>>> lease.ack()
+>>> broker.close()
+"""
+
+from .broker import Broker, Transaction
+from .clock import Clock, SystemClock
+from .engine import Capabilities
+from .errors import (
+    BrokerClosedError,
+    BrokerFailedError,
+    BrokerLockedError,
+    CapacityError,
+    CorruptLogError,
+    DiskFullError,
+    DuplicateJobError,
+    ForkedBrokerError,
+    FormatError,
+    JobError,
+    JobNotFoundError,
+    LeaseLostError,
+    QueueFullError,
+    RateLimitedError,
+    RivetQError,
+    StorageError,
+    UsageError,
+)
+from .model import Job, JobState, Lease, LeaseRef, QueueConfig, QueueStats, RateLimit, RetryPolicy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Broker",
+    "BrokerClosedError",
+    "BrokerFailedError",
+    "BrokerLockedError",
+    "Capabilities",
+    "CapacityError",
+    "Clock",
+    "CorruptLogError",
+    "DiskFullError",
+    "DuplicateJobError",
+    "ForkedBrokerError",
+    "FormatError",
+    "Job",
+    "JobError",
+    "JobNotFoundError",
+    "JobState",
+    "Lease",
+    "LeaseLostError",
+    "LeaseRef",
+    "QueueConfig",
+    "QueueFullError",
+    "QueueStats",
+    "RateLimit",
+    "RateLimitedError",
+    "RetryPolicy",
+    "RivetQError",
+    "StorageError",
+    "SystemClock",
+    "Transaction",
+    "UsageError",
+]

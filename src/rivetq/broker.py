@@ -1,0 +1,775 @@
+"""The facade: checks arguments, fills defaults, delegates to an engine. All that users call is here."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from types import EllipsisType, TracebackType
+from typing import Any, Literal, Self
+
+import attrs
+
+from .clock import Clock, SystemClock
+from .engine import Ack, Capabilities, Delivery, Engine, Enqueue, Extend, Nack, Operation, Reject, Release
+from .errors import DuplicateJobError, LeaseLostError, UsageError
+from .local import FsyncMode, LocalEngine
+from .memory import MemoryEngine
+from .model import (
+    Duration,
+    Job,
+    JobState,
+    Lease,
+    LeaseLike,
+    QueueConfig,
+    QueueStats,
+    RateLimit,
+    RetryPolicy,
+    checked_int,
+    duration_ms,
+    moment,
+    moment_ms,
+    read_only,
+)
+
+MEMORY = ":memory:"
+MIN_SEGMENT_BYTES = 64 * 1024
+MAX_PAYLOAD_BYTES = 2**29
+"""The largest `max_payload_bytes`: half of what one record can hold."""
+MAX_ERROR_BYTES = 4096
+MAX_QUEUE_BYTES, MAX_KEY_BYTES = 255, 256
+
+Payload = (
+    bytes | bytearray | memoryview | str | int | float | bool | None | list[Any] | tuple[Any, ...] | dict[str, Any]
+)
+OnDuplicate = Literal["return", "raise"]
+Moment = datetime | int | float
+
+
+class _Enqueues:
+    """The enqueue verbs, shared by the broker and its transactions."""
+
+    _max_payload_bytes: int
+    _clock: Clock
+
+    def enqueue(
+        self,
+        queue: str,
+        payload: object,
+        *,
+        priority: int = 5,
+        delay: Duration = 0,
+        eta: Moment | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int | None = None,
+        retry: RetryPolicy | None = None,
+        visibility_timeout: Duration | None = None,
+        idempotency_key: str | None = None,
+        on_duplicate: OnDuplicate = "return",
+    ) -> int:
+        """Put a job into a queue; returns its id when it is durable.
+
+        Args:
+            queue: 1 to 255 bytes of UTF-8; the queue is created if it is unknown.
+            payload: bytes-like goes in as it is; anything else is encoded as JSON.
+            priority: 0 to 9, 9 is the most urgent.
+            delay: seconds (or a timedelta) before which it is not leased.
+            eta: the moment before which it is not leased: an aware datetime or epoch seconds. Not with `delay`.
+            headers: str to str, handed out with the lease.
+            max_attempts: deliveries before it is a dead letter; None: the retry policy's.
+            retry: the job's own policy; None: the queue's, as it is now.
+            visibility_timeout: seconds that a lease lasts; None: the queue's, as it is at the lease.
+            idempotency_key: 1 to 256 bytes of UTF-8. While it is in force a second enqueue creates nothing.
+            on_duplicate: "return" the first job's id, or "raise" DuplicateJobError.
+
+        Raises:
+            UsageError: an argument is wrong.
+            DuplicateJobError, QueueFullError, RateLimitedError, DiskFullError: nothing was enqueued.
+        """
+        keys = None if idempotency_key is None else [idempotency_key]
+        operation = self._enqueue_operation(
+            queue, [payload], priority, delay, eta, headers, max_attempts, retry, visibility_timeout, keys, on_duplicate
+        )
+        return self._commit_enqueue(operation)[0]
+
+    def enqueue_many(
+        self,
+        queue: str,
+        payloads: Iterable[object],
+        *,
+        priority: int = 5,
+        delay: Duration = 0,
+        eta: Moment | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int | None = None,
+        retry: RetryPolicy | None = None,
+        visibility_timeout: Duration | None = None,
+        idempotency_keys: Sequence[str | None] | None = None,
+        on_duplicate: OnDuplicate = "return",
+    ) -> Sequence[int]:
+        """Put many jobs with the same options into a queue: all or nothing, one record of the log.
+
+        Args:
+            payloads: as in `enqueue`.
+            idempotency_keys: one, or None, for each payload. A key that comes twice makes one job.
+
+        Returns:
+            The ids, one for each payload in their order.
+        """
+        if isinstance(payloads, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(payloads, Iterable):
+            raise UsageError(f"payloads: a sequence of payloads expected, got {type(payloads).__name__}")
+        if idempotency_keys is not None and (
+            isinstance(idempotency_keys, (str, bytes)) or not isinstance(idempotency_keys, Sequence)
+        ):
+            raise UsageError(f"idempotency_keys: a sequence expected, got {type(idempotency_keys).__name__}")
+        operation = self._enqueue_operation(
+            queue, list(payloads), priority, delay, eta, headers, max_attempts, retry, visibility_timeout,
+            idempotency_keys, on_duplicate,
+        )  # fmt: skip
+        if not operation.payloads:
+            return []
+        return self._commit_enqueue(operation)
+
+    def _enqueue_operation(
+        self,
+        queue: str,
+        payloads: list[Any],
+        priority: int,
+        delay: Duration,
+        eta: Moment | None,
+        headers: Mapping[str, str] | None,
+        max_attempts: int | None,
+        retry: RetryPolicy | None,
+        visibility_timeout: Duration | None,
+        keys: Sequence[str | None] | None,
+        on_duplicate: str,
+    ) -> Enqueue:
+        if keys is not None:
+            if len(keys) != len(payloads):
+                raise UsageError(f"idempotency_keys: {len(payloads)} expected, one a payload, got {len(keys)}")
+            for key in keys:
+                if key is not None:
+                    _checked_text(key, "idempotency_key", MAX_KEY_BYTES)
+        if on_duplicate not in ("return", "raise"):
+            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {on_duplicate!r}")
+        if retry is not None and not isinstance(retry, RetryPolicy):
+            raise UsageError(f"retry: a RetryPolicy expected, got {type(retry).__name__}")
+        return Enqueue(
+            _checked_text(queue, "queue", MAX_QUEUE_BYTES),
+            [self._encode(payload) for payload in payloads],
+            checked_int(priority, "priority", 0, 9),
+            self._delay_ms(delay, eta),
+            None if headers is None else _checked_headers(headers),
+            retry,
+            None if max_attempts is None else checked_int(max_attempts, "max_attempts", 1, 2**31 - 1),
+            None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
+            keys,
+            on_duplicate == "raise",
+        )
+
+    def _encode(self, payload: Any) -> bytes:
+        if type(payload) is not bytes:
+            payload = _encoded(payload)
+        if len(payload) > self._max_payload_bytes:
+            raise UsageError(
+                f"payload: {len(payload)} bytes, {self._max_payload_bytes} is the most; raise max_payload_bytes, or "
+                f"store it elsewhere and enqueue a reference"
+            )
+        return bytes(payload)
+
+    def _delay_ms(self, delay: Duration, eta: Moment | None) -> int:
+        delay_ms = 0 if delay == 0 and type(delay) is int else duration_ms(delay, "delay")
+        if eta is None:
+            return delay_ms
+        if delay_ms:
+            raise UsageError("delay and eta exclude each other; give one of them")
+        return max(0, moment_ms(eta, "eta") - self._clock.wall_ms())
+
+    def _commit_enqueue(self, operation: Enqueue) -> list[int]:
+        raise NotImplementedError
+
+
+class Broker(_Enqueues):
+    """A durable job queue in a directory, owned by this process. Thread-safe.
+
+    >>> with Broker(":memory:") as broker:
+    ...     _ = broker.enqueue("mail", {"to": "ada@example.org"})
+    ...     with broker.lease("mail") as lease:
+    ...         print(lease.json())
+    {'to': 'ada@example.org'}
+
+    Args:
+        path: the directory; created if missing. ":memory:" is the same machine without files, for tests.
+        fsync: "always": a call that changes something returns when it is on disk (a `lease` when it is written).
+            "interval": every `fsync_interval` seconds. "never": when the system likes. In every mode the bytes have
+            been handed to the operating system when a call returns: a process that dies loses nothing, what the two
+            relaxed modes risk is a power cut.
+        fsync_interval: seconds, above 0.
+        segment_bytes: size of a log file, at least 64 KiB. A larger record gets a segment of its own.
+        release_on_open: end the leases of the former owner: a first attempt is ready at once, later ones after their
+            backoff, dead at max_attempts, with error "owner gone". False: they keep their deadlines.
+        max_payload_bytes: the largest payload, as stored.
+        cache_bytes: memory for payloads of waiting jobs; what is not there is read from the log.
+        clock: where time comes from; `rivetq.testing.ManualClock` in tests.
+
+    Raises:
+        BrokerLockedError: another live broker has the directory.
+        CorruptLogError, FormatError: the log cannot be read; nothing in the directory was changed.
+        StorageError: the path cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fsync: FsyncMode = "always",
+        fsync_interval: Duration = 0.1,
+        segment_bytes: int = 64 * 2**20,
+        release_on_open: bool = True,
+        max_payload_bytes: int = 16 * 2**20,
+        cache_bytes: int = 64 * 2**20,
+        clock: Clock | None = None,
+    ) -> None:
+        if fsync not in ("always", "interval", "never"):
+            raise UsageError(f"fsync: 'always', 'interval' or 'never' expected, got {fsync!r}")
+        if not isinstance(release_on_open, bool):
+            raise UsageError(f"release_on_open: True or False expected, got {release_on_open!r}")
+        interval_ms = duration_ms(fsync_interval, "fsync_interval")
+        if not interval_ms:
+            raise UsageError("fsync_interval: above 0 expected; for a sync in every call use fsync='always'")
+        if clock is not None and not (hasattr(clock, "boot_ms") and hasattr(clock, "wall_ms")):
+            raise UsageError(f"clock: an object with boot_ms() and wall_ms() expected, got {type(clock).__name__}")
+        checked_int(segment_bytes, "segment_bytes", MIN_SEGMENT_BYTES, 2**40)
+        checked_int(cache_bytes, "cache_bytes", 0, 2**50)
+        self._max_payload_bytes = checked_int(max_payload_bytes, "max_payload_bytes", 1, MAX_PAYLOAD_BYTES)
+        self._clock = clock or SystemClock()
+        self._watched: dict[int, bool] = {}  # token of an entered lease -> it was settled
+        self.path = _checked_path(path)
+        self._engine: Engine
+        if self.path == MEMORY:
+            self._engine = MemoryEngine(self._clock)
+        else:
+            self._engine = LocalEngine(
+                self.path,
+                fsync=fsync,
+                fsync_interval=interval_ms / 1000,
+                segment_bytes=segment_bytes,
+                release_on_open=release_on_open,
+                cache_bytes=cache_bytes,
+                clock=self._clock,
+            )
+        # A program that forgets to close still leaves a checkpoint behind, so that its next opening is quick.
+        atexit.register(self._engine.close)
+
+    def __repr__(self) -> str:
+        return f"Broker({self.path!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def clock(self) -> Clock:
+        """The clock that this broker lives by."""
+        return self._clock
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the engine behind it promises."""
+        return self._engine.capabilities
+
+    def close(self) -> None:
+        """Stop the threads, checkpoint, free the directory. May be repeated; never raises.
+
+        Waiting leases end with BrokerClosedError, as does every later call. In a forked child it does nothing.
+        """
+        self._engine.close()
+        atexit.unregister(self._engine.close)
+
+    def sync(self) -> None:
+        """Return once everything so far is on disk, in every fsync mode."""
+        self._engine.maintain("sync")
+
+    # Put work in: enqueue and enqueue_many are above
+
+    def _commit_enqueue(self, operation: Enqueue) -> list[int]:
+        ids: list[int] = self._engine.commit([operation])[0]
+        return ids
+
+    # Take work out
+
+    def lease(
+        self, queue: str | Sequence[str], *, visibility_timeout: Duration | None = None, wait: Duration | None = 0
+    ) -> Lease | None:
+        """The most urgent ready job, yours alone until the lease's deadline; None if there is none.
+
+        Args:
+            queue: a name, or several in order of preference.
+            visibility_timeout: seconds until the deadline; None: the job's own, else the queue's (30).
+            wait: seconds to block for a first job; None: for ever. Real time, also on a manual clock.
+        """
+        leases = self.lease_many(queue, 1, visibility_timeout=visibility_timeout, wait=wait)
+        return leases[0] if leases else None
+
+    def lease_many(
+        self,
+        queue: str | Sequence[str],
+        max_jobs: int,
+        *,
+        visibility_timeout: Duration | None = None,
+        wait: Duration | None = 0,
+    ) -> list[Lease]:
+        """Up to `max_jobs` leases, most urgent first; blocks for the first one only. See `lease`."""
+        deliveries = self._engine.lease(
+            _checked_queues(queue),
+            checked_int(max_jobs, "max_jobs", 1),
+            None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
+            None if wait is None else duration_ms(wait, "wait") / 1000,
+        )
+        return [self._lease(delivery) for delivery in deliveries]
+
+    def _lease(self, delivery: Delivery) -> Lease:
+        return Lease(
+            id=delivery.id,
+            queue=delivery.queue,
+            payload=delivery.payload,
+            headers=read_only(delivery.headers),
+            priority=delivery.priority,
+            attempt=delivery.attempt,
+            token=delivery.token,
+            deadline=moment(delivery.deadline_ms),
+            enqueued_at=moment(delivery.enqueued_at_ms),
+            max_attempts=delivery.max_attempts,
+            last_error=delivery.last_error,
+            broker=self,
+        )
+
+    def ack(self, lease: LeaseLike) -> None:
+        """Done: the job is gone for good when this returns.
+
+        Raises:
+            LeaseLostError: the lease is not the current delivery any more; nothing changed.
+        """
+        self._answer([Ack(*_checked_lease(lease))])
+
+    def ack_many(self, leases: Iterable[LeaseLike]) -> None:
+        """`ack` for many, all or nothing, one record of the log."""
+        self._answer([Ack(*_checked_lease(lease)) for lease in _checked_leases(leases)])
+
+    def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
+        """Failed: ready again after the policy's backoff (or `delay` seconds), or a dead letter at max_attempts."""
+        self._answer([_nack(lease, error, delay)])
+
+    def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
+        """Give the job back untouched, to its place in the queue; the attempt is not counted."""
+        self._answer([Release(*_checked_lease(lease), duration_ms(delay, "delay"))])
+
+    def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
+        """Make the job a dead letter now, whatever attempts are left."""
+        self._answer([Reject(*_checked_lease(lease), _checked_error(error))])
+
+    def extend(self, lease: LeaseLike, seconds: Duration) -> Lease:
+        """Heartbeat: the lease with deadline max(old, now + seconds). The old value still answers: same token."""
+        job_id, token = _checked_lease(lease)
+        deadline_ms = self._engine.commit([Extend(job_id, token, duration_ms(seconds, "seconds"))])[0]
+        if isinstance(lease, Lease):
+            return attrs.evolve(lease, deadline=moment(deadline_ms), broker=self)
+        job = self._engine.get(job_id)
+        if job is None:
+            raise LeaseLostError(f"job {job_id}: lease {token} ended meanwhile", job_id=job_id, token=token)
+        return Lease(
+            id=job.id,
+            queue=job.queue,
+            payload=job.payload,
+            headers=job.headers,
+            priority=job.priority,
+            attempt=job.attempts,
+            token=token,
+            deadline=moment(deadline_ms),
+            enqueued_at=job.enqueued_at,
+            max_attempts=job.max_attempts,
+            last_error=job.last_error,
+            broker=self,
+        )
+
+    def _answer(self, operations: Sequence[Ack | Nack | Release | Reject]) -> None:
+        if operations:
+            self._engine.commit(operations)
+            self._note_settled(operations)
+
+    def _note_settled(self, operations: Iterable[Operation]) -> None:
+        if self._watched:
+            for operation in operations:
+                if isinstance(operation, (Ack, Nack, Release, Reject)) and operation.token in self._watched:
+                    self._watched[operation.token] = True
+
+    def watch_lease(self, token: int) -> None:
+        """For `with lease`: remember whether the block settles it."""
+        self._watched[token] = False
+
+    def unwatch_lease(self, token: int) -> bool:
+        """Whether the lease was settled since `watch_lease`."""
+        return self._watched.pop(token, False)
+
+    def transaction(self) -> Transaction:
+        """All or nothing: ``with broker.transaction() as tx``. See `Transaction`."""
+        return Transaction(self, self._engine)
+
+    # Queues
+
+    def configure_queue(
+        self,
+        queue: str,
+        *,
+        retry: RetryPolicy | EllipsisType = ...,
+        rate_limit: RateLimit | EllipsisType | None = ...,
+        visibility_timeout: Duration | EllipsisType = ...,
+        max_jobs: int | EllipsisType | None = ...,
+        idempotency_ttl: Duration | EllipsisType = ...,
+    ) -> QueueConfig:
+        """Change a queue's configuration, durably; what is not given stays. Returns the one in force.
+
+        Args:
+            retry: for jobs enqueued from now on that bring none of their own.
+            rate_limit: a RateLimit; None: none.
+            visibility_timeout: seconds that leases last unless the call or the job says otherwise.
+            max_jobs: the most ready, scheduled and leased jobs; None: no limit.
+            idempotency_ttl: seconds that a key outlives its job; 0: ends with it.
+        """
+        _checked_text(queue, "queue", MAX_QUEUE_BYTES)
+        changes: dict[str, Any] = {}
+        if retry is not ...:
+            if not isinstance(retry, RetryPolicy):
+                raise UsageError(f"retry: a RetryPolicy expected, got {type(retry).__name__}")
+            changes["retry"] = retry
+        if rate_limit is not ...:
+            if rate_limit is not None and not isinstance(rate_limit, RateLimit):
+                raise UsageError(f"rate_limit: a RateLimit or None expected, got {type(rate_limit).__name__}")
+            changes["rate_limit"] = rate_limit
+        if visibility_timeout is not ...:
+            changes["visibility_timeout"] = duration_ms(visibility_timeout, "visibility_timeout") / 1000
+        if max_jobs is not ...:
+            changes["max_jobs"] = None if max_jobs is None else checked_int(max_jobs, "max_jobs", 1)
+        if idempotency_ttl is not ...:
+            changes["idempotency_ttl"] = duration_ms(idempotency_ttl, "idempotency_ttl") / 1000
+        return self._engine.configure(queue, changes) if changes else self._engine.config(queue)
+
+    def pause(self, queue: str) -> None:
+        """Leases from the queue give nothing until `resume`; enqueue works. Kept on disk."""
+        self._engine.configure(_checked_text(queue, "queue", MAX_QUEUE_BYTES), {"paused": True})
+
+    def resume(self, queue: str) -> None:
+        """End a pause; nothing happens if there is none."""
+        if self._engine.config(_checked_text(queue, "queue", MAX_QUEUE_BYTES)).paused:
+            self._engine.configure(queue, {"paused": False})
+
+    def purge(self, queue: str, *, state: JobState | str | None = None) -> int:
+        """Remove the ready, scheduled and dead jobs of a queue, or those of one state; how many it were."""
+        checked = _checked_state(state)
+        if checked is JobState.LEASED:
+            raise UsageError("purge: leased jobs stay; wait for their answers or their deadline")
+        return self._engine.purge(_checked_text(queue, "queue", MAX_QUEUE_BYTES), checked)
+
+    def cancel(self, job_id: int) -> bool:
+        """Remove a ready, scheduled or dead job; False if it is leased or gone."""
+        return self._engine.cancel(checked_int(job_id, "job_id", 0))
+
+    def redrive(self, queue: str, *, job_ids: Iterable[int] | None = None, limit: int | None = None) -> int:
+        """Bring dead letters back to ready, attempts from 0, lowest ids first; how many it were.
+
+        Args:
+            job_ids: just these; None: all.
+            limit: at most so many.
+
+        Raises:
+            JobNotFoundError: an id is no dead letter of this queue; nothing was changed.
+        """
+        _checked_text(queue, "queue", MAX_QUEUE_BYTES)
+        ids: list[int] | None = None
+        if job_ids is not None:
+            if isinstance(job_ids, (str, bytes, bytearray)) or not isinstance(job_ids, Iterable):
+                raise UsageError(f"job_ids: a sequence of ids expected, got {type(job_ids).__name__}")
+            ids = [checked_int(job_id, "job_ids", 0) for job_id in job_ids]
+        return self._engine.redrive(queue, ids, None if limit is None else checked_int(limit, "limit", 0))
+
+    # Looking
+
+    def find(self, queue: str, idempotency_key: str) -> int | None:
+        """The id that the key stands for now."""
+        _checked_text(queue, "queue", MAX_QUEUE_BYTES)
+        return self._engine.find(queue, _checked_text(idempotency_key, "idempotency_key", MAX_KEY_BYTES))
+
+    def get(self, job_id: int) -> Job | None:
+        """The job as it is now; None if it is gone."""
+        return self._engine.get(checked_int(job_id, "job_id", 0))
+
+    def jobs(self, queue: str, *, state: JobState | str | None = None, after: int = 0, limit: int = 100) -> list[Job]:
+        """Jobs of a queue by id: up to `limit` (1 to 10,000) with ids above `after`; page with the last id."""
+        return self._engine.jobs(
+            _checked_text(queue, "queue", MAX_QUEUE_BYTES),
+            _checked_state(state),
+            checked_int(after, "after", 0),
+            checked_int(limit, "limit", 1, 10_000),
+        )
+
+    def dead_letters(self, queue: str, *, after: int = 0, limit: int = 100) -> list[Job]:
+        """`jobs` in the state "dead"."""
+        return self.jobs(queue, state=JobState.DEAD, after=after, limit=limit)
+
+    def queues(self) -> list[str]:
+        """The names of all queues, sorted."""
+        return self._engine.queues()
+
+    def stats(self, queue: str | None = None) -> QueueStats:
+        """Counts of one queue, or of all together; one look is one moment."""
+        return self._engine.stats(None if queue is None else _checked_text(queue, "queue", MAX_QUEUE_BYTES))
+
+    # Housekeeping: the broker does all of this by itself
+
+    def checkpoint(self) -> None:
+        """Bring the index up to date now, so that the next opening replays little."""
+        self._engine.maintain("checkpoint")
+
+    def compact(self) -> None:
+        """Rewrite what lives in old log segments and drop them now."""
+        self._engine.maintain("compact")
+
+    def rotate(self) -> None:
+        """Begin a new log segment now."""
+        self._engine.maintain("rotate")
+
+    def metrics(self) -> dict[str, int]:
+        """Counters since this opening: records, fsyncs, bytes and segments of the log, checkpoints."""
+        return self._engine.metrics()
+
+
+class Transaction(_Enqueues):
+    """Any mix of enqueues and answers over any queues, as one record of the log: all of it or nothing.
+
+    Arguments and fences are checked at the call; fences, keys, max_jobs and rates again at the end of the block, which
+    is where everything happens. On an exception nothing happened. Other threads are not blocked meanwhile; use a
+    transaction from one thread.
+    """
+
+    def __init__(self, broker: Broker, engine: Engine) -> None:
+        self._broker = broker
+        self._engine = engine
+        self._max_payload_bytes = broker._max_payload_bytes
+        self._clock = broker._clock
+        self._operations: list[Operation] = []
+        self._settled: set[int] = set()
+        self._keys: dict[tuple[str, str], int] = {}
+        self._open = False
+        self._used = False
+
+    def __enter__(self) -> Self:
+        if self._used:
+            raise UsageError("a transaction is used once; call broker.transaction() for another")
+        self._open = self._used = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open = False
+        if error is None and self._operations:
+            self._engine.commit(self._operations)
+            self._broker._note_settled(self._operations)
+
+    def ack(self, lease: LeaseLike) -> None:
+        """See `Broker.ack`."""
+        self._add([Ack(*_checked_lease(lease))])
+
+    def ack_many(self, leases: Iterable[LeaseLike]) -> None:
+        """See `Broker.ack_many`."""
+        self._add([Ack(*_checked_lease(lease)) for lease in _checked_leases(leases)])
+
+    def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
+        """See `Broker.nack`."""
+        self._add([_nack(lease, error, delay)])
+
+    def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
+        """See `Broker.release`."""
+        self._add([Release(*_checked_lease(lease), duration_ms(delay, "delay"))])
+
+    def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
+        """See `Broker.reject`."""
+        self._add([Reject(*_checked_lease(lease), _checked_error(error))])
+
+    def _add(self, answers: Sequence[Ack | Nack | Release | Reject]) -> None:
+        self._check_open()
+        settled = set(self._settled)
+        for answer in answers:
+            self._engine.check(answer)
+            if answer.id in settled:
+                raise LeaseLostError(
+                    f"job {answer.id}: lease {answer.token} is settled already in this transaction",
+                    job_id=answer.id,
+                    token=answer.token,
+                )
+            settled.add(answer.id)
+        self._settled = settled
+        self._operations += answers
+
+    def _commit_enqueue(self, operation: Enqueue) -> list[int]:
+        """Ids are told now; the jobs exist when the block ends."""
+        self._check_open()
+        queue, keys = operation.queue, operation.keys
+        if keys is None:
+            return self._promise(operation)
+        standing = self._engine.check(operation)
+        answer: list[int | None] = [None] * len(keys)
+        fresh: list[int] = []
+        first_at: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            known = None if key is None else self._keys.get((queue, key)) or standing[i]
+            if key is not None and operation.raise_on_duplicate and (known is not None or key in first_at):
+                raise DuplicateJobError(
+                    f"queue {queue!r}: idempotency key {key!r} stands for a job already; nothing was enqueued",
+                    job_id=known or 0,
+                    queue=queue,
+                    key=key,
+                )
+            if known is not None:
+                answer[i] = known
+            elif key is None or key not in first_at:
+                fresh.append(i)
+                if key is not None:
+                    first_at[key] = i
+        if fresh:
+            part = attrs.evolve(
+                operation, payloads=[operation.payloads[i] for i in fresh], keys=[keys[i] for i in fresh]
+            )
+            for i, job_id in zip(fresh, self._promise(part), strict=True):
+                answer[i] = job_id
+                if (key := keys[i]) is not None:
+                    self._keys[queue, key] = job_id
+        return [self._keys[queue, keys[i] or ""] if job is None else job for i, job in enumerate(answer)]
+
+    def _promise(self, operation: Enqueue) -> list[int]:
+        count = len(operation.payloads)
+        first = operation.promised = self._engine.reserve(count)
+        self._operations.append(operation)
+        return list(range(first, first + count))
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise UsageError("the transaction is not open; its methods work inside its `with` block only")
+
+
+# Checks of arguments. Every one raises UsageError, before anything changes.
+
+
+def _checked_text(value: object, name: str, max_bytes: int) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name}: a str expected, got {type(value).__name__}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"{name}: {value!r} has a lone surrogate and cannot be UTF-8") from None
+    if not 1 <= size <= max_bytes:
+        raise UsageError(f"{name}: 1 to {max_bytes} bytes of UTF-8 expected, got {size}")
+    return value
+
+
+def _checked_queues(queue: object) -> list[str]:
+    if isinstance(queue, str):
+        return [_checked_text(queue, "queue", MAX_QUEUE_BYTES)]
+    if not isinstance(queue, Sequence) or isinstance(queue, (bytes, bytearray, memoryview)):
+        raise UsageError(f"queue: a str or a sequence of them expected, got {type(queue).__name__}")
+    if not queue:
+        raise UsageError("queue: at least one name expected, got none")
+    return list(dict.fromkeys(_checked_text(name, "queue", MAX_QUEUE_BYTES) for name in queue))
+
+
+def _checked_lease(lease: object) -> tuple[int, int]:
+    job_id, token = getattr(lease, "id", None), getattr(lease, "token", None)
+    if type(job_id) is not int or type(token) is not int:
+        raise UsageError(f"lease: a Lease, or anything with int id and token, expected, got {type(lease).__name__}")
+    return job_id, token
+
+
+def _checked_leases(leases: object) -> list[Any]:
+    if isinstance(leases, (str, bytes, Mapping)) or not isinstance(leases, Iterable):
+        raise UsageError(f"leases: a sequence of leases expected, got {type(leases).__name__}")
+    return list(leases)
+
+
+def _checked_error(error: object) -> str | None:
+    if error is None:
+        return None
+    if not isinstance(error, str):
+        raise UsageError(f"error: a str expected, got {type(error).__name__}")
+    # Exception texts may hold anything, file names with surrogates too: an answer must not fail for that.
+    data = error.encode("utf-8", "backslashreplace")
+    return data[:MAX_ERROR_BYTES].decode("utf-8", "ignore")
+
+
+def _nack(lease: LeaseLike, error: str | None, delay: Duration | None) -> Nack:
+    delay_ms = None if delay is None else duration_ms(delay, "delay")
+    return Nack(*_checked_lease(lease), _checked_error(error), delay_ms)
+
+
+def _checked_state(state: object) -> JobState | None:
+    if state is None:
+        return None
+    with suppress(ValueError):
+        if isinstance(state, str):
+            return JobState(state)
+    raise UsageError(f"state: one of {', '.join(repr(s.value) for s in JobState)} expected, got {state!r}")
+
+
+def _checked_headers(headers: object) -> Mapping[str, str]:
+    if not isinstance(headers, Mapping):
+        raise UsageError(f"headers: a mapping of str to str expected, got {type(headers).__name__}")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise UsageError(f"headers: str to str expected, got {name!r}: {value!r}")
+    return read_only(headers)
+
+
+def _checked_path(path: object) -> str:
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]  # what it is not made for is a TypeError, caught here
+    except TypeError:
+        raise UsageError(f"path: a str or os.PathLike expected, got {type(path).__name__}") from None
+    if not text or "\0" in text:
+        raise UsageError(f"path: a directory expected, got {text!r}")
+    return text
+
+
+def _encoded(payload: object) -> bytes:
+    """Bytes of a payload that is not bytes: another buffer as it is, anything else as JSON."""
+    if isinstance(payload, (str, int, float, list, tuple, dict)) or payload is None:
+        return _json(payload)
+    try:
+        return bytes(memoryview(payload))  # type: ignore[arg-type]  # a TypeError means: no buffer
+    except (TypeError, BufferError):
+        return _json(payload)
+
+
+def _json(payload: object) -> bytes:
+    try:
+        _check_keys(payload)
+        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"payload: JSON cannot say it ({error}); encode it yourself and enqueue bytes") from error
+
+
+def _check_keys(value: object) -> None:
+    """json.dumps would make "1" of 1, which comes back as another key."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be str, got {key!r}")
+            _check_keys(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_keys(item)

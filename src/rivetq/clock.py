@@ -1,0 +1,70 @@
+"""Where time comes from: the seam that tests replace.
+
+Two sources, for two purposes. The boot-time clock counts milliseconds since the machine started, suspend included, and
+never steps: all durations (leases, delays, limits) are measured with it. The wall clock can step at any moment and is
+asked only to turn a caller's absolute moment into a delay, and to place the queue's time line after a reboot.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """What an engine needs to know about time."""
+
+    @property
+    def boot_id(self) -> str:
+        """Names one run of the boot-time clock; values of two runs cannot be compared."""
+        ...
+
+    def boot_ms(self) -> int:
+        """Milliseconds since some moment of this boot; never steps back."""
+        ...
+
+    def wall_ms(self) -> int:
+        """Epoch milliseconds by the wall clock, which may step."""
+        ...
+
+    def timeout_s(self, delay_ms: int) -> float | None:
+        """How long a thread should really sleep for `delay_ms` to pass here; None: until it is told."""
+        ...
+
+    def subscribe(self, moved: Callable[[], None]) -> Callable[[], None]:
+        """Call `moved` after each jump of the clock; returns a function that ends that. Real clocks never jump."""
+        ...
+
+
+class SystemClock:
+    """The machine's own clocks."""
+
+    def __init__(self) -> None:
+        self._boot_clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # BOOTTIME is Linux only
+        self.boot_id = _read_boot_id()
+
+    def boot_ms(self) -> int:
+        return time.clock_gettime_ns(self._boot_clock) // 1_000_000
+
+    def wall_ms(self) -> int:
+        return time.time_ns() // 1_000_000
+
+    def timeout_s(self, delay_ms: int) -> float | None:
+        return delay_ms / 1000
+
+    def subscribe(self, moved: Callable[[], None]) -> Callable[[], None]:
+        return _nothing
+
+
+def _nothing() -> None:
+    """A real clock has nothing to unsubscribe from."""
+
+
+def _read_boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        # Not Linux: the process's own start, so that every open counts as another boot, which is the careful reading.
+        return f"process-{time.time_ns()}"

@@ -1,0 +1,166 @@
+"""The seam between the facade and what stands behind it: operations in, answers out.
+
+Batch-native, so that one round trip carries a whole exchange on engines that are far away. Durations cross it, never
+moments: a remote engine has its own clock. Differences between engines are told by `Capabilities`, never by isinstance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import attrs
+
+from .clock import Clock
+from .model import Job, JobState, QueueConfig, QueueStats, RetryPolicy
+
+
+@attrs.frozen
+class Capabilities:
+    """What an engine can honestly promise."""
+
+    durable: bool
+    """A returned change survives the process."""
+    shared: bool
+    """Several processes may use it at once."""
+    strict_order: bool
+    """Priority, then id, over all consumers."""
+
+
+@attrs.define
+class Enqueue:
+    """Create jobs. Answer: the list of ids, for a duplicate key the first id."""
+
+    queue: str
+    payloads: Sequence[bytes]
+    priority: int = 5
+    delay_ms: int = 0
+    headers: Mapping[str, str] | None = None
+    retry: RetryPolicy | None = None
+    """None: the queue's policy."""
+    max_attempts: int | None = None
+    """None: the policy's."""
+    visibility_ms: int | None = None
+    keys: Sequence[str | None] | None = None
+    raise_on_duplicate: bool = False
+    promised: int | None = None
+    """First of the ids told in advance by `reserve`: the commit gives just these or raises."""
+
+
+@attrs.define
+class Ack:
+    """Done. Answer: None."""
+
+    id: int
+    token: int
+
+
+@attrs.define
+class Nack:
+    """Failed. Answer: None."""
+
+    id: int
+    token: int
+    error: str | None = None
+    delay_ms: int | None = None
+    """None: by the job's policy."""
+
+
+@attrs.define
+class Release:
+    """Given back, attempt refunded. Answer: None."""
+
+    id: int
+    token: int
+    delay_ms: int = 0
+
+
+@attrs.define
+class Reject:
+    """A dead letter now. Answer: None."""
+
+    id: int
+    token: int
+    error: str | None = None
+
+
+@attrs.define
+class Extend:
+    """Heartbeat. Answer: the deadline now in force, in epoch milliseconds."""
+
+    id: int
+    token: int
+    extra_ms: int
+
+
+Operation = Enqueue | Ack | Nack | Release | Reject | Extend
+
+
+@attrs.define
+class Delivery:
+    """What a lease hands out, times in epoch milliseconds."""
+
+    id: int
+    queue: str
+    payload: bytes
+    headers: Mapping[str, str]
+    priority: int
+    attempt: int
+    token: int
+    deadline_ms: int
+    enqueued_at_ms: int
+    max_attempts: int | None
+    last_error: str | None
+
+
+class Engine(Protocol):
+    """What `Broker` delegates to. Every method may raise any error of the tree; all are thread-safe.
+
+    An error tells by its `outcome` whether the change may have happened.
+    """
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+    @property
+    def clock(self) -> Clock: ...
+
+    def commit(self, operations: Sequence[Operation]) -> list[Any]:
+        """All of the operations or none, durably; one answer each."""
+        ...
+
+    def check(self, operation: Operation) -> list[int | None]:
+        """The fence or the keys of one operation of an open transaction, as they stand now; changes nothing.
+
+        For an `Enqueue` the answer is, per payload, the id that its key stands for, else None.
+        """
+        ...
+
+    def reserve(self, count: int) -> int:
+        """The first of `count` ids that will be given to nobody else, ever."""
+        ...
+
+    def lease(
+        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None
+    ) -> list[Delivery]: ...
+
+    # Looking
+    def get(self, job_id: int) -> Job | None: ...
+    def jobs(self, queue: str, state: JobState | None, after: int, limit: int) -> list[Job]: ...
+    def find(self, queue: str, key: str) -> int | None: ...
+    def queues(self) -> list[str]: ...
+    def stats(self, queue: str | None) -> QueueStats: ...
+    def config(self, queue: str) -> QueueConfig: ...
+
+    # Changing queues
+    def configure(self, queue: str, changes: Mapping[str, Any]) -> QueueConfig: ...
+    def purge(self, queue: str, state: JobState | None) -> int: ...
+    def cancel(self, job_id: int) -> bool: ...
+    def redrive(self, queue: str, job_ids: Sequence[int] | None, limit: int | None) -> int: ...
+
+    # Housekeeping
+    def maintain(self, verb: str) -> None:
+        """ "sync", "checkpoint", "compact" or "rotate"; an engine without files has nothing to do."""
+        ...
+
+    def metrics(self) -> dict[str, int]: ...
+    def close(self) -> None: ...

@@ -1,0 +1,152 @@
+"""The few system calls that the log makes, one method each: the seam that a simulated disk replaces.
+
+`pwrite` and `fdatasync` are the builtins themselves, not Python functions around them, so that
+``done.extend(map(disk.fdatasync, (fd,)))`` cannot be cut between the call's return and the note of its success by an
+exception from a signal handler (KeyboardInterrupt): see `log.Log.sync`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import Protocol
+
+FILE_MODE = 0o600
+DIRECTORY_MODE = 0o700
+_ZEROS = bytes(1 << 16)
+
+
+class Disk(Protocol):
+    """What a log needs of a disk. Every method raises OSError as the system call does."""
+
+    def pwrite(self, fd: int, data: bytes, offset: int, /) -> int: ...
+    def fdatasync(self, fd: int, /) -> None: ...
+    def pread(self, fd: int, size: int, offset: int) -> bytes: ...
+    def create(self, path: str) -> int: ...
+    def open(self, path: str, *, write: bool = False) -> int: ...
+    def close(self, fd: int) -> None: ...
+    def size(self, fd: int) -> int: ...
+    def allocate(self, fd: int, size: int) -> None: ...
+    def truncate(self, fd: int, size: int) -> None: ...
+    def rename(self, old: str, new: str) -> None: ...
+    def unlink(self, path: str) -> None: ...
+    def list(self, directory: str) -> list[str]: ...
+    def make_directory(self, path: str) -> None: ...
+    def sync_directory(self, path: str) -> None: ...
+
+
+class SystemDisk:
+    """The operating system's disk."""
+
+    pwrite = staticmethod(os.pwrite)
+    fdatasync = staticmethod(getattr(os, "fdatasync", os.fsync))  # macOS has no fdatasync
+
+    def pread(self, fd: int, size: int, offset: int) -> bytes:
+        """`size` bytes, fewer only at the end of the file."""
+        data = os.pread(fd, size, offset)
+        if len(data) == size or not data:
+            return data
+        parts = [data]  # a read of more than 2 GiB, or one cut by a signal
+        got = len(data)
+        while got < size and (data := os.pread(fd, size - got, offset + got)):
+            parts.append(data)
+            got += len(data)
+        return b"".join(parts)
+
+    def create(self, path: str) -> int:
+        """A new file, 0600 whatever the umask; FileExistsError if there is one."""
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        os.fchmod(fd, FILE_MODE)
+        return fd
+
+    def open(self, path: str, *, write: bool = False) -> int:
+        return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def allocate(self, fd: int, size: int) -> None:
+        """Make the file `size` bytes long with blocks of its own, so that writes inside it need no space."""
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except AttributeError:  # macOS
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        for offset in range(0, size, len(_ZEROS)):
+            os.pwrite(fd, _ZEROS[: size - offset], offset)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(old, new)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def list(self, directory: str) -> list[str]:
+        """Names in a directory; none if it does not exist."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.listdir(directory)
+        return []
+
+    def make_directory(self, path: str) -> None:
+        """Create it as 0700 whatever the umask, with missing parents as the umask says; one that is there stays."""
+        parent = os.path.dirname(os.path.abspath(path))
+        os.makedirs(parent, exist_ok=True)
+        try:
+            os.mkdir(path, DIRECTORY_MODE)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
+            return
+        os.chmod(path, DIRECTORY_MODE)
+
+    def sync_directory(self, path: str) -> None:
+        """Make the names in it durable."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_all(disk: Disk, fd: int, data: bytes, offset: int) -> None:
+    """`pwrite` until all of it is written: a call may be short."""
+    written = disk.pwrite(fd, data, offset)
+    while written < len(data):
+        written += disk.pwrite(fd, data[written:], offset + written)
+
+
+def replace_file(disk: Disk, path: str, data: bytes) -> None:
+    """Put a small file in place of another, durably: a crash leaves the old one or the new one."""
+    temporary = path + ".tmp"
+    with contextlib.suppress(FileNotFoundError):
+        disk.unlink(temporary)
+    fd = disk.create(temporary)
+    try:
+        write_all(disk, fd, data, 0)
+        disk.fdatasync(fd)
+    finally:
+        disk.close(fd)
+    disk.rename(temporary, path)
+    disk.sync_directory(os.path.dirname(path))
+
+
+def read_file(disk: Disk, path: str) -> bytes | None:
+    """A whole small file; None if there is none."""
+    try:
+        fd = disk.open(path)
+    except FileNotFoundError:
+        return None
+    try:
+        return disk.pread(fd, disk.size(fd), 0)
+    finally:
+        disk.close(fd)

@@ -1,0 +1,489 @@
+"""A running machine: the engine that lives in this process, with lock, clock, timer and waiting lessees; no files.
+
+`MemoryEngine` is this as it is. `LocalEngine` adds the log behind the five methods marked "with files".
+
+One call goes like this: take the lock, let the clock act, decide, record, apply, wake who waits; drop the lock; wait
+until the record is safe. Everything under the lock takes microseconds and never waits for a disk or calls user code.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .clock import Clock
+from .engine import Capabilities, Delivery, Enqueue, Operation
+from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError
+from .events import Event
+from .machine import SCHEDULED, STATES, Entry, Machine, Place
+from .model import Job, JobState, QueueConfig, QueueStats, moment
+
+_LONGEST_SLEEP_S = 3600.0
+JOIN_S = 2.0
+"""How long close() waits for one of its threads: far longer than a slice of their work takes."""
+
+
+class NeedRoomError(Exception):
+    """Internal: the record does not fit into the space that is ready; make room outside the lock and decide again."""
+
+    def __init__(self, body_length: int, snapshot_length: int | None, keep_reserve: bool) -> None:
+        super().__init__(body_length)
+        self.body_length = body_length
+        self.snapshot_length = snapshot_length
+        self.keep_reserve = keep_reserve
+
+
+class _Lessee:
+    """A thread that waits for a first job."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def wake(self) -> None:
+        self._event.set()
+
+    def park(self, timeout_s: float | None) -> None:
+        self._event.wait(_LONGEST_SLEEP_S if timeout_s is None else min(timeout_s, _LONGEST_SLEEP_S))
+
+    def reset(self) -> None:
+        # Caller holds the engine's lock and has just unregistered this: no wake-up is lost.
+        self._event.clear()
+
+
+class LiveEngine:
+    """The machine behind a lock."""
+
+    capabilities = Capabilities(durable=False, shared=False, strict_order=True)
+
+    def __init__(self, machine: Machine, clock: Clock, now_ms: int) -> None:
+        self.clock = clock
+        self._machine = machine
+        self._offset_ms = now_ms - clock.boot_ms()
+        self._lock = threading.Lock()  # guards the machine, the log's tail and all below
+        self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
+        self._failure: BaseException | None = None
+        self._lessees: dict[str, dict[_Lessee, None]] = {}  # by queue, in order of arrival
+        self._timer_at_ms: int | None = None  # when the timer thread wakes by itself
+        self._timer_poked = threading.Event()
+        self._close_lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._unsubscribe: Callable[[], None] = lambda: None
+        _live.add(self)
+
+    def start(self) -> None:
+        """Begin to serve: the threads run from here on."""
+        self._unsubscribe = self.clock.subscribe(self._clock_moved)
+        self._start_thread("rivetq-timer", self._run_timer)
+
+    def _start_thread(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # With files
+
+    def _prepare(self, events: Sequence[Event], now_ms: int, keep_reserve: bool) -> Any:
+        """What `_append` needs. Changes nothing; may raise NeedRoomError."""
+        return None
+
+    def _append(self, prepared: Any, now_ms: int) -> Place:
+        """Put the record into the log's buffer; its place."""
+        return Place()
+
+    def _make_room(self, need: NeedRoomError) -> None:
+        """After a NeedRoomError, without the lock. Raises DiskFullError."""
+        raise AssertionError("memory needs no room made")
+
+    def _settle(self, lsn: int, *, sync: bool = True) -> None:
+        """Return when the record has been handed to the operating system and, if `sync`, is as durable as promised."""
+
+    def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        """The payloads; None for a job that is gone by now."""
+        return [entry.payload for entry in entries]
+
+    # Changing
+
+    def commit(self, operations: Sequence[Operation]) -> list[Any]:
+        enqueues = any(type(operation) is Enqueue for operation in operations)
+        machine = self._machine
+        answers: list[Any] = self._change(lambda now_ms: machine.plan(operations, now_ms), enqueues=enqueues)
+        return answers
+
+    def _change(
+        self, decide: Callable[[int], tuple[list[Event], Any]], *, enqueues: bool = False, sync: bool = True
+    ) -> Any:
+        """Decide, record, apply, and wait until it is durable (`sync`); the answer of `decide`."""
+        while True:
+            self._check()  # before the lock: in a forked child its holder may not exist
+            try:
+                with self._lock:
+                    now_ms = self._tick()
+                    events, answer = decide(now_ms)
+                    # Without events the answer may rest on a record that is still on its way to the disk.
+                    lsn = self._record(events, now_ms, keep_reserve=enqueues) if events else self._last_lsn()
+                break
+            except NeedRoomError as need:
+                self._make_room(need)
+        self._settle(lsn, sync=sync)
+        return answer
+
+    def _last_lsn(self) -> int:
+        """The lsn of the last record."""
+        return 0
+
+    def _record(self, events: Sequence[Event], now_ms: int, *, keep_reserve: bool = False) -> int:
+        # Caller holds self._lock.
+        prepared = self._prepare(events, now_ms, keep_reserve)
+        try:
+            place = self._append(prepared, now_ms)
+            for event in events:
+                self._machine.apply(event, now_ms, place)
+        except BaseException as error:
+            # Log and machine may differ now, whatever it was, KeyboardInterrupt included: nobody may go on from here.
+            self._fail(error)
+            raise
+        if self._machine.woken:
+            self._wake_lessees()
+        at_ms = self._machine.next_wakeup_ms()
+        if at_ms is not None and (self._timer_at_ms is None or at_ms < self._timer_at_ms):
+            self._timer_poked.set()
+        return place.lsn
+
+    def check(self, operation: Operation) -> list[int | None]:
+        ids: list[int | None] = self._look(lambda now_ms: self._machine.check_operation(operation, now_ms))
+        return ids
+
+    def reserve(self, count: int) -> int:
+        def decide(now_ms: int) -> tuple[list[Event], None]:
+            event = self._machine.plan_ids(count, ID_BLOCK)
+            return ([] if event is None else [event]), None
+
+        while True:
+            self._change(decide)
+            with self._lock:
+                self._check()
+                if self._machine.plan_ids(count, 0) is None:
+                    return self._machine.take_ids(count)
+
+    def configure(self, queue: str, changes: Mapping[str, Any]) -> QueueConfig:
+        self._change(lambda now_ms: (self._machine.plan_configure(queue, changes), None))
+        return self.config(queue)
+
+    def purge(self, queue: str, state: JobState | None) -> int:
+        def decide(now_ms: int) -> tuple[list[Event], int]:
+            event = self._machine.plan_purge(queue, _number(state))
+            return ([], 0) if event is None else ([event], len(event.ids))
+
+        count: int = self._change(decide)
+        return count
+
+    def cancel(self, job_id: int) -> bool:
+        def decide(now_ms: int) -> tuple[list[Event], bool]:
+            event = self._machine.plan_cancel(job_id)
+            return ([], False) if event is None else ([event], True)
+
+        done: bool = self._change(decide)
+        return done
+
+    def redrive(self, queue: str, job_ids: Sequence[int] | None, limit: int | None) -> int:
+        def decide(now_ms: int) -> tuple[list[Event], int]:
+            event = self._machine.plan_redrive(queue, job_ids, limit)
+            return ([], 0) if event is None else ([event], len(event.ids))
+
+        count: int = self._change(decide)
+        return count
+
+    # Leasing
+
+    def lease(
+        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None
+    ) -> list[Delivery]:
+        until = None if wait_s is None else time.monotonic() + wait_s
+        lessee: _Lessee | None = None
+        while True:
+            self._check()
+            try:
+                with self._lock:
+                    if lessee is not None:
+                        self._unregister(lessee, queues)
+                    now_ms = self._tick()
+                    event, retry_at_ms = self._machine.plan_lease(queues, max_jobs, visibility_ms, now_ms)
+                    if event is not None:
+                        lsn = self._record([event], now_ms)
+                        entries = [self._machine.jobs[job_id] for job_id in event.ids]
+                        deliveries = [self._machine.delivery(entry, b"") for entry in entries]
+                        self._wake_lessees(queues)  # this one may have been woken for another of its queues
+                        break
+                    timeout_s = None if until is None else until - time.monotonic()
+                    if timeout_s is not None and timeout_s <= 0:
+                        return []
+                    lessee = lessee or _Lessee()
+                    self._register(lessee, queues)
+            except NeedRoomError as need:
+                self._make_room(need)
+                continue
+            if retry_at_ms is not None:
+                pause_s = self.clock.timeout_s(retry_at_ms - now_ms)
+                if pause_s is not None:
+                    timeout_s = pause_s if timeout_s is None else min(timeout_s, pause_s)
+            try:
+                lessee.park(timeout_s)
+            except BaseException:  # KeyboardInterrupt: hand a wake-up on
+                with self._lock:
+                    self._unregister(lessee, queues)
+                    self._wake_lessees(queues)
+                raise
+        return self._deliver(lsn, entries, deliveries)
+
+    def _deliver(self, lsn: int, entries: list[Entry], deliveries: list[Delivery]) -> list[Delivery]:
+        self._settle(max(entry.lsn for entry in entries))  # never hand out what a power cut could still take back
+        self._settle(lsn, sync=False)
+        ready = []
+        for delivery, payload in zip(deliveries, self._payloads(entries), strict=True):
+            if payload is not None:  # None: the lease ended while the payload was read
+                delivery.payload = payload
+                ready.append(delivery)
+        return ready
+
+    def _register(self, lessee: _Lessee, queues: Sequence[str]) -> None:
+        # Caller holds self._lock.
+        for name in queues:
+            self._lessees.setdefault(name, {})[lessee] = None
+
+    def _unregister(self, lessee: _Lessee, queues: Sequence[str]) -> None:
+        # Caller holds self._lock.
+        for name in queues:
+            waiting = self._lessees.get(name)
+            if waiting is not None:
+                waiting.pop(lessee, None)
+                if not waiting:
+                    del self._lessees[name]
+        lessee.reset()
+
+    def _wake_lessees(self, names: Sequence[str] | None = None) -> None:
+        # Caller holds self._lock. As many as there are jobs: nobody is woken for nothing, and nobody is forgotten.
+        woken = self._machine.woken
+        if self._lessees:
+            for name in woken if names is None else names:
+                waiting, queue = self._lessees.get(name), self._machine.queues.get(name)
+                if waiting and queue is not None and not queue.config.paused:
+                    for lessee in list(waiting)[: queue.ready_count]:
+                        lessee.wake()
+        woken.clear()
+
+    # Looking
+
+    def _look(self, read: Callable[[int], Any]) -> Any:
+        self._check()
+        with self._lock:
+            before = self._last_lsn()
+            value = read(self._tick())
+            lsn = self._last_lsn()
+        if lsn != before:
+            self._settle(lsn, sync=False)  # the clock ended some leases
+        return value
+
+    def get(self, job_id: int) -> Job | None:
+        def read(now_ms: int) -> list[tuple[Entry, dict[str, Any]]]:
+            entry = self._machine.jobs.get(job_id)
+            return [] if entry is None else [(entry, _view(entry))]
+
+        found = self._with_payloads(self._look(read))
+        return found[0] if found else None
+
+    def jobs(self, queue: str, state: JobState | None, after: int, limit: int) -> list[Job]:
+        def read(now_ms: int) -> list[tuple[Entry, dict[str, Any]]]:
+            return [(e, _view(e)) for e in self._machine.listing(queue, _number(state), after, limit)]
+
+        return self._with_payloads(self._look(read))
+
+    def _with_payloads(self, found: list[tuple[Entry, dict[str, Any]]]) -> list[Job]:
+        payloads = self._payloads([entry for entry, _ in found])
+        return [Job(payload=p, **view) for p, (_, view) in zip(payloads, found, strict=True) if p is not None]
+
+    def find(self, queue: str, key: str) -> int | None:
+        job_id: int | None = self._look(lambda now_ms: self._machine.find(queue, key, now_ms))
+        return job_id
+
+    def queues(self) -> list[str]:
+        names: list[str] = self._look(lambda now_ms: sorted(self._machine.queues))
+        return names
+
+    def stats(self, queue: str | None) -> QueueStats:
+        stats: QueueStats = self._look(lambda now_ms: self._machine.stats(queue, now_ms))
+        return stats
+
+    def config(self, queue: str) -> QueueConfig:
+        def read(now_ms: int) -> QueueConfig:
+            found = self._machine.queues.get(queue)
+            return QueueConfig() if found is None else found.config
+
+        config: QueueConfig = self._look(read)
+        return config
+
+    # Time
+
+    def _tick(self) -> int:
+        # Caller holds self._lock. First thing in every call: nothing is decided on a state that time has overtaken.
+        self._check()
+        machine = self._machine
+        now_ms = max(machine.now_ms, self.clock.boot_ms() + self._offset_ms)
+        machine.advance(now_ms)
+        at_ms = machine.next_wakeup_ms()
+        while at_ms is not None and at_ms <= now_ms:
+            try:
+                self._record(machine.plan_expiry(now_ms), now_ms)
+            except NeedRoomError:
+                break  # a full disk: these leases end when there is room
+            machine.advance(now_ms)
+            at_ms = machine.next_wakeup_ms()
+        if machine.woken:
+            self._wake_lessees()
+        return now_ms
+
+    def _run_timer(self) -> None:
+        while True:
+            self._timer_poked.clear()
+            try:
+                with self._lock:
+                    before = self._last_lsn()
+                    now_ms = self._tick()
+                    at_ms = self._timer_at_ms = self._machine.next_wakeup_ms()
+                    lsn = self._last_lsn()
+                if lsn != before:
+                    self._settle(lsn, sync=False)
+            except RivetQError:
+                return  # closed, failed or forked: no more time here
+            except BaseException as error:
+                self._fail(error)
+                return
+            timeout_s = None if at_ms is None else self.clock.timeout_s(max(1, at_ms - now_ms))
+            self._timer_poked.wait(None if timeout_s is None else min(timeout_s, _LONGEST_SLEEP_S))
+
+    def _clock_moved(self) -> None:
+        """A manual clock jumped: everything due happens now, in the thread that moved it."""
+        try:
+            with self._lock:
+                before = self._last_lsn()
+                self._tick()
+                lsn = self._last_lsn()
+                for waiting in self._lessees.values():
+                    for lessee in waiting:
+                        lessee.wake()
+            if lsn != before:
+                self._settle(lsn, sync=False)
+        except RivetQError:
+            return  # the next call tells its caller
+
+    # Ending
+
+    def _check(self) -> None:
+        if self._ended is None:
+            return
+        if self._ended == "forked":
+            raise ForkedBrokerError(
+                f"this broker was opened by another process and cannot be used in its forked child {os.getpid()}; "
+                f"open a broker of your own, or talk to the parent"
+            )
+        if self._ended == "closed":
+            raise BrokerClosedError("the broker is closed; open it again to go on")
+        raise self._failed_error("not_done")
+
+    def _failed_error(self, outcome: Any) -> BrokerFailedError:
+        error = BrokerFailedError(
+            f"the broker failed and takes no more calls ({type(self._failure).__name__}: {self._failure}); close it and "
+            f"open the directory again, nothing that was answered is lost"
+        )
+        error.__cause__ = self._failure
+        error.outcome = outcome
+        return error
+
+    def _fail(self, error: BaseException) -> None:
+        """For good: every later call raises BrokerFailedError with this cause. May be called with the lock held."""
+        if self._ended is None:
+            self._failure = error
+            self._ended = "failed"
+        for waiting in list(self._lessees.values()):
+            for lessee in list(waiting):
+                lessee.wake()
+        self._timer_poked.set()
+
+    def close(self) -> None:
+        if self._ended == "forked":
+            return
+        with self._close_lock:
+            with self._lock:
+                failed = self._ended == "failed"
+                if self._ended == "closed":
+                    return
+                self._ended = "closed"
+                for waiting in self._lessees.values():
+                    for lessee in waiting:
+                        lessee.wake()
+            self._unsubscribe()
+            self._timer_poked.set()
+            self._stop(failed)
+            for thread in self._threads:
+                if thread is not threading.current_thread():
+                    thread.join(JOIN_S)
+            self._finish(failed)
+            _live.discard(self)
+
+    def _stop(self, failed: bool) -> None:
+        """Tell further threads to end."""
+
+    def _finish(self, failed: bool) -> None:
+        """Save and let go of what the threads used; they have ended."""
+
+    def forked(self) -> None:
+        """In the child: no lock is touched, its holder does not exist here."""
+        self._ended = "forked"
+
+    def maintain(self, verb: str) -> None:
+        self._check()
+
+    def metrics(self) -> dict[str, int]:
+        self._check()
+        return {"records": 0, "fsyncs": 0}
+
+
+ID_BLOCK = 1024
+"""Ids written down at once as "told" (transactions): so many may be skipped after a crash."""
+
+_live: weakref.WeakSet[LiveEngine] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for engine in list(_live):
+        engine.forked()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _number(state: JobState | None) -> int | None:
+    return None if state is None else STATES.index(state)
+
+
+def _view(entry: Entry) -> dict[str, Any]:
+    """The fields of a Job besides its payload."""
+    spec = entry.spec
+    return {
+        "id": entry.id,
+        "queue": entry.queue.name,
+        "state": STATES[entry.state],
+        "headers": spec.headers,
+        "priority": spec.priority,
+        "attempts": entry.attempts,
+        "max_attempts": spec.max_attempts,
+        "enqueued_at": moment(entry.enqueued_at_ms),
+        "due_at": moment(entry.due_ms) if entry.state == SCHEDULED else None,
+        "last_error": entry.last_error,
+        "died_at": moment(entry.died_at_ms) if entry.died_at_ms else None,
+    }

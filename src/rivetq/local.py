@@ -1,0 +1,603 @@
+"""The durable engine: machine, codec, log, index and group commit, called in turn from here; none knows another.
+
+Threads besides the timer: `rivetq-keeper` makes spare segments, checkpoints and compacts; `rivetq-sync`, with
+``fsync="interval"`` only, syncs. A failure in one of them fails the broker: the next call raises it.
+
+Lock order: _keeper_lock, then the engine's _lock, then the log's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import lmdb
+
+from .clock import Clock
+from .codec import decode_record, encode_entry, encode_key_value, encode_record, encode_snapshot
+from .engine import Capabilities
+from .errors import DiskFullError, RivetQError, StorageError, UsageError
+from .events import Acked, Copied, Enqueued, Event, IdsReserved, KeyCopied, SegmentsDropped
+from .group import GroupCommit
+from .index import Index
+from .io import Disk, SystemDisk
+from .live import LiveEngine, NeedRoomError
+from .log import MAX_BODY_BYTES, Log
+from .machine import Changes, Entry, Machine, Place
+from .owner import DirectoryLock
+from .recovery import Recovered, recover
+from .segment import Record, Scan, corrupt, read_header
+
+logger = logging.getLogger("rivetq")
+
+FsyncMode = Literal["always", "interval", "never"]
+RELAXED_ID_BLOCK = 65_536
+"""Without a sync per call a power cut can forget ids that were told; so many are written down, synced, at a time."""
+CHECKPOINT_BYTES = 16 * 2**20
+"""Log that a recovery may have to replay, about; a smaller segment lowers it."""
+CHECKPOINT_S = 30.0
+SLICE = 200
+"""Jobs encoded per hold of the lock during a checkpoint: under a millisecond."""
+MANY_SEGMENTS = 16
+"""Every opening begins a segment: so many small ones are swept up even if they hold little."""
+COPY_JOBS, COPY_BYTES = 64, 256 * 1024
+"""Jobs and payload bytes per record of a compaction."""
+WORTH_COPYING = 0.75
+"""On demand, a segment with a larger share of live bytes than this is left alone."""
+
+
+class LocalEngine(LiveEngine):
+    """A directory, owned by this process."""
+
+    capabilities = Capabilities(durable=True, shared=False, strict_order=True)
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        fsync: FsyncMode,
+        fsync_interval: float,
+        segment_bytes: int,
+        release_on_open: bool,
+        cache_bytes: int,
+        clock: Clock,
+        disk: Disk | None = None,
+    ) -> None:
+        self._disk = disk or SystemDisk()
+        self._path = path
+        self._fsync = fsync
+        self._fsync_interval = fsync_interval
+        self._segment_bytes = segment_bytes
+        self._cache: dict[int, bytes] = {}  # payloads of waiting jobs by id, oldest first; guarded by _lock
+        self._cache_left = cache_bytes
+        self._must_sync_lsn = 0  # a record that is synced in every mode
+        self._keeper_lock = threading.Lock()  # one checkpoint or compaction at a time
+        self._keeper_poked = threading.Event()
+        self._sync_poked = threading.Event()
+        self._unsaved_bytes = 0  # log written since the last checkpoint began
+        self._checkpoints = self._copied_bytes = 0
+        started = time.monotonic()
+        try:
+            self._disk.make_directory(path)
+            self._owner = DirectoryLock(path, clock.wall_ms())
+            try:
+                self._index = Index(self._disk, os.path.join(path, "index"))
+                found = recover(self._disk, path, self._index, clock, self._new_machine)
+                super().__init__(found.machine, clock, found.now_ms)
+                self._open_log(found, release_on_open)
+            except BaseException:
+                self._owner.refuse()
+                raise
+        except OSError as error:
+            raise StorageError(f"{path}: cannot be used as a broker's directory: {error}") from error
+        self._recovery_ms = round((time.monotonic() - started) * 1000)
+        self.start()
+
+    def _new_machine(self) -> Machine:
+        return Machine(id_block=0 if self._fsync == "always" else RELAXED_ID_BLOCK)
+
+    def _open_log(self, found: Recovered, release_on_open: bool) -> None:
+        """A new segment and epoch; what recovery found but nobody knows to be on disk is written again first."""
+        directory = os.path.join(self._path, "log")
+        self._disk.make_directory(directory)
+        self._log = log = Log(
+            self._disk, directory, log_id=found.log_id, epoch=found.epoch, segment_bytes=self._segment_bytes
+        )
+        self._log_id = found.log_id
+        self._group = GroupCommit(log)
+        log.sizes = found.sizes
+        log.resume_after(found.last_segment, found.end_lsn, found.end_crc)
+        log.adopt_spares()
+        snapshot = encode_snapshot(self._machine.snapshot())
+        if not log.has_room(1, len(snapshot), keep_reserve=False):
+            log.make_room(1, len(snapshot), keep_reserve=False)
+        self._begin_segment(snapshot, found.now_ms)
+        for body in found.surplus:
+            self._append_again(body)
+        log.write(log.next_lsn - 1)
+        log.open_mark()
+        log.sync()
+        if found.last_segment:
+            old = log.open_segment(found.last_segment)
+            if old.size > found.end_offset:
+                old.truncate(found.end_offset)
+            log.sizes[found.last_segment] = found.end_offset
+        machine = self._machine
+        if not found.applied_lsn:
+            self._index.clear()
+        machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
+        self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
+        self._keeper_poked.set()
+        if release_on_open and (events := machine.plan_owner_gone(machine.now_ms)):
+            self._open_record(events)
+        log.drop(machine.oldest_segment - 1)
+
+    def _append_again(self, body: bytes) -> None:
+        log, machine = self._log, self._machine
+        if not log.fits(len(body)):
+            snapshot = encode_snapshot(machine.snapshot())
+            if not log.has_room(len(body), len(snapshot), keep_reserve=False):
+                log.make_room(len(body), len(snapshot), keep_reserve=False)
+            self._begin_segment(snapshot, machine.now_ms, len(body))
+        now_ms, events = decode_record(body)
+        machine.now_ms = max(machine.now_ms, now_ms)
+        place = log.append(body)
+        for event in events:
+            machine.apply(event, now_ms, place)
+
+    def _open_record(self, events: list[Event]) -> None:
+        body = encode_record(events, self._machine.now_ms)
+        self._append_again(body)
+        self._log.write(self._log.next_lsn - 1)
+        self._log.sync()
+
+    def start(self) -> None:
+        super().start()
+        self._start_thread("rivetq-keeper", self._run_keeper)
+        if self._fsync == "interval":
+            self._start_thread("rivetq-sync", self._run_sync)
+
+    # The log behind the machine (see LiveEngine, "With files")
+
+    def _prepare(self, events: Sequence[Event], now_ms: int, keep_reserve: bool) -> tuple[bytes, bytes | None]:
+        body = encode_record(events, now_ms)
+        length = len(body)
+        if length > MAX_BODY_BYTES:
+            raise UsageError(f"{length} bytes in one record, {MAX_BODY_BYTES} is the most: split the batch")
+        snapshot = None if self._log.fits(length) else encode_snapshot(self._machine.snapshot())
+        snapshot_length = None if snapshot is None else len(snapshot)
+        if not self._log.has_room(length, snapshot_length, keep_reserve=keep_reserve):
+            raise NeedRoomError(length, snapshot_length, keep_reserve)
+        return body, snapshot
+
+    def _append(self, prepared: tuple[bytes, bytes | None], now_ms: int) -> Place:
+        body, snapshot = prepared
+        if snapshot is not None:
+            self._begin_segment(snapshot, now_ms, len(body))
+            self._keeper_poked.set()
+        self._unsaved_bytes += len(body)
+        if self._unsaved_bytes > self._checkpoint_bytes:
+            self._keeper_poked.set()
+        return self._log.append(body)
+
+    def _begin_segment(self, snapshot: bytes, now_ms: int, body_length: int = 1) -> None:
+        boot_id, boot_ms = self.clock.boot_id, self.clock.boot_ms()
+        self._log.begin_segment(snapshot, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms, body_length=body_length)
+
+    def _make_room(self, need: NeedRoomError) -> None:
+        self._log.make_room(need.body_length, need.snapshot_length, keep_reserve=need.keep_reserve)
+
+    def _record(self, events: Sequence[Event], now_ms: int, *, keep_reserve: bool = False) -> int:
+        lsn = super()._record(events, now_ms, keep_reserve=keep_reserve)
+        for event in events:
+            if type(event) is Enqueued:
+                self._cache_payloads(event.first_id, event.payloads)
+            elif type(event) is Acked:
+                for job_id in event.ids:
+                    self._uncache(job_id)
+            elif type(event) is IdsReserved:
+                self._must_sync_lsn = lsn
+        return lsn
+
+    def _last_lsn(self) -> int:
+        return self._log.next_lsn - 1
+
+    def _settle(self, lsn: int, *, sync: bool = True) -> None:
+        log = self._log
+        if sync and self._fsync != "always":
+            sync = log.durable_lsn < self._must_sync_lsn <= lsn
+        try:
+            if sync:
+                self._group.wait(lsn)
+            else:
+                log.write(lsn)
+        except Exception as error:
+            self._fail(error)
+            raise self._failed_error("unknown") from error
+        except BaseException as error:
+            if log.broken:
+                self._fail(error)
+            raise
+
+    def _fail(self, error: BaseException) -> None:
+        super()._fail(error)
+        self._group.fail(error)
+
+    def _cache_payloads(self, first_id: int, payloads: Sequence[bytes]) -> None:
+        # Caller holds self._lock.
+        cache = self._cache
+        for job_id, payload in enumerate(payloads, first_id):
+            cache[job_id] = payload
+            self._cache_left -= len(payload)
+        while self._cache_left < 0 and cache:
+            self._cache_left += len(cache.pop(next(iter(cache))))
+
+    def _uncache(self, job_id: int) -> None:
+        payload = self._cache.pop(job_id, None)
+        if payload is not None:
+            self._cache_left += len(payload)
+
+    def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        cache = self._cache
+        payloads: list[bytes | None] = []
+        for entry in entries:
+            payload = cache.get(entry.id)
+            payloads.append(self._read(entry) if payload is None else payload)
+        return payloads
+
+    def _read(self, entry: Entry | None) -> bytes | None:
+        """A payload from the log; None if the job is gone."""
+        try:
+            while entry is not None:
+                self._log.write(entry.lsn)
+                payload = self._log.read(entry.segment, entry.offset, entry.length, entry.crc)
+                if payload is not None:
+                    return payload
+                with self._lock:  # the job was copied and its segment dropped since
+                    self._check()
+                    entry = self._machine.jobs.get(entry.id)
+        except StorageError as error:
+            self._fail(error)
+            raise
+        except OSError as error:
+            self._fail(error)
+            raise self._failed_error("unknown") from error
+        return None
+
+    # The keeper: spares, checkpoints, compaction
+
+    @property
+    def _checkpoint_bytes(self) -> int:
+        return min(CHECKPOINT_BYTES, self._segment_bytes)
+
+    def _run_keeper(self) -> None:
+        while self._ended is None:
+            poked = self._keeper_poked.wait(CHECKPOINT_S)
+            self._keeper_poked.clear()
+            try:
+                if self._ended is None:
+                    self._keep(overdue=not poked)
+            except (DiskFullError, OSError) as error:
+                logger.warning("rivetq: %s: housekeeping waits for disk space: %s", self._path, error)
+                self._keeper_poked.wait(1.0)
+            except RivetQError as error:
+                if self._ended is None:
+                    self._fail(error)
+            except BaseException as error:
+                self._fail(error)
+
+    def _keep(self, *, overdue: bool) -> None:
+        self._log.refill()
+        with self._keeper_lock:
+            if self._unsaved_bytes > self._checkpoint_bytes or (overdue and self._unsaved_bytes):
+                self._checkpoint()
+            self._compact(self._garbage_upto())
+
+    def _run_sync(self) -> None:
+        while self._ended is None:
+            self._sync_poked.wait(self._fsync_interval)
+            try:
+                if self._ended is None and self._log.written_lsn > self._log.durable_lsn:
+                    self._group.wait(self._log.written_lsn)
+            except BaseException as error:
+                self._fail(error)
+
+    def maintain(self, verb: str) -> None:
+        self._check()
+        match verb:
+            case "sync":
+                self._sync_all()
+            case "checkpoint":
+                with self._keeper_lock:
+                    self._checkpoint()
+            case "compact":
+                self._rotate()
+                with self._keeper_lock:
+                    self._compact(self._copyable_upto())
+            case "rotate":
+                self._rotate()
+            case _:
+                raise UsageError(f"maintain: unknown verb {verb!r}")
+
+    def _sync_all(self) -> None:
+        with self._lock:
+            self._check()
+            lsn = self._last_lsn()
+        self._wait_durable(lsn)
+
+    def _wait_durable(self, lsn: int) -> None:
+        """Whatever the mode."""
+        try:
+            self._group.wait(lsn)
+        except Exception as error:
+            self._fail(error)
+            raise self._failed_error("unknown") from error
+
+    def _rotate(self) -> None:
+        while True:
+            try:
+                with self._lock:
+                    now_ms = self._tick()
+                    if self._log.tail_is_empty:
+                        return
+                    snapshot = encode_snapshot(self._machine.snapshot())
+                    if not self._log.has_room(1, len(snapshot), keep_reserve=True):
+                        raise NeedRoomError(1, len(snapshot), keep_reserve=True)
+                    self._begin_segment(snapshot, now_ms)
+                break
+            except NeedRoomError as need:
+                self._make_room(need)
+        self._log.flush()
+        self._sync_all()
+
+    def _checkpoint(self) -> None:
+        """Write what changed since the last one into the index. Caller holds _keeper_lock, not _lock.
+
+        The jobs are taken in slices while calls go on; replay from `lsn` makes them whole (see events).
+        """
+        machine = self._machine
+        with self._lock:
+            taken = machine.changes
+            assert taken is not None
+            machine.changes = Changes()
+            snapshot, lsn = machine.snapshot(), self._last_lsn()
+            unsaved, self._unsaved_bytes = self._unsaved_bytes, 0
+        try:
+            jobs = [item for part in _slices(taken.jobs) for item in self._take_jobs(part)]
+            keys = [item for part in _slices(taken.keys) for item in self._take_keys(part)]
+            with self._lock:
+                last_lsn = self._last_lsn()
+            self._wait_durable(last_lsn)  # the index is never ahead of the disk
+            try:
+                self._index.write(self._log_id, lsn, snapshot, jobs, keys)
+                self._checkpoints += 1
+            except (lmdb.Error, OSError) as error:
+                logger.warning("rivetq: %s: the index is dropped and will be rebuilt: %s", self._path, error)
+                self._index.clear()
+                self._take_back(Changes(), unsaved, everything=True)
+        except BaseException:
+            self._take_back(taken, unsaved, everything=False)
+            raise
+
+    def _take_jobs(self, ids: list[int]) -> list[tuple[bytes, bytes | None]]:
+        items: list[tuple[bytes, bytes | None]] = []
+        with self._lock:
+            for job_id in ids:
+                entry = self._machine.jobs.get(job_id)
+                if entry is not None:
+                    entry.indexed = True
+                items.append((job_id.to_bytes(8, "big"), None if entry is None else encode_entry(entry)))
+        return items
+
+    def _take_keys(self, keys: list[tuple[int, str]]) -> list[tuple[bytes, bytes | None]]:
+        items: list[tuple[bytes, bytes | None]] = []
+        with self._lock:
+            for number, text in keys:
+                key = self._machine.numbers[number].keys.get(text)
+                name, value = number.to_bytes(4, "big") + text.encode(), None
+                if key is not None:
+                    key.indexed = key.expires_ms > 0  # the key of a living job is found with the job
+                    if key.indexed:
+                        value = encode_key_value(name, key.job_id, key.expires_ms, key.segment)
+                items.append((name, value))
+        return items
+
+    def _take_back(self, taken: Changes, unsaved: int, *, everything: bool) -> None:
+        """The checkpoint did not happen: what it took is still to be written."""
+        machine = self._machine
+        with self._lock:
+            changes = machine.changes
+            assert changes is not None
+            self._unsaved_bytes += unsaved
+            changes.jobs |= taken.jobs
+            changes.keys |= taken.keys
+            if everything:
+                changes.jobs.update(machine.jobs)
+                changes.keys.update(
+                    (q.number, t) for q in machine.queues.values() for t, k in q.keys.items() if k.expires_ms
+                )
+
+    def _garbage_upto(self) -> int:
+        """The last segment that is worth dropping now, 0 if none: oldest first, until half of the log is live.
+
+        A segment without anything live goes for nothing. The total rewritten stays below what is reclaimed, hence
+        write amplification below 2.
+        """
+        with self._lock:
+            sizes, live = dict(self._log.sizes), dict(self._machine.live)
+        total, limit = sum(sizes.values()), 2 * sum(live.values()) + self._segment_bytes
+        upto = 0
+        if total <= self._segment_bytes and len(sizes) < MANY_SEGMENTS:
+            return 0
+        for segment in sorted(sizes)[:-1]:
+            if total <= limit and live.get(segment, 0):
+                break
+            total -= sizes[segment] - live.get(segment, 0)
+            upto = segment
+        return upto
+
+    def _copyable_upto(self) -> int:
+        """On demand: the last segment with a fair share of garbage; all before it must go first."""
+        with self._lock:
+            sizes, live = dict(self._log.sizes), dict(self._machine.live)
+        return max((s for s in sorted(sizes)[:-1] if live.get(s, 0) <= WORTH_COPYING * sizes[s]), default=0)
+
+    def _compact(self, upto: int) -> None:
+        """Drop the segments up to this one, after what lives in them was copied. Caller holds _keeper_lock."""
+        if not upto:
+            return
+        self._log.flush()  # the successor's header must be in its file
+        for segment in [s for s in sorted(self._log.sizes) if s <= upto]:
+            self._copy_segment(segment)
+        self._checkpoint()  # which syncs the copies; the index now points at them
+        self._change(lambda now_ms: ([SegmentsDropped(upto)], None), sync=False)
+        self._sync_all()
+        with self._lock:
+            self._check()
+        self._log.drop(upto)
+
+    def _copy_segment(self, segment: int) -> None:
+        with self._lock:
+            if not self._machine.live.get(segment, 0):
+                return
+        batch: list[_Live] = []
+        size = 0
+        for item in self._contents(segment):
+            batch.append(item)
+            size += len(item.payload)
+            if len(batch) == COPY_JOBS or size >= COPY_BYTES:
+                self._copy(segment, batch)
+                batch, size = [], 0
+        if batch:
+            self._copy(segment, batch)
+
+    def _copy(self, segment: int, batch: list[_Live]) -> None:
+        """Rewrite at the tail those of the batch that still live in this segment."""
+
+        def decide(now_ms: int) -> tuple[list[Event], None]:
+            events = [event for item in batch for event in self._copies(segment, item)]
+            return events, None
+
+        self._change(decide, enqueues=True, sync=False)
+        self._copied_bytes += sum(len(item.payload) for item in batch)
+
+    def _copies(self, segment: int, item: _Live) -> Iterator[Event]:
+        # Caller holds self._lock.
+        entry = self._machine.jobs.get(item.job_id)
+        if entry is not None and entry.segment == segment:
+            spec = entry.spec
+            yield Copied(
+                entry.id, entry.queue.number, entry.state, spec.priority, entry.attempts, entry.token, spec.max_attempts,
+                spec.retry, spec.visibility_ms, entry.enqueued_at_ms, entry.due_ms, entry.deadline_ms, entry.died_at_ms,
+                entry.last_error, spec.headers, entry.key, entry.length, entry.crc, item.payload,
+            )  # fmt: skip
+        elif item.key is not None:
+            key = self._machine.numbers[item.queue].keys.get(item.key)
+            if key is not None and key.expires_ms and key.segment == segment and key.job_id == item.job_id:
+                yield KeyCopied(item.queue, item.key, key.job_id, key.expires_ms)
+
+    def _contents(self, segment: int) -> Iterator[_Live]:
+        """The jobs and keys that were written in a sealed segment. Raises CorruptLogError if it cannot be read whole."""
+        file, successor = self._log.open_segment(segment), self._log.open_segment(segment + 1)
+        data = file.read_all()
+        upto_lsn = read_header(successor).first_lsn - 1
+        scan = Scan(data, read_header(file))
+        for record in scan.records(upto_lsn):
+            yield from _live_in(record)
+        if scan.next_lsn <= upto_lsn:
+            raise corrupt(file.path, scan.end, f"record {scan.next_lsn} cannot be read")
+
+    # Ending
+
+    def _stop(self, failed: bool) -> None:
+        self._keeper_poked.set()
+        self._sync_poked.set()
+
+    def _finish(self, failed: bool) -> None:
+        try:
+            if not failed:
+                self._save()
+        except BaseException:  # close() never raises; the log holds everything that was answered
+            logger.exception("rivetq: %s: closing could not save all", self._path)
+        finally:
+            self._log.abandon()
+            self._index.close()
+            self._owner.release()
+
+    def _save(self) -> None:
+        machine = self._machine
+        with self._lock:
+            try:
+                # A clean end: no id was told above this one.
+                self._record([IdsReserved(machine.next_id)], machine.now_ms)
+            except NeedRoomError:
+                logger.warning("rivetq: %s: no space to note a clean end", self._path)
+        self._log.sync()
+        with self._keeper_lock:
+            self._checkpoint()
+        self._log.close()
+
+    def forked(self) -> None:
+        super().forked()
+        self._owner.release()
+        self._index.forget()
+
+    def metrics(self) -> dict[str, int]:
+        self._check()
+        log = self._log
+        with self._lock:
+            segments, log_bytes = len(log.sizes), sum(log.sizes.values())
+            live_bytes = sum(self._machine.live.values())
+        return {
+            "records": log.records,
+            "fsyncs": log.syncs,
+            "log_bytes_written": log.bytes_written,
+            "log_segments": segments,
+            "log_bytes": log_bytes,
+            "live_bytes": live_bytes,
+            "copied_bytes": self._copied_bytes,
+            "checkpoints": self._checkpoints,
+            "recovery_ms": self._recovery_ms,
+        }
+
+    # For tests
+
+    def dump(self) -> dict[str, Any]:
+        """The machine's whole state in canonical order."""
+        with self._lock:
+            return self._machine.dump()
+
+
+class _Live(NamedTuple):
+    """A job or key written in a segment that may live there still."""
+
+    job_id: int
+    queue: int
+    key: str | None
+    payload: bytes
+
+
+def _live_in(record: Record) -> Iterator[_Live]:
+    _, events = decode_record(record.body)
+    for event in events:
+        if isinstance(event, Enqueued):
+            at = event.payload_at
+            for i, length in enumerate(event.lengths):
+                key = event.keys[i] if event.keys is not None else None
+                yield _Live(event.first_id + i, event.queue, key, record.body[at : at + length])
+                at += length
+        elif isinstance(event, Copied):
+            payload = record.body[event.payload_at : event.payload_at + event.length]
+            yield _Live(event.id, event.queue, event.key, payload)
+        elif isinstance(event, KeyCopied):
+            yield _Live(event.job_id, event.queue, event.key, b"")
+
+
+def _slices(items: set[Any]) -> Iterator[list[Any]]:
+    ordered = sorted(items)  # LMDB is several times quicker in key order
+    for start in range(0, len(ordered), SLICE):
+        yield ordered[start : start + SLICE]

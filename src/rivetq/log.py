@@ -1,0 +1,415 @@
+"""The directory of segments: append, write, sync, read, drop.
+
+Two locks, neither of them here for the caller's data:
+
+- `append`, `begin_segment` and the room questions are called with the engine's lock held and do no I/O: they put frames
+  into a buffer and say where they will be on disk.
+- `write` takes the buffer to the operating system, in order, under `_write_lock`; `sync` waits for the disk outside of
+  it, so that others write meanwhile. One thread at a time syncs (see group).
+
+Failure is for good: after an exception while writing or syncing, `broken` is True and nobody may say "ok" again.
+An fsync is never repeated: on ext4 and xfs the second one says OK although the data of the first is gone.
+
+Space is taken before it is promised: a segment is preallocated, spare ones wait beside it, and enqueues stop while
+RESERVE_BYTES are still there for acks and leases.
+
+Files: `NNNNNNNNNNNNNNNN.log`, `spare-N` (preallocated, no header yet), `mark` (the last synced lsn; written after each
+sync, itself not synced: a witness that may be old, never wrong).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import struct
+import threading
+from collections import deque
+from typing import NamedTuple
+
+from crc32c import crc32c
+
+from .errors import DiskFullError
+from .io import Disk, write_all
+from .machine import Place
+from .record import HEADER_BYTES, MAX_BODY_BYTES, encode_frame, frame_bytes
+from .segment import Header, SegmentFile, corrupt, encode_header, segment_id, segment_name
+
+RESERVE_BYTES = 256 * 1024
+_MARK = struct.Struct("<16sQ")
+_SPARE = "spare-"
+_NEW = ".new"
+_HEADER_SLACK = 4096  # what a header may grow between the question for room and its writing
+
+
+def read_mark(data: bytes | None, log_id: bytes) -> int:
+    """The lsn that the mark file testifies; 0 if it is missing, damaged or another log's."""
+    if data is None or len(data) < _MARK.size + 4:
+        return 0
+    found_id, lsn = _MARK.unpack_from(data)
+    crc = int.from_bytes(data[_MARK.size : _MARK.size + 4], "little")
+    return int(lsn) if found_id == log_id and crc == crc32c(data[: _MARK.size]) else 0
+
+
+class _Begin(NamedTuple):
+    """In the buffer: from here on frames go into this segment."""
+
+    file: SegmentFile
+    header: Header
+
+
+class _Frames(NamedTuple):
+    data: bytes
+    offset: int
+    lsn: int
+
+
+class Log:
+    """An open log, after recovery. `begin_segment` must come first."""
+
+    def __init__(self, disk: Disk, directory: str, *, log_id: bytes, epoch: int, segment_bytes: int) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._log_id = log_id
+        self._epoch = epoch
+        self._segment_bytes = segment_bytes
+        # Guarded by the engine's lock: where the next frame goes.
+        self._tail_id = 0
+        self._tail_offset = 0
+        self._tail_size = 0
+        self._salt = 0
+        self._crc = 0
+        self._tail_first_lsn = 1
+        self.next_lsn = 1
+        self.sizes: dict[int, int] = {}  # bytes used per segment
+        # Filled under the engine's lock, emptied under _write_lock; deque operations are atomic.
+        self._buffer: deque[_Begin | _Frames] = deque()
+        self._spares: list[SegmentFile] = []
+        self._spare_lock = threading.Lock()  # one maker of spares at a time
+        self._spare_number = 0
+        self._write_lock = threading.Lock()  # guards _file, _written and the order of writes
+        self._file: SegmentFile | None = None
+        self._written_to = 0
+        self.written_lsn = 0
+        self.durable_lsn = 0
+        # Set before and cleared after: whatever breaks in leaves them set.
+        self._writing = False
+        self._syncing = False
+        self._mark_fd = -1
+        self._files: dict[int, SegmentFile] = {}  # open segments by id
+        self.records = self.syncs = self.bytes_written = 0
+
+    # Room; the engine's lock is held unless it says otherwise
+
+    def fits(self, body_length: int) -> bool:
+        """The tail segment has room for this record."""
+        return self._tail_offset + frame_bytes(body_length) <= self._tail_size
+
+    def has_room(self, body_length: int, snapshot_length: int | None, *, keep_reserve: bool) -> bool:
+        """The record can be appended without asking the disk for space.
+
+        Args:
+            snapshot_length: size of the snapshot if the record begins a segment, else None.
+            keep_reserve: leave RESERVE_BYTES for those who may not be refused (answers, leases).
+        """
+        frame = frame_bytes(body_length)
+        left = self._tail_size - self._tail_offset
+        spares = sum(spare.size for spare in self._spares)
+        if snapshot_length is not None:
+            spare = self._spare_for(body_length, snapshot_length)
+            if spare is None:
+                return False
+            spares -= spare.size
+            left = spare.size - snapshot_length - _HEADER_SLACK
+        return not keep_reserve or left - frame + spares >= min(RESERVE_BYTES, self._reserve_target())
+
+    def _reserve_target(self) -> int:
+        return self._spare_target() * self._segment_bytes
+
+    def _spare_target(self) -> int:
+        return 1 + RESERVE_BYTES // self._segment_bytes
+
+    def _spare_for(self, body_length: int, snapshot_length: int) -> SegmentFile | None:
+        need = frame_bytes(body_length) + snapshot_length + _HEADER_SLACK
+        return next((spare for spare in self._spares if spare.size >= need), None)
+
+    def wants_spare(self) -> bool:
+        """Fewer spares than there should be. Cheap; no lock needed."""
+        return len(self._spares) < self._spare_target()
+
+    def make_room(self, body_length: int, snapshot_length: int | None, *, keep_reserve: bool) -> None:
+        """Make spares until `has_room` says yes. The engine's lock is not held.
+
+        Raises DiskFullError if the file system has no space for it.
+        """
+        size = self._segment_bytes
+        if snapshot_length is not None:
+            size = max(size, frame_bytes(body_length) + snapshot_length + _HEADER_SLACK)
+        with self._spare_lock:
+            try:
+                while not self.has_room(body_length, snapshot_length, keep_reserve=keep_reserve):
+                    self._spares.append(self._new_spare(size))
+                    size = self._segment_bytes
+            except OSError as error:
+                raise DiskFullError(
+                    f"{self._directory}: no space for another log segment ({error.strerror}); nothing was changed, "
+                    f"free some space and call again, the broker goes on without reopening",
+                    path=self._directory,
+                ) from error
+
+    def refill(self) -> None:
+        """Make the spares that are missing, ahead of need. Raises OSError."""
+        with self._spare_lock:
+            while self.wants_spare():
+                self._spares.append(self._new_spare(self._segment_bytes))
+
+    def _new_spare(self, size: int) -> SegmentFile:
+        self._spare_number += 1
+        path = os.path.join(self._directory, f"{_SPARE}{self._spare_number}")
+        spare = SegmentFile.create(self._disk, path + _NEW, size)
+        self._disk.rename(path + _NEW, path)
+        spare.path = path
+        return spare
+
+    def adopt_spares(self) -> None:
+        """Take over the spares of the former owner; what is unusable goes."""
+        for name in sorted(self._disk.list(self._directory)):
+            if not name.startswith(_SPARE):
+                continue
+            path = os.path.join(self._directory, name)
+            number = name.removeprefix(_SPARE)
+            spare = SegmentFile.open(self._disk, path) if number.isdigit() else None
+            if spare is not None and spare.size == self._segment_bytes:
+                self._spares.append(spare)
+                self._spare_number = max(self._spare_number, int(number))
+            else:
+                self._disk.unlink(path)
+
+    # Append; the engine's lock is held
+
+    def begin_segment(
+        self,
+        snapshot: bytes,
+        *,
+        boot_id: str,
+        boot_ms: int,
+        now_ms: int,
+        body_length: int = 1,
+        number: int | None = None,
+    ) -> None:
+        """From the next record on a new segment, made of a spare that `body_length` fits into."""
+        spare = self._spare_for(body_length, len(snapshot))
+        assert spare is not None, "has_room was not asked"
+        self._spares.remove(spare)
+        header = encode_header(
+            Header(
+                id=self._tail_id + 1 if number is None else number,
+                epoch=self._epoch,
+                salt=secrets.randbits(32) | 1,
+                first_lsn=self.next_lsn,
+                previous_crc=self._crc,
+                boot_id=boot_id,
+                boot_ms=boot_ms,
+                now_ms=now_ms,
+                log_id=self._log_id,
+                snapshot=snapshot,
+            )
+        )
+        self._buffer.append(_Begin(spare, header))
+        self._files[header.id] = spare
+        self._tail_id = header.id
+        self._tail_offset = header.size
+        self._tail_size = spare.size
+        self._tail_first_lsn = header.first_lsn
+        self._salt = header.salt
+        self._crc = header.crc
+        self.sizes[header.id] = header.size
+
+    def resume_after(self, segment: int, lsn: int, crc: int) -> None:
+        """The place where the next segment links on: the last record that counts."""
+        self._tail_id = segment
+        self.next_lsn = lsn + 1
+        self._crc = crc
+        self.written_lsn = self.durable_lsn = lsn
+
+    def append(self, body: bytes) -> Place:
+        """Put a record into the buffer; it fits (see `fits`)."""
+        frame, crc = encode_frame(body, self.next_lsn, self._salt, self._crc, self.durable_lsn)
+        offset = self._tail_offset
+        self._buffer.append(_Frames(frame, offset, self.next_lsn))
+        self._crc = crc
+        self._tail_offset = self.sizes[self._tail_id] = offset + len(frame)
+        place = Place(self._tail_id, offset + HEADER_BYTES, self.next_lsn)
+        self.next_lsn += 1
+        return place
+
+    @property
+    def tail_id(self) -> int:
+        return self._tail_id
+
+    @property
+    def tail_is_empty(self) -> bool:
+        """No record went into the tail segment yet."""
+        return self._tail_first_lsn == self.next_lsn
+
+    # Write and sync; the engine's lock is not held
+
+    @property
+    def broken(self) -> bool:
+        """A write or sync was cut short. Asked after an exception; while others write it may be True for a moment."""
+        return self._writing or self._syncing
+
+    def write(self, upto_lsn: int) -> None:
+        """Hand everything up to this record, at least, to the operating system."""
+        if self.written_lsn >= upto_lsn:
+            return
+        with self._write_lock:
+            if self.written_lsn < upto_lsn:
+                self._write_buffer()
+
+    def flush(self) -> None:
+        """Hand over the whole buffer, a begun segment without records included."""
+        with self._write_lock:
+            self._write_buffer()
+
+    def _write_buffer(self) -> None:
+        # Caller holds _write_lock. Whatever interrupts this, KeyboardInterrupt included, leaves `_writing` set: some of
+        # the frames may be in the file and some not, and the buffer has forgotten them.
+        if self._writing:
+            raise OSError("an earlier write of the log failed")
+        self._writing = True
+        run: list[bytes] = []
+        start = end = lsn = 0
+        while self._buffer:
+            item = self._buffer.popleft()
+            if isinstance(item, _Begin):
+                self._write_run(run, start, end, lsn)
+                self._begin(item)
+            else:
+                if not run:
+                    start = item.offset
+                run.append(item.data)
+                end, lsn = item.offset + len(item.data), item.lsn
+        self._write_run(run, start, end, lsn)
+        self._writing = False
+
+    def _write_run(self, run: list[bytes], start: int, end: int, lsn: int) -> None:
+        if run:
+            assert self._file is not None
+            self._file.write(run[0] if len(run) == 1 else b"".join(run), start)
+            self.records += len(run)
+            self.bytes_written += end - start
+            self._written_to = end
+            self.written_lsn = lsn
+            run.clear()
+
+    def _begin(self, item: _Begin) -> None:
+        # A segment is begun only when all before it is on disk: its header testifies that.
+        old = self._file
+        if old is not None:
+            self._disk.fdatasync(old.fd)
+            self.syncs += 1
+            self.durable_lsn = max(self.durable_lsn, item.header.first_lsn - 1)
+            old.truncate(self._written_to)
+        item.file.begin(item.header, os.path.join(self._directory, segment_name(item.header.id)))
+        self.syncs += 1
+        self._file = item.file
+        self._written_to = item.header.size
+
+    def sync(self) -> int:
+        """Write the buffer and wait until it is on disk; the last durable lsn. One caller at a time (see group)."""
+        with self._write_lock:
+            self._write_buffer()
+            file, lsn = self._file, self.written_lsn
+            assert file is not None
+        if lsn > self.durable_lsn:
+            if self._syncing:
+                raise OSError("an earlier sync of the log failed")
+            self._syncing = True
+            done: list[None] = []
+            try:
+                # One C call from the system call to the note of its success: a KeyboardInterrupt that waited for the
+                # disk to answer is raised after both, and the log is as good as before.
+                done.extend(map(self._disk.fdatasync, (file.fd,)))
+            finally:
+                if done:
+                    self._syncing = False
+                    self.syncs += 1
+                    self.durable_lsn = max(self.durable_lsn, lsn)
+            self._write_mark()
+        return self.durable_lsn
+
+    def open_mark(self) -> None:
+        """Make the mark file writable, so that a later sync needs no space for it."""
+        path = os.path.join(self._directory, "mark")
+        try:
+            self._mark_fd = self._disk.open(path, write=True)
+        except FileNotFoundError:
+            self._mark_fd = self._disk.create(path)
+        self._write_mark()
+
+    def _write_mark(self) -> None:
+        data = _MARK.pack(self._log_id, self.durable_lsn)
+        write_all(self._disk, self._mark_fd, data + crc32c(data).to_bytes(4, "little"), 0)
+
+    # Read and drop
+
+    def read(self, segment: int, offset: int, length: int, crc: int) -> bytes | None:
+        """A payload; None if its segment was dropped, so the caller must ask again where it is now.
+
+        Raises CorruptLogError if it is not what was written.
+        """
+        try:
+            file = self.open_segment(segment)
+        except FileNotFoundError:
+            return None
+        data = file.read(length, offset)
+        if len(data) != length or crc32c(data) != crc:
+            raise corrupt(file.path, offset, f"a payload of {length} bytes does not match its checksum")
+        return data
+
+    def open_segment(self, segment: int) -> SegmentFile:
+        """The open file of a segment. Raises FileNotFoundError if it was dropped."""
+        file = self._files.get(segment)
+        if file is None:
+            file = SegmentFile.open(self._disk, os.path.join(self._directory, segment_name(segment)))
+            self._files[segment] = file
+        return file
+
+    def drop(self, upto: int) -> None:
+        """Remove the segments up to this id, oldest first. That they are not needed is on disk already."""
+        numbers = sorted(s for s in self.sizes if s <= upto)
+        for number in numbers:
+            with contextlib.suppress(FileNotFoundError):
+                self._disk.unlink(os.path.join(self._directory, segment_name(number)))
+            self._files.pop(number, None)
+            del self.sizes[number]
+        if numbers:
+            self._disk.sync_directory(self._directory)
+
+    def close(self) -> None:
+        """Sync, give back the preallocated rest of the tail, close all files. Raises as `sync` does."""
+        try:
+            if self._file is not None:
+                self.sync()
+                self._file.truncate(self._written_to)
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close all files as they are."""
+        self._file = None
+        self._files.clear()
+        self._spares.clear()
+        self._buffer.clear()
+        fd, self._mark_fd = self._mark_fd, -1
+        if fd >= 0:
+            self._disk.close(fd)
+
+
+def list_segments(disk: Disk, directory: str) -> list[int]:
+    """Ids of the segment files in a directory, ascending."""
+    return sorted(number for name in disk.list(directory) if (number := segment_id(name)) is not None)
+
+
+__all__ = ["MAX_BODY_BYTES", "RESERVE_BYTES", "Log", "list_segments", "read_mark"]

@@ -1,0 +1,393 @@
+"""The values that users hold: frozen, comparable, picklable where they make sense outside the process.
+
+Nothing here knows an engine. ``Lease`` keeps a reference to something that can settle it (the broker), which takes
+no part in equality and is not pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from types import TracebackType
+from typing import Literal, Protocol, Self, cast
+
+import attrs
+
+from .errors import LeaseLostError, RivetQError, UsageError
+
+MAX_DURATION_MS = 100 * 366 * 86_400_000
+"""100 years, the longest duration a call accepts (leap days rounded up)."""
+
+Jitter = Literal["full", "equal", "none"]
+LimitOn = Literal["lease", "enqueue"]
+Duration = int | float | timedelta
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+
+
+class JobState(StrEnum):
+    """Where a job is. A job that was acked, cancelled or purged is gone and has no state."""
+
+    READY = "ready"
+    SCHEDULED = "scheduled"
+    LEASED = "leased"
+    DEAD = "dead"
+
+
+def duration_ms(value: object, name: str) -> int:
+    """Milliseconds of a caller's duration: seconds (int, float) or timedelta, 0 to 100 years, rounded up.
+
+    Rounded up, so that a delay is never shorter than was asked for.
+    """
+    if isinstance(value, timedelta):
+        seconds: float = value.total_seconds()
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = value
+    else:
+        raise UsageError(f"{name}: seconds (int, float) or a timedelta expected, got {_shown(value)}")
+    if not 0 <= seconds <= MAX_DURATION_MS / 1000:
+        raise UsageError(f"{name}: 0 seconds to 100 years expected, got {value!r}")
+    return math.ceil(round(seconds * 1000, 6))
+
+
+def moment_ms(value: object, name: str) -> int:
+    """Epoch milliseconds of a caller's moment: an aware datetime or epoch seconds."""
+    if isinstance(value, datetime):
+        if value.tzinfo is None or value.utcoffset() is None:
+            raise UsageError(f"{name}: an aware datetime expected, got the naive {value!r}; add tzinfo")
+        return math.ceil((value - _EPOCH) / _MILLISECOND)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not 0 <= value <= _LAST_MOMENT_S:
+            raise UsageError(f"{name}: epoch seconds from 0 to {_LAST_MOMENT_S} expected, got {value!r}")
+        return math.ceil(round(value * 1000, 6))
+    raise UsageError(f"{name}: an aware datetime or epoch seconds expected, got {_shown(value)}")
+
+
+def moment(at_ms: int) -> datetime:
+    """The aware UTC datetime of epoch milliseconds."""
+    try:
+        return datetime.fromtimestamp(at_ms / 1000, UTC)
+    except (OverflowError, ValueError):  # an eta in the year 9999, postponed: shown as the last moment there is
+        return datetime.max.replace(tzinfo=UTC)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MILLISECOND = timedelta(milliseconds=1)
+_LAST_MOMENT_S = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that a datetime can show
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def checked_int(value: object, name: str, low: int, high: int | None = None) -> int:
+    """A true int (no bool, no float) of at least `low` and at most `high`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"{name}: an int expected, got {_shown(value)}")
+    if value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"{low} to {high}"
+        raise UsageError(f"{name}: {span} expected, got {value}")
+    return int(value)
+
+
+def _number(value: object, name: str, low: float) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise UsageError(f"{name}: a number expected, got {_shown(value)}")
+    if not low <= value <= 1e15:  # nan fails as well
+        raise UsageError(f"{name}: a number of at least {low:g} expected, got {value!r}")
+    return float(value)
+
+
+def _seconds(value: Duration, name: str) -> float:
+    duration_ms(value, name)
+    return value.total_seconds() if isinstance(value, timedelta) else float(value)
+
+
+def _base(value: Duration) -> float:
+    return _seconds(value, "base")
+
+
+def _max_delay(value: Duration) -> float:
+    return _seconds(value, "max_delay")
+
+
+def _factor(value: float) -> float:
+    return _number(value, "factor", 1)
+
+
+def _max_attempts(value: int | None) -> int | None:
+    return None if value is None else checked_int(value, "max_attempts", 1, 2**31 - 1)
+
+
+def _jitter(value: Jitter) -> Jitter:
+    if not isinstance(value, str) or value not in ("full", "equal", "none"):
+        raise UsageError(f"jitter: 'full', 'equal' or 'none' expected, got {_shown(value)}")
+    return value
+
+
+def _per_second(value: float) -> float:
+    rate = _number(value, "per_second", 0)
+    if not rate:
+        raise UsageError("per_second: above 0 expected; to stop a queue use pause()")
+    return rate
+
+
+def _burst(value: int) -> int:
+    return checked_int(value, "burst", 1, 2**53)
+
+
+def _limit_on(value: LimitOn) -> LimitOn:
+    if not isinstance(value, str) or value not in ("lease", "enqueue"):
+        raise UsageError(f"on: 'lease' or 'enqueue' expected, got {_shown(value)}")
+    return value
+
+
+@attrs.frozen(kw_only=True)
+class RetryPolicy:
+    """How often a job is delivered and how long it waits in between.
+
+    The nth retry waits d = min(max_delay, base * factor**(n-1)) seconds; "none" is d itself, "equal" is
+    d/2 + uniform(0, d/2), "full" is uniform(0, d), the default, since it spreads a herd best (AWS Architecture Blog,
+    "Exponential Backoff And Jitter").
+
+    Args:
+        max_attempts: deliveries in all, the first included, before the job is a dead letter; None: no end.
+        base: seconds before the first retry; 0: no wait at all.
+        factor: growth per retry, at least 1.
+        max_delay: the longest wait in seconds.
+        jitter: "full", "equal" or "none".
+    """
+
+    max_attempts: int | None = attrs.field(default=5, converter=_max_attempts)
+    base: float = attrs.field(default=1.0, converter=_base)
+    factor: float = attrs.field(default=2.0, converter=_factor)
+    max_delay: float = attrs.field(default=3600.0, converter=_max_delay)
+    jitter: Jitter = attrs.field(default="full", converter=_jitter)
+
+
+@attrs.frozen
+class RateLimit:
+    """A token bucket: `burst` tokens at most, refilled by `per_second`.
+
+    Args:
+        per_second: tokens a second, above 0.
+        burst: size of the bucket, at least 1; it starts full.
+        on: "lease": each delivery costs a token; "enqueue": each new job costs one.
+    """
+
+    per_second: float = attrs.field(converter=_per_second)
+    burst: int = attrs.field(converter=_burst)
+    on: LimitOn = attrs.field(default="lease", converter=_limit_on)
+
+
+@attrs.frozen(kw_only=True)
+class QueueConfig:
+    """What is in force for one queue. Durations in seconds."""
+
+    retry: RetryPolicy = RetryPolicy()
+    rate_limit: RateLimit | None = None
+    visibility_timeout: float = 30.0
+    max_jobs: int | None = None
+    idempotency_ttl: float = 86_400.0
+    paused: bool = attrs.field(default=False, eq=False)
+    """Set by `pause` and `resume`, not by `configure_queue`: no part of equality."""
+
+
+@attrs.frozen(kw_only=True)
+class QueueStats:
+    """One look at one moment: enqueued = ready + scheduled + leased + dead + acked + cancelled + purged."""
+
+    ready: int = 0
+    scheduled: int = 0
+    leased: int = 0
+    dead: int = 0
+    enqueued: int = 0
+    acked: int = 0
+    cancelled: int = 0
+    purged: int = 0
+    oldest_age: float | None = None
+    """Seconds since the `enqueued_at` of the oldest ready job; None if no job is ready."""
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """A job as it is now: a snapshot, not a handle."""
+
+    id: int
+    queue: str
+    state: JobState
+    payload: bytes
+    headers: Mapping[str, str]
+    priority: int
+    attempts: int
+    """Deliveries so far, the running one included."""
+    max_attempts: int | None
+    enqueued_at: datetime
+    due_at: datetime | None
+    """When a scheduled job becomes ready; None in the other states."""
+    last_error: str | None
+    died_at: datetime | None
+
+    def json(self) -> JsonValue:
+        """The payload decoded as JSON."""
+        return decode_json(self.payload)
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return _plain_state(self)
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        _set_plain_state(self, state)
+
+
+class LeaseLike(Protocol):
+    """Whatever names a delivery: a Lease, a LeaseRef, or an object of yours."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def token(self) -> int: ...
+
+
+@attrs.frozen
+class LeaseRef:
+    """The two numbers that an answer needs; enough to settle a lease from another place."""
+
+    id: int
+    token: int
+
+
+class Settler(Protocol):
+    """What a Lease calls back: the broker's verbs."""
+
+    def ack(self, lease: LeaseLike) -> None: ...
+    def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None: ...
+    def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None: ...
+    def reject(self, lease: LeaseLike, *, error: str | None = None) -> None: ...
+    def extend(self, lease: LeaseLike, seconds: Duration) -> Lease: ...
+    def watch_lease(self, token: int) -> None: ...
+    def unwatch_lease(self, token: int) -> bool: ...
+
+
+@attrs.frozen(kw_only=True)
+class Lease:
+    """One delivery of one job, yours alone until `deadline`.
+
+    Settle it with ack, nack, release or reject, or use it as a context manager: the end of the block acks; an
+    exception nacks with "TypeName: message" and goes on its way. A block that settled the lease itself is left alone.
+    """
+
+    id: int
+    queue: str
+    payload: bytes
+    headers: Mapping[str, str]
+    priority: int
+    attempt: int
+    """1 is the first delivery."""
+    token: int
+    """The fencing token: strictly increasing over the deliveries of a job."""
+    deadline: datetime
+    enqueued_at: datetime
+    max_attempts: int | None
+    last_error: str | None
+    _broker: Settler | None = attrs.field(default=None, eq=False, repr=False, alias="broker")
+
+    def json(self) -> JsonValue:
+        """The payload decoded as JSON."""
+        return decode_json(self.payload)
+
+    def ack(self) -> None:
+        """Done: the job is gone. See `Broker.ack`."""
+        self._settler().ack(self)
+
+    def nack(self, *, error: str | None = None, delay: Duration | None = None) -> None:
+        """Failed: a retry by policy (or after `delay` seconds), or a dead letter. See `Broker.nack`."""
+        self._settler().nack(self, error=error, delay=delay)
+
+    def release(self, *, delay: Duration = 0) -> None:
+        """Give the job back untouched; the attempt is not counted. See `Broker.release`."""
+        self._settler().release(self, delay=delay)
+
+    def reject(self, *, error: str | None = None) -> None:
+        """A dead letter now. See `Broker.reject`."""
+        self._settler().reject(self, error=error)
+
+    def extend(self, seconds: Duration) -> Lease:
+        """Heartbeat: the lease with deadline max(old, now + seconds). See `Broker.extend`."""
+        return self._settler().extend(self, seconds)
+
+    def _settler(self) -> Settler:
+        if self._broker is None:
+            raise UsageError(f"job {self.id}: this lease was unpickled and knows no broker; call broker.ack(lease)")
+        return self._broker
+
+    def __enter__(self) -> Self:
+        self._settler().watch_lease(self.token)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        broker = self._settler()
+        if broker.unwatch_lease(self.token):
+            return
+        if error is None:
+            broker.ack(self)
+            return
+        try:
+            broker.nack(self, error=f"{type(error).__name__}: {error}")
+        except LeaseLostError:
+            pass  # the job runs again anyway; the block's own exception is what the caller must see
+        except RivetQError as trouble:
+            error.add_note(f"job {self.id} could not be nacked: {trouble}")
+
+    def __getstate__(self) -> tuple[object, ...]:
+        return _plain_state(self)
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        _set_plain_state(self, state)
+
+
+def _plain_state(value: Job | Lease) -> tuple[object, ...]:
+    """Field values for pickle: headers as a plain dict (a mapping proxy cannot be pickled), no broker."""
+    fields = attrs.fields(type(value))
+    values = (None if f.name == "_broker" else getattr(value, f.name) for f in fields)
+    return tuple(dict(v) if isinstance(v, Mapping) else v for v in values)
+
+
+def _set_plain_state(value: Job | Lease, state: tuple[object, ...]) -> None:
+    for field, item in zip(attrs.fields(type(value)), state, strict=True):
+        object.__setattr__(value, field.name, read_only(item) if isinstance(item, dict) else item)
+
+
+class _ReadOnly(dict[str, str]):
+    """A mapping that refuses to change; a dict, so that json.dumps and `**headers` take it."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> None:
+        raise TypeError("headers are read-only; make a dict of them first")
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse  # type: ignore[assignment]  # refusing is the point
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return read_only, (dict(self),)
+
+    def __hash__(self) -> int:  # type: ignore[override]  # frozen, so a Job that holds it can be hashed
+        return hash(frozenset(self.items()))
+
+
+def read_only(headers: Mapping[str, str]) -> Mapping[str, str]:
+    """A read-only copy."""
+    return _ReadOnly(headers) if headers else NO_HEADERS
+
+
+NO_HEADERS: Mapping[str, str] = _ReadOnly()
+
+
+def decode_json(payload: bytes) -> JsonValue:
+    """The value of a JSON payload; `UsageError` if it is none."""
+    try:
+        return cast(JsonValue, json.loads(payload))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the payload ({len(payload)} bytes) is not JSON: {error}; read .payload instead") from error

@@ -36,8 +36,8 @@ from .events import (
     Retried,
     SegmentsDropped,
 )
-from .machine import Entry, QueueSnapshot, Snapshot, Spec
 from .model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
+from .state import Entry, QueueSnapshot, Snapshot, Spec
 
 _TIME = struct.Struct("<Q")
 _ENQUEUED = struct.Struct("<BIQIBQiqidddBIB")

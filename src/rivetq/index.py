@@ -24,7 +24,8 @@ from crc32c import crc32c
 
 from .codec import decode_entry, decode_key_value, decode_snapshot, encode_snapshot, seal, unseal
 from .io import DIRECTORY_MODE, FILE_MODE, Disk, read_file, replace_file
-from .machine import Machine, Snapshot
+from .machine import Machine
+from .state import Snapshot
 
 FORMAT = 1
 MAP_BYTES = 2**40  # address space, not memory; halved until the system grants it

@@ -27,7 +27,7 @@ class Disk(Protocol):
     def open(self, path: str, *, write: bool = False) -> int: ...
     def close(self, fd: int) -> None: ...
     def size(self, fd: int) -> int: ...
-    def allocate(self, fd: int, size: int) -> None: ...
+    def allocate(self, fd: int, offset: int, size: int) -> None: ...
     def truncate(self, fd: int, size: int) -> None: ...
     def rename(self, old: str, new: str) -> None: ...
     def unlink(self, path: str) -> None: ...
@@ -69,18 +69,18 @@ class SystemDisk:
     def size(self, fd: int) -> int:
         return os.fstat(fd).st_size
 
-    def allocate(self, fd: int, size: int) -> None:
-        """Make the file `size` bytes long with blocks of its own, so that writes inside it need no space."""
+    def allocate(self, fd: int, offset: int, size: int) -> None:
+        """Give `size` bytes from `offset`, the end of the file, blocks of their own: writes there need no space."""
         try:
-            os.posix_fallocate(fd, 0, size)
+            os.posix_fallocate(fd, offset, size)
             return
         except AttributeError:  # macOS
             pass
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-        for offset in range(0, size, len(_ZEROS)):
-            os.pwrite(fd, _ZEROS[: size - offset], offset)
+        for at in range(offset, offset + size, len(_ZEROS)):
+            os.pwrite(fd, _ZEROS[: offset + size - at], at)
 
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)

@@ -15,12 +15,14 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from . import decide
 from .clock import Clock
 from .engine import Capabilities, Delivery, Enqueue, Operation
 from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError
 from .events import Event
-from .machine import SCHEDULED, STATES, Entry, Machine, Place
+from .machine import Machine
 from .model import Job, JobState, QueueConfig, QueueStats, moment
+from .state import SCHEDULED, STATES, Entry, Place
 
 _LONGEST_SLEEP_S = 3600.0
 JOIN_S = 2.0
@@ -112,19 +114,19 @@ class LiveEngine:
     def commit(self, operations: Sequence[Operation]) -> list[Any]:
         enqueues = any(type(operation) is Enqueue for operation in operations)
         machine = self._machine
-        answers: list[Any] = self._change(lambda now_ms: machine.plan(operations, now_ms), enqueues=enqueues)
+        answers: list[Any] = self._change(lambda now_ms: decide.commit(machine, operations, now_ms), enqueues=enqueues)
         return answers
 
     def _change(
-        self, decide: Callable[[int], tuple[list[Event], Any]], *, enqueues: bool = False, sync: bool = True
+        self, plan: Callable[[int], tuple[list[Event], Any]], *, enqueues: bool = False, sync: bool = True
     ) -> Any:
-        """Decide, record, apply, and wait until it is durable (`sync`); the answer of `decide`."""
+        """Decide, record, apply, and wait until it is durable (`sync`); the answer of `plan`."""
         while True:
             self._check()  # before the lock: in a forked child its holder may not exist
             try:
                 with self._lock:
                     now_ms = self._tick()
-                    events, answer = decide(now_ms)
+                    events, answer = plan(now_ms)
                     # Without events the answer may rest on a record that is still on its way to the disk.
                     lsn = self._record(events, now_ms, keep_reserve=enqueues) if events else self._last_lsn()
                 break
@@ -156,47 +158,47 @@ class LiveEngine:
         return place.lsn
 
     def check(self, operation: Operation) -> list[int | None]:
-        ids: list[int | None] = self._look(lambda now_ms: self._machine.check_operation(operation, now_ms))
+        ids: list[int | None] = self._look(lambda now_ms: decide.check(self._machine, operation, now_ms))
         return ids
 
     def reserve(self, count: int) -> int:
-        def decide(now_ms: int) -> tuple[list[Event], None]:
-            event = self._machine.plan_ids(count, ID_BLOCK)
+        def plan(now_ms: int) -> tuple[list[Event], None]:
+            event = decide.ids(self._machine, count, ID_BLOCK)
             return ([] if event is None else [event]), None
 
         while True:
-            self._change(decide)
+            self._change(plan)
             with self._lock:
                 self._check()
-                if self._machine.plan_ids(count, 0) is None:
+                if decide.ids(self._machine, count, 0) is None:
                     return self._machine.take_ids(count)
 
     def configure(self, queue: str, changes: Mapping[str, Any]) -> QueueConfig:
-        self._change(lambda now_ms: (self._machine.plan_configure(queue, changes), None))
+        self._change(lambda now_ms: (decide.configure(self._machine, queue, changes), None))
         return self.config(queue)
 
     def purge(self, queue: str, state: JobState | None) -> int:
-        def decide(now_ms: int) -> tuple[list[Event], int]:
-            event = self._machine.plan_purge(queue, _number(state))
+        def plan(now_ms: int) -> tuple[list[Event], int]:
+            event = decide.purge(self._machine, queue, _number(state))
             return ([], 0) if event is None else ([event], len(event.ids))
 
-        count: int = self._change(decide)
+        count: int = self._change(plan)
         return count
 
     def cancel(self, job_id: int) -> bool:
-        def decide(now_ms: int) -> tuple[list[Event], bool]:
-            event = self._machine.plan_cancel(job_id)
+        def plan(now_ms: int) -> tuple[list[Event], bool]:
+            event = decide.cancel(self._machine, job_id)
             return ([], False) if event is None else ([event], True)
 
-        done: bool = self._change(decide)
+        done: bool = self._change(plan)
         return done
 
     def redrive(self, queue: str, job_ids: Sequence[int] | None, limit: int | None) -> int:
-        def decide(now_ms: int) -> tuple[list[Event], int]:
-            event = self._machine.plan_redrive(queue, job_ids, limit)
+        def plan(now_ms: int) -> tuple[list[Event], int]:
+            event = decide.redrive(self._machine, queue, job_ids, limit)
             return ([], 0) if event is None else ([event], len(event.ids))
 
-        count: int = self._change(decide)
+        count: int = self._change(plan)
         return count
 
     # Leasing
@@ -213,7 +215,7 @@ class LiveEngine:
                     if lessee is not None:
                         self._unregister(lessee, queues)
                     now_ms = self._tick()
-                    event, retry_at_ms = self._machine.plan_lease(queues, max_jobs, visibility_ms, now_ms)
+                    event, retry_at_ms = decide.lease(self._machine, queues, max_jobs, visibility_ms, now_ms)
                     if event is not None:
                         lsn = self._record([event], now_ms)
                         entries = [self._machine.jobs[job_id] for job_id in event.ids]
@@ -338,7 +340,7 @@ class LiveEngine:
         at_ms = machine.next_wakeup_ms()
         while at_ms is not None and at_ms <= now_ms:
             try:
-                self._record(machine.plan_expiry(now_ms), now_ms)
+                self._record(decide.expiry(machine, now_ms), now_ms)
             except NeedRoomError:
                 break  # a full disk: these leases end when there is room
             machine.advance(now_ms)
@@ -397,8 +399,8 @@ class LiveEngine:
 
     def _failed_error(self, outcome: Any) -> BrokerFailedError:
         error = BrokerFailedError(
-            f"the broker failed and takes no more calls ({type(self._failure).__name__}: {self._failure}); close it and "
-            f"open the directory again, nothing that was answered is lost"
+            f"the broker failed and takes no more calls ({type(self._failure).__name__}: {self._failure}); close it "
+            f"and open the directory again, nothing that was answered is lost"
         )
         error.__cause__ = self._failure
         error.outcome = outcome

@@ -17,20 +17,22 @@ from typing import Any, Literal, NamedTuple
 
 import lmdb
 
+from . import decide
 from .clock import Clock
 from .codec import decode_record, encode_entry, encode_key_value, encode_record, encode_snapshot
 from .engine import Capabilities
-from .errors import DiskFullError, RivetQError, StorageError, UsageError
+from .errors import DiskFullError, StorageError, UsageError
 from .events import Acked, Copied, Enqueued, Event, IdsReserved, KeyCopied, SegmentsDropped
 from .group import GroupCommit
 from .index import Index
 from .io import Disk, SystemDisk
 from .live import LiveEngine, NeedRoomError
 from .log import MAX_BODY_BYTES, Log
-from .machine import Changes, Entry, Machine, Place
+from .machine import Machine
 from .owner import DirectoryLock
 from .recovery import Recovered, recover
 from .segment import Record, Scan, corrupt, read_header
+from .state import Changes, Entry, Place
 
 logger = logging.getLogger("rivetq")
 
@@ -79,6 +81,7 @@ class LocalEngine(LiveEngine):
         self._keeper_poked = threading.Event()
         self._sync_poked = threading.Event()
         self._unsaved_bytes = 0  # log written since the last checkpoint began
+        self._short_of_space = False
         self._checkpoints = self._copied_bytes = 0
         started = time.monotonic()
         try:
@@ -113,8 +116,7 @@ class LocalEngine(LiveEngine):
         log.resume_after(found.last_segment, found.end_lsn, found.end_crc)
         log.adopt_spares()
         snapshot = encode_snapshot(self._machine.snapshot())
-        if not log.has_room(1, len(snapshot), keep_reserve=False):
-            log.make_room(1, len(snapshot), keep_reserve=False)
+        log.make_room(1, len(snapshot), keep_reserve=False)
         self._begin_segment(snapshot, found.now_ms)
         for body in found.surplus:
             self._append_again(body)
@@ -132,16 +134,17 @@ class LocalEngine(LiveEngine):
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
         self._keeper_poked.set()
-        if release_on_open and (events := machine.plan_owner_gone(machine.now_ms)):
+        if release_on_open and (events := decide.owner_gone(machine, machine.now_ms)):
             self._open_record(events)
         log.drop(machine.oldest_segment - 1)
 
     def _append_again(self, body: bytes) -> None:
         log, machine = self._log, self._machine
+        if not log.fits(len(body)) and log.can_extend(len(body)):
+            log.make_room(len(body), None, keep_reserve=False)
         if not log.fits(len(body)):
             snapshot = encode_snapshot(machine.snapshot())
-            if not log.has_room(len(body), len(snapshot), keep_reserve=False):
-                log.make_room(len(body), len(snapshot), keep_reserve=False)
+            log.make_room(len(body), len(snapshot), keep_reserve=False)
             self._begin_segment(snapshot, machine.now_ms, len(body))
         now_ms, events = decode_record(body)
         machine.now_ms = max(machine.now_ms, now_ms)
@@ -168,8 +171,10 @@ class LocalEngine(LiveEngine):
         length = len(body)
         if length > MAX_BODY_BYTES:
             raise UsageError(f"{length} bytes in one record, {MAX_BODY_BYTES} is the most: split the batch")
-        snapshot = None if self._log.fits(length) else encode_snapshot(self._machine.snapshot())
-        snapshot_length = None if snapshot is None else len(snapshot)
+        snapshot = snapshot_length = None
+        if not self._log.fits(length) and not self._log.can_extend(length):
+            snapshot = encode_snapshot(self._machine.snapshot())
+            snapshot_length = len(snapshot)
         if not self._log.has_room(length, snapshot_length, keep_reserve=keep_reserve):
             raise NeedRoomError(length, snapshot_length, keep_reserve)
         return body, snapshot
@@ -178,11 +183,11 @@ class LocalEngine(LiveEngine):
         body, snapshot = prepared
         if snapshot is not None:
             self._begin_segment(snapshot, now_ms, len(body))
-            self._keeper_poked.set()
+        place = self._log.append(body)
         self._unsaved_bytes += len(body)
-        if self._unsaved_bytes > self._checkpoint_bytes:
+        if self._unsaved_bytes > self._checkpoint_bytes or self._log.wants_space():
             self._keeper_poked.set()
-        return self._log.append(body)
+        return place
 
     def _begin_segment(self, snapshot: bytes, now_ms: int, body_length: int = 1) -> None:
         boot_id, boot_ms = self.clock.boot_id, self.clock.boot_ms()
@@ -282,20 +287,23 @@ class LocalEngine(LiveEngine):
                 if self._ended is None:
                     self._keep(overdue=not poked)
             except (DiskFullError, OSError) as error:
-                logger.warning("rivetq: %s: housekeeping waits for disk space: %s", self._path, error)
-                self._keeper_poked.wait(1.0)
-            except RivetQError as error:
+                if not self._short_of_space:
+                    logger.warning("rivetq: %s: housekeeping waits for disk space: %s", self._path, error)
+                self._short_of_space = True
+            except BaseException as error:
                 if self._ended is None:
                     self._fail(error)
-            except BaseException as error:
-                self._fail(error)
+            else:
+                self._short_of_space = False
 
     def _keep(self, *, overdue: bool) -> None:
-        self._log.refill()
-        with self._keeper_lock:
-            if self._unsaved_bytes > self._checkpoint_bytes or (overdue and self._unsaved_bytes):
-                self._checkpoint()
-            self._compact(self._garbage_upto())
+        try:
+            self._log.refill()  # first: somebody may soon wait for it
+        finally:  # on a full disk too: a compaction makes room
+            with self._keeper_lock:
+                if self._unsaved_bytes > self._checkpoint_bytes or (overdue and self._unsaved_bytes):
+                    self._checkpoint()
+                self._compact(self._garbage_upto())
 
     def _run_sync(self) -> None:
         while self._ended is None:
@@ -478,11 +486,11 @@ class LocalEngine(LiveEngine):
     def _copy(self, segment: int, batch: list[_Live]) -> None:
         """Rewrite at the tail those of the batch that still live in this segment."""
 
-        def decide(now_ms: int) -> tuple[list[Event], None]:
+        def plan(now_ms: int) -> tuple[list[Event], None]:
             events = [event for item in batch for event in self._copies(segment, item)]
             return events, None
 
-        self._change(decide, enqueues=True, sync=False)
+        self._change(plan, enqueues=True, sync=False)
         self._copied_bytes += sum(len(item.payload) for item in batch)
 
     def _copies(self, segment: int, item: _Live) -> Iterator[Event]:
@@ -491,9 +499,10 @@ class LocalEngine(LiveEngine):
         if entry is not None and entry.segment == segment:
             spec = entry.spec
             yield Copied(
-                entry.id, entry.queue.number, entry.state, spec.priority, entry.attempts, entry.token, spec.max_attempts,
-                spec.retry, spec.visibility_ms, entry.enqueued_at_ms, entry.due_ms, entry.deadline_ms, entry.died_at_ms,
-                entry.last_error, spec.headers, entry.key, entry.length, entry.crc, item.payload,
+                entry.id, entry.queue.number, entry.state, spec.priority, entry.attempts, entry.token,
+                spec.max_attempts, spec.retry, spec.visibility_ms, entry.enqueued_at_ms, entry.due_ms,
+                entry.deadline_ms, entry.died_at_ms, entry.last_error, spec.headers, entry.key, entry.length,
+                entry.crc, item.payload,
             )  # fmt: skip
         elif item.key is not None:
             key = self._machine.numbers[item.queue].keys.get(item.key)
@@ -501,7 +510,7 @@ class LocalEngine(LiveEngine):
                 yield KeyCopied(item.queue, item.key, key.job_id, key.expires_ms)
 
     def _contents(self, segment: int) -> Iterator[_Live]:
-        """The jobs and keys that were written in a sealed segment. Raises CorruptLogError if it cannot be read whole."""
+        """The jobs and keys that were written in a sealed segment; CorruptLogError if it cannot be read whole."""
         file, successor = self._log.open_segment(segment), self._log.open_segment(segment + 1)
         data = file.read_all()
         upto_lsn = read_header(successor).first_lsn - 1

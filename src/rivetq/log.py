@@ -10,8 +10,9 @@ Two locks, neither of them here for the caller's data:
 Failure is for good: after an exception while writing or syncing, `broken` is True and nobody may say "ok" again.
 An fsync is never repeated: on ext4 and xfs the second one says OK although the data of the first is gone.
 
-Space is taken before it is promised: a segment is preallocated, spare ones wait beside it, and enqueues stop while
-RESERVE_BYTES are still there for acks and leases.
+Space is taken before it is promised: a record is accepted only where blocks of the disk are its own already. A segment
+grows in preallocated steps, a spare one waits beside it, and enqueues stop while RESERVE_BYTES are still there for acks
+and leases. When the disk has nothing more for the tail, the spare is begun early.
 
 Files: `NNNNNNNNNNNNNNNN.log`, `spare-N` (preallocated, no header yet), `mark` (the last synced lsn; written after each
 sync, itself not synced: a witness that may be old, never wrong).
@@ -31,11 +32,15 @@ from crc32c import crc32c
 
 from .errors import DiskFullError
 from .io import Disk, write_all
-from .machine import Place
 from .record import HEADER_BYTES, MAX_BODY_BYTES, encode_frame, frame_bytes
 from .segment import Header, SegmentFile, corrupt, encode_header, segment_id, segment_name
+from .state import Place
 
 RESERVE_BYTES = 256 * 1024
+FIRST_BYTES = 512 * 1024
+"""Preallocated at the start; a small queue takes little disk."""
+STEP_BYTES = 16 * 2**20
+"""The largest step: a segment doubles up to this one."""
 _MARK = struct.Struct("<16sQ")
 _SPARE = "spare-"
 _NEW = ".new"
@@ -76,7 +81,8 @@ class Log:
         # Guarded by the engine's lock: where the next frame goes.
         self._tail_id = 0
         self._tail_offset = 0
-        self._tail_size = 0
+        self._tail: SegmentFile | None = None
+        self._disk_full = False  # the last attempt to get more space failed
         self._salt = 0
         self._crc = 0
         self._tail_first_lsn = 1
@@ -102,8 +108,12 @@ class Log:
     # Room; the engine's lock is held unless it says otherwise
 
     def fits(self, body_length: int) -> bool:
-        """The tail segment has room for this record."""
-        return self._tail_offset + frame_bytes(body_length) <= self._tail_size
+        """The tail segment has preallocated space for this record."""
+        return self._tail is not None and self._tail_offset + frame_bytes(body_length) <= self._tail.size
+
+    def can_extend(self, body_length: int) -> bool:
+        """The tail segment may grow for this record, as far as is known: ask `make_room`."""
+        return not self._disk_full and self._tail_offset + frame_bytes(body_length) <= self._segment_bytes
 
     def has_room(self, body_length: int, snapshot_length: int | None, *, keep_reserve: bool) -> bool:
         """The record can be appended without asking the disk for space.
@@ -112,8 +122,7 @@ class Log:
             snapshot_length: size of the snapshot if the record begins a segment, else None.
             keep_reserve: leave RESERVE_BYTES for those who may not be refused (answers, leases).
         """
-        frame = frame_bytes(body_length)
-        left = self._tail_size - self._tail_offset
+        left = 0 if self._tail is None else self._tail.size - self._tail_offset
         spares = sum(spare.size for spare in self._spares)
         if snapshot_length is not None:
             spare = self._spare_for(body_length, snapshot_length)
@@ -121,47 +130,70 @@ class Log:
                 return False
             spares -= spare.size
             left = spare.size - snapshot_length - _HEADER_SLACK
-        return not keep_reserve or left - frame + spares >= min(RESERVE_BYTES, self._reserve_target())
-
-    def _reserve_target(self) -> int:
-        return self._spare_target() * self._segment_bytes
-
-    def _spare_target(self) -> int:
-        return 1 + RESERVE_BYTES // self._segment_bytes
+        frame = frame_bytes(body_length)
+        return frame <= left and (not keep_reserve or left - frame + spares >= RESERVE_BYTES)
 
     def _spare_for(self, body_length: int, snapshot_length: int) -> SegmentFile | None:
         need = frame_bytes(body_length) + snapshot_length + _HEADER_SLACK
         return next((spare for spare in self._spares if spare.size >= need), None)
 
-    def wants_spare(self) -> bool:
-        """Fewer spares than there should be. Cheap; no lock needed."""
-        return len(self._spares) < self._spare_target()
+    @property
+    def _spare_bytes(self) -> int:
+        return min(FIRST_BYTES, self._segment_bytes)
+
+    def wants_space(self) -> bool:
+        """There should be a spare more, or a longer tail. Cheap; no lock needed."""
+        tail = self._tail
+        if len(self._spares) < 1 + RESERVE_BYTES // self._spare_bytes:
+            return True
+        return tail is not None and tail.size < self._segment_bytes and tail.size - self._tail_offset < tail.size // 4
 
     def make_room(self, body_length: int, snapshot_length: int | None, *, keep_reserve: bool) -> None:
-        """Make spares until `has_room` says yes. The engine's lock is not held.
+        """Get space until `has_room` says yes. The engine's lock is not held.
 
-        Raises DiskFullError if the file system has no space for it.
+        Without a snapshot the tail is to grow; if the disk has nothing for it, the next try begins the spare.
+        Raises DiskFullError if the file system has no space for a spare either.
         """
-        size = self._segment_bytes
-        if snapshot_length is not None:
-            size = max(size, frame_bytes(body_length) + snapshot_length + _HEADER_SLACK)
         with self._spare_lock:
             try:
+                if snapshot_length is None:
+                    self._extend(body_length)
+                    size = self._spare_bytes
+                else:
+                    size = max(self._spare_bytes, frame_bytes(body_length) + snapshot_length + _HEADER_SLACK)
                 while not self.has_room(body_length, snapshot_length, keep_reserve=keep_reserve):
+                    if snapshot_length is None and not self.fits(body_length):
+                        return  # the tail changed meanwhile: the caller decides again
                     self._spares.append(self._new_spare(size))
-                    size = self._segment_bytes
+                    size = self._spare_bytes
+                self._disk_full = False
             except OSError as error:
+                if not self._disk_full and snapshot_length is None:
+                    self._disk_full = True
+                    return
                 raise DiskFullError(
-                    f"{self._directory}: no space for another log segment ({error.strerror}); nothing was changed, "
-                    f"free some space and call again, the broker goes on without reopening",
+                    f"{self._directory}: no space for more of the log ({error.strerror}); nothing was changed, free "
+                    f"some space and call again, the broker goes on without reopening",
                     path=self._directory,
                 ) from error
 
+    def _extend(self, body_length: int) -> None:
+        # Caller holds _spare_lock. The tail may change meanwhile: `size` belongs to the file.
+        tail = self._tail
+        if tail is not None and not self.fits(body_length):
+            step = min(STEP_BYTES, max(tail.size, frame_bytes(body_length)))
+            tail.extend(min(self._segment_bytes, max(tail.size + step, self._tail_offset + frame_bytes(body_length))))
+
     def refill(self) -> None:
-        """Make the spares that are missing, ahead of need. Raises OSError."""
+        """Get the space that is wanted, ahead of need. Raises OSError."""
         with self._spare_lock:
-            while self.wants_spare():
-                self._spares.append(self._new_spare(self._segment_bytes))
+            while self.wants_space():
+                tail = self._tail
+                if len(self._spares) < 1 + RESERVE_BYTES // self._spare_bytes:
+                    self._spares.append(self._new_spare(self._spare_bytes))
+                elif tail is not None:
+                    tail.extend(min(self._segment_bytes, tail.size + min(STEP_BYTES, tail.size)))
+            self._disk_full = False
 
     def _new_spare(self, size: int) -> SegmentFile:
         self._spare_number += 1
@@ -179,7 +211,7 @@ class Log:
             path = os.path.join(self._directory, name)
             number = name.removeprefix(_SPARE)
             spare = SegmentFile.open(self._disk, path) if number.isdigit() else None
-            if spare is not None and spare.size == self._segment_bytes:
+            if spare is not None and spare.size == self._spare_bytes:
                 self._spares.append(spare)
                 self._spare_number = max(self._spare_number, int(number))
             else:
@@ -219,7 +251,7 @@ class Log:
         self._files[header.id] = spare
         self._tail_id = header.id
         self._tail_offset = header.size
-        self._tail_size = spare.size
+        self._tail = spare
         self._tail_first_lsn = header.first_lsn
         self._salt = header.salt
         self._crc = header.crc
@@ -398,7 +430,7 @@ class Log:
 
     def abandon(self) -> None:
         """Close all files as they are."""
-        self._file = None
+        self._file = self._tail = None
         self._files.clear()
         self._spares.clear()
         self._buffer.clear()

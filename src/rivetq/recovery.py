@@ -25,9 +25,10 @@ from .codec import decode_record, decode_snapshot
 from .index import Index
 from .io import Disk, read_file
 from .log import list_segments, read_mark
-from .machine import Machine, Place
+from .machine import Machine
 from .record import frame_bytes
 from .segment import Header, Record, Scan, SegmentFile, corrupt, read_header, segment_name
+from .state import Place
 
 logger = logging.getLogger("rivetq")
 

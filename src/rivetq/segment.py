@@ -218,7 +218,7 @@ class SegmentFile:
         """
         fd = disk.create(path)
         try:
-            disk.allocate(fd, size)
+            disk.allocate(fd, 0, size)
             zeroed = min(FIRST_ZEROS_BYTES, size)
             write_all(disk, fd, bytes(zeroed), 0)
             disk.fdatasync(fd)
@@ -262,6 +262,12 @@ class SegmentFile:
             start = max(end, self._zeroed)
             self._zeroed = min(self.size, start + ZERO_AHEAD_BYTES)
             write_all(self._disk, self._fd, bytes(self._zeroed - start), start)
+
+    def extend(self, size: int) -> None:
+        """Preallocate further, to `size` bytes in all. Raises OSError if there is no space."""
+        if size > self.size:
+            self._disk.allocate(self._fd, self.size, size - self.size)
+            self.size = size
 
     def truncate(self, size: int) -> None:
         """Give back what was preallocated behind `size`."""

@@ -1,0 +1,410 @@
+"""The rules as decisions: look at the machine and at `now_ms`, change nothing, return events or raise.
+
+A caller's mistakes raise from the error tree, before anything is written. What is returned is in absolute values (see
+events), so that nothing is decided again when the log is replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, assert_never
+
+import attrs
+
+from .backoff import retry_delay_ms
+from .engine import Ack, Enqueue, Extend, Nack, Operation, Reject, Release
+from .errors import DuplicateJobError, JobNotFoundError, LeaseLostError, QueueFullError, RateLimitedError, UsageError
+from .events import (
+    Acked,
+    Buried,
+    Cancelled,
+    Enqueued,
+    Event,
+    Extended,
+    IdsReserved,
+    Leased,
+    Purged,
+    QueueConfigured,
+    QueueCreated,
+    Redriven,
+    Released,
+    Retried,
+)
+from .machine import Machine
+from .model import QueueConfig, RetryPolicy
+from .state import DEAD, LEASED, READY, SCHEDULED, Entry
+
+EXPIRY_BATCH = 1000
+"""Leases that end in one record, so that a storm of expiries does not become one giant record."""
+LEASE_EXPIRED = "lease expired"
+OWNER_GONE = "owner gone"
+
+
+def commit(machine: Machine, operations: Sequence[Operation], now_ms: int) -> tuple[list[Event], list[Any]]:
+    """Events and answers of a commit: all of the operations or an error."""
+    plan = _Plan(machine, now_ms)
+    answers = [plan.decide(operation) for operation in operations]
+    plan.check_limits()
+    return plan.events, answers
+
+
+def check(machine: Machine, operation: Operation, now_ms: int) -> list[int | None]:
+    """The fence or the keys of one operation, as they stand now."""
+    if not isinstance(operation, Enqueue):
+        held(machine, operation.id, operation.token, now_ms)
+        return []
+    return [(key and machine.find(operation.queue, key, now_ms)) or None for key in operation.keys or ()]
+
+
+def held(machine: Machine, job_id: int, token: int, now_ms: int) -> Entry:
+    """The job of a lease that is still in force, else `LeaseLostError`."""
+    entry = machine.jobs.get(job_id)
+    if entry is not None and entry.state == LEASED and entry.token == token and entry.deadline_ms > now_ms:
+        return entry
+    if entry is None:
+        why = "the job was settled already, or removed"
+    elif entry.token != token:
+        why = "the job was delivered again" if entry.token > token else "no such delivery was made"
+    elif entry.state == LEASED:
+        why = f"it expired {now_ms - entry.deadline_ms} ms ago"
+    else:
+        why = f"it ended before: {entry.last_error or 'given back'}"
+    raise LeaseLostError(
+        f"job {job_id}: lease {token} was lost ({why}); the job may run again elsewhere, so discard this result",
+        job_id=job_id,
+        token=token,
+    )
+
+
+def lease(
+    machine: Machine, names: Sequence[str], max_jobs: int, visibility_ms: int | None, now_ms: int
+) -> tuple[Leased | None, int | None]:
+    """The most urgent jobs of the queues in the order given, and when a rate limit allows the next one if none."""
+    entries: list[Entry] = []
+    retry_at_ms: int | None = None
+    for name in names:
+        queue = machine.queues.get(name)
+        if queue is None or queue.config.paused or not queue.ready_count:
+            continue
+        room = max_jobs - len(entries)
+        bucket = queue.bucket
+        if bucket is not None and bucket.limit.on == "lease":
+            allowed = bucket.available(now_ms)
+            if not allowed:
+                at_ms = bucket.ready_at_ms(1, now_ms)
+                retry_at_ms = at_ms if retry_at_ms is None else min(retry_at_ms, at_ms)
+            room = min(room, allowed)
+        for window in reversed(queue.ready):
+            if room <= 0:
+                break
+            if len(window):
+                picked = window.head(room)
+                room -= len(picked)
+                entries += [machine.jobs[i] for i in picked]
+        if len(entries) == max_jobs:
+            break
+    if not entries:
+        return None, retry_at_ms
+    deadlines = [now_ms + _visibility(entry, visibility_ms) for entry in entries]
+    first = machine.next_token
+    return (
+        Leased(
+            [entry.id for entry in entries],
+            list(range(first, first + len(entries))),
+            [entry.attempts + 1 for entry in entries],
+            deadlines,
+        ),
+        None,
+    )
+
+
+def _visibility(entry: Entry, visibility_ms: int | None) -> int:
+    if visibility_ms is not None:
+        return visibility_ms
+    own = entry.spec.visibility_ms
+    return entry.queue.visibility_ms if own is None else own
+
+
+def expiry(machine: Machine, now_ms: int) -> list[Event]:
+    """The ends of up to EXPIRY_BATCH leases whose deadline has come, each as a nack at its deadline."""
+    return [failed(machine.jobs[i], LEASE_EXPIRED, at_ms) for at_ms, i in machine.ended_leases(now_ms, EXPIRY_BATCH)]
+
+
+def owner_gone(machine: Machine, now_ms: int) -> list[Event]:
+    """The ends of all leases, for an opening: a first attempt is ready at once, later ones wait by policy.
+
+    A poison job that takes its process with it would otherwise be leased again and again beside the same
+    neighbours.
+    """
+    held = sorted(i for queue in machine.queues.values() for i in queue.leased)
+    return [failed(machine.jobs[i], OWNER_GONE, now_ms, first_at_once=True) for i in held]
+
+
+def failed(
+    entry: Entry,
+    error: str | None,
+    from_ms: int,
+    delay_ms: int | None = None,
+    *,
+    first_at_once: bool = False,
+) -> Retried | Buried:
+    """The end of a delivery without an ack: a retry counted from `from_ms`, or a dead letter."""
+    spec = entry.spec
+    if spec.max_attempts is not None and entry.attempts >= spec.max_attempts:
+        return Buried(entry.id, from_ms, error)
+    if first_at_once and entry.attempts == 1:
+        delay_ms = 0
+    if delay_ms is None:
+        delay_ms = retry_delay_ms(spec.retry, entry.attempts)
+    return Retried(entry.id, from_ms + delay_ms, error)
+
+
+def purge(machine: Machine, name: str, state: int | None) -> Purged | None:
+    """Removal of the ready, scheduled and dead jobs, or of one of these states."""
+    queue = machine.queues.get(name)
+    if queue is None:
+        return None
+    wanted = (READY, SCHEDULED, DEAD) if state is None else (state,)
+    ids = sorted(i for each in wanted for i in queue.ids(each))
+    return Purged(queue.number, ids) if ids else None
+
+
+def cancel(machine: Machine, job_id: int) -> Cancelled | None:
+    entry = machine.jobs.get(job_id)
+    return None if entry is None or entry.state == LEASED else Cancelled(entry.queue.number, job_id)
+
+
+def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: int | None) -> Redriven | None:
+    """Dead letters to bring back, lowest ids first."""
+    queue = machine.queues.get(name)
+    if job_ids is None:
+        ids = [] if queue is None else queue.dead.head(len(queue.dead) if limit is None else limit)
+    else:
+        ids = sorted(set(job_ids))
+        for job_id in ids:
+            entry = machine.jobs.get(job_id)
+            if entry is None or entry.queue is not queue or entry.state != DEAD:
+                raise JobNotFoundError(
+                    f"redrive: job {job_id} is no dead letter of queue {name!r}; nothing was changed", job_id=job_id
+                )
+        ids = ids[:limit]
+    return Redriven(ids) if ids else None
+
+
+def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> list[Event]:
+    """The whole new configuration of a queue, which is created if it is unknown."""
+    queue = machine.queues.get(name)
+    events: list[Event] = []
+    if queue is None:
+        number = len(machine.numbers) + 1
+        events.append(QueueCreated(number, name))
+        config = QueueConfig()
+    else:
+        number, config = queue.number, queue.config
+    changed = attrs.evolve(config, **changes)
+    if (changed, changed.paused) != (config, config.paused):
+        events.append(QueueConfigured(number, changed))
+    return events
+
+
+def ids(machine: Machine, count: int, block: int) -> IdsReserved | None:
+    """The reservation to write down before the next `count` ids may be told; None if one covers them."""
+    upto = machine.next_id + count
+    return IdsReserved(upto + block) if upto > machine.reserved_id else None
+
+
+class _Plan:
+    """The decisions of one commit, each seeing those before it; the machine stays as it is."""
+
+    __slots__ = ("_created", "_events", "_keys", "_live", "_machine", "_new", "_next_id", "_now_ms", "_settled")
+
+    def __init__(self, machine: Machine, now_ms: int) -> None:
+        self._machine = machine
+        self._now_ms = now_ms
+        self._events: list[Event] = []
+        self._settled: set[int] = set()
+        self._keys: dict[tuple[str, str], int] = {}
+        self._live: dict[str, int] = {}  # change of the occupied places per queue
+        self._new: dict[str, int] = {}  # new jobs per queue
+        self._created: dict[str, int] = {}  # numbers of queues that this commit creates
+        self._next_id = machine.next_id
+
+    @property
+    def events(self) -> list[Event]:
+        return self._events
+
+    def decide(self, operation: Operation) -> Any:
+        match operation:
+            case Enqueue():
+                return self._enqueue(operation)
+            case Ack():
+                entry = self._settle(operation)
+                last = self._events[-1] if self._events else None
+                if isinstance(last, Acked) and last.queue == entry.queue.number:
+                    assert isinstance(last.ids, list)
+                    last.ids.append(entry.id)
+                else:
+                    self._events.append(Acked(entry.queue.number, [entry.id]))
+                self._count(self._live, entry.queue.name, -1)
+            case Nack():
+                entry = self._settle(operation)
+                event = failed(entry, operation.error, self._now_ms, operation.delay_ms)
+                if isinstance(event, Buried):
+                    self._count(self._live, entry.queue.name, -1)
+                self._events.append(event)
+            case Release():
+                entry = self._settle(operation)
+                self._events.append(Released(entry.id, self._now_ms + operation.delay_ms, entry.attempts - 1))
+            case Reject():
+                entry = self._settle(operation)
+                self._events.append(Buried(entry.id, self._now_ms, operation.error))
+                self._count(self._live, entry.queue.name, -1)
+            case Extend():
+                entry = self._held(operation)
+                deadline_ms = max(entry.deadline_ms, self._now_ms + operation.extra_ms)
+                if deadline_ms > entry.deadline_ms:
+                    self._events.append(Extended(entry.id, deadline_ms))
+                return deadline_ms
+            case _:
+                assert_never(operation)
+        return None
+
+    def check_limits(self) -> None:
+        """max_jobs and enqueue rates, at the end: an ack in the same commit makes room for a job before it."""
+        for name, count in self._new.items():
+            queue = self._machine.queues.get(name)
+            if queue is None:
+                continue
+            limit = queue.config.max_jobs
+            if limit is not None and queue.occupied() + self._live[name] > limit:
+                raise QueueFullError(
+                    f"queue {name!r} is full: {queue.occupied()} of max_jobs={limit} places are taken and {count} "
+                    f"more asked for; nothing was enqueued, try again after some jobs are done",
+                    queue=name,
+                    max_jobs=limit,
+                )
+            bucket = queue.bucket
+            if bucket is None or bucket.limit.on != "enqueue":
+                continue
+            if count > bucket.limit.burst:
+                raise UsageError(
+                    f"queue {name!r}: {count} jobs at once can never pass its rate limit with "
+                    f"burst={bucket.limit.burst}; split the batch"
+                )
+            if count > bucket.available(self._now_ms):
+                retry_after = (bucket.ready_at_ms(count, self._now_ms) - self._now_ms) / 1000
+                raise RateLimitedError(
+                    f"queue {name!r} is over its rate of {bucket.limit.per_second:g} jobs a second; nothing was "
+                    f"enqueued, try again in {retry_after:.3f} s",
+                    queue=name,
+                    retry_after=retry_after,
+                )
+
+    def _enqueue(self, operation: Enqueue) -> list[int]:
+        name, payloads, keys = operation.queue, operation.payloads, operation.keys
+        answer: list[int | None] = [None] * len(payloads)
+        fresh = range(len(payloads)) if keys is None else self._fresh(operation, answer)
+        count = len(fresh)
+        if not count:
+            return [i for i in answer if i is not None]
+        machine = self._machine
+        if operation.promised is not None:
+            first_id = operation.promised
+        else:
+            first_id = self._next_id
+            self._next_id += count
+            if machine.id_block and (reserved := ids(machine, self._next_id - machine.next_id, machine.id_block)):
+                self._events.append(reserved)
+        queue = machine.queues.get(name)
+        number = self._number(name) if queue is None else queue.number
+        retry = operation.retry or (queue.config.retry if queue is not None else _DEFAULT_RETRY)
+        max_attempts = retry.max_attempts if operation.max_attempts is None else operation.max_attempts
+        if count != len(payloads):
+            payloads = [payloads[i] for i in fresh]
+        self._events.append(
+            Enqueued(
+                number,
+                first_id,
+                operation.priority,
+                self._now_ms + operation.delay_ms if operation.delay_ms else 0,
+                max_attempts,
+                retry,
+                operation.visibility_ms,
+                list(map(len, payloads)),
+                payloads,
+                operation.headers or {},
+                [keys[i] for i in fresh] if keys is not None else None,
+            )
+        )
+        self._count(self._live, name, count)
+        self._count(self._new, name, count)
+        if keys is None:
+            return list(range(first_id, first_id + count))
+        for job_id, i in enumerate(fresh, first_id):
+            answer[i] = job_id
+            if (key := keys[i]) is not None:
+                self._keys[name, key] = job_id
+        return [self._keys[name, keys[i] or ""] if job is None else job for i, job in enumerate(answer)]
+
+    def _fresh(self, operation: Enqueue, answer: list[int | None]) -> list[int]:
+        """Positions of the payloads that make new jobs; ids of the duplicates go into `answer`.
+
+        A key that comes twice in one batch makes one job; its later positions stay None until that has its id.
+        """
+        name, keys = operation.queue, operation.keys
+        assert keys is not None
+        fresh: list[int] = []
+        seen: set[str] = set()
+        for i, key in enumerate(keys):
+            known = None
+            if key is not None:
+                known = self._keys.get((name, key)) or self._machine.find(name, key, self._now_ms)
+                if known is not None and (operation.raise_on_duplicate or operation.promised is not None):
+                    raise DuplicateJobError(
+                        f"queue {name!r}: idempotency key {key!r} stands for job {known}; nothing was enqueued",
+                        job_id=known,
+                        queue=name,
+                        key=key,
+                    )
+            if known is not None:
+                answer[i] = known
+            elif key is None or key not in seen:
+                fresh.append(i)
+                if key is not None:
+                    seen.add(key)
+            elif operation.raise_on_duplicate:
+                raise DuplicateJobError(
+                    f"queue {name!r}: idempotency key {key!r} comes twice in one batch; nothing was enqueued",
+                    job_id=self._next_id + fresh.index(keys.index(key)),
+                    queue=name,
+                    key=key,
+                )
+        return fresh
+
+    def _number(self, name: str) -> int:
+        """The number of a queue that does not exist yet."""
+        if name not in self._created:
+            self._created[name] = len(self._machine.numbers) + len(self._created) + 1
+            self._events.append(QueueCreated(self._created[name], name))
+        return self._created[name]
+
+    def _held(self, operation: Ack | Nack | Release | Reject | Extend) -> Entry:
+        if operation.id in self._settled:
+            raise LeaseLostError(
+                f"job {operation.id}: lease {operation.token} is settled twice in one call; nothing was changed",
+                job_id=operation.id,
+                token=operation.token,
+            )
+        return held(self._machine, operation.id, operation.token, self._now_ms)
+
+    def _settle(self, operation: Ack | Nack | Release | Reject) -> Entry:
+        entry = self._held(operation)
+        self._settled.add(operation.id)
+        return entry
+
+    @staticmethod
+    def _count(counter: dict[str, int], name: str, change: int) -> None:
+        counter[name] = counter.get(name, 0) + change
+
+
+_DEFAULT_RETRY = RetryPolicy()

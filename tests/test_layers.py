@@ -1,0 +1,72 @@
+"""The floors of the house: a file imports only from those above it. The list is the architecture (docs/design.md)."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import rivetq
+
+PACKAGE = Path(rivetq.__file__).parent
+FLOORS = [
+    # words
+    "errors", "model", "events", "clock", "engine",
+    # pure
+    "backoff", "ratelimit", "window", "state", "machine", "decide", "codec", "record",
+    # files
+    "io", "owner", "segment", "log", "index", "recovery",
+    # engines
+    "group", "live", "memory", "local",
+    # public
+    "broker", "__init__",
+]  # fmt: skip
+TESTING = {"testing/__init__", "testing/clock", "testing/plugin", "testing/conformance"}
+PURE = {"backoff", "ratelimit", "window", "state", "machine", "decide", "codec", "record"}
+DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}
+IO_MODULES = {"os", "io", "time", "threading", "socket", "fcntl", "shutil", "pathlib", "logging"}
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import in a file; level 0 is absolute."""
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            names = [module] if module else [alias.name for alias in node.names]
+            found += [(node.level, name) for name in names]
+    return found
+
+
+def test_every_file_has_its_floor() -> None:
+    files = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")}
+    assert files == {*FLOORS, *TESTING}
+
+
+def test_a_file_imports_only_from_the_floors_above_it() -> None:
+    for number, name in enumerate(FLOORS):
+        for level, module in imports(PACKAGE / f"{name}.py"):
+            if level:
+                assert module in FLOORS[:number], f"{name} imports {module}, which is not above it"
+
+
+def test_the_testing_kit_imports_public_files_only() -> None:
+    for name in TESTING:
+        for level, module in imports(PACKAGE / f"{name}.py"):
+            if level == 2:
+                assert module in {"broker", "model", "clock"}, f"{name} imports {module}"
+
+
+def test_the_core_depends_on_four_libraries_and_the_standard_one() -> None:
+    for name in FLOORS:
+        for level, module in imports(PACKAGE / f"{name}.py"):
+            top = module.partition(".")[0]
+            assert level or top in DEPENDENCIES or top in sys.stdlib_module_names, f"{name} imports {module}"
+
+
+def test_the_pure_floor_knows_no_clock_no_files_and_no_threads() -> None:
+    for name in PURE:
+        for level, module in imports(PACKAGE / f"{name}.py"):
+            assert level or module.partition(".")[0] not in IO_MODULES, f"{name} imports {module}"

@@ -79,7 +79,7 @@ def seed(broker: Broker, paths: list[str]) -> None:
     """Enqueue every file; those that an earlier, killed child enqueued already keep their jobs."""
     for first in range(0, len(paths), SEED_BATCH):
         batch = paths[first : first + SEED_BATCH]
-        broker.enqueue_many(QUEUE, [{"path": path} for path in batch], idempotency_keys=batch, retry=RETRY)
+        broker.enqueue_many(QUEUE, batch, idempotency_keys=batch, retry=RETRY)
         report("seeded", files=first + len(batch))
 
 
@@ -91,7 +91,7 @@ def index_files(broker: Broker, results: Path, stop: threading.Event) -> None:
             report("leased", repeats=[reason_to_repeat(lease.last_error) for lease in leases if lease.attempt > 1])
         indexed = []
         for lease in leases:
-            path = lease.json()["path"]
+            path = str(lease.json())
             try:
                 names = identifiers(path)
             except UNREADABLE as error:
@@ -299,7 +299,7 @@ class Outcome:
     def tell(self) -> None:
         print(f"\nDead letters ({len(self.dead)}; the demo wrote the first {len(BROKEN)} itself, to be broken):")
         for job in self.dead:
-            path = job.json()["path"]
+            path = str(job.json())
             error = (job.last_error or "").replace(path, os.path.basename(path))
             print(f"  {os.path.basename(path):22} {job.attempts} attempts, {error[:90]}")
         print("\nRepeated deliveries, by what ended the one before:")
@@ -323,7 +323,7 @@ class Outcome:
     def check(self) -> dict[str, bool]:
         """Each claim, with its figures, and whether it holds."""
         found, results, stats, kills = len(self.paths), len(self.results), self.stats, len(self.run.restarts)
-        dead_paths = [job.json()["path"] for job in self.dead]
+        dead_paths = [str(job.json()) for job in self.dead]
         answers = Counter([result["path"] for result in self.results] + dead_paths)
         lost, twice = set(self.paths) - set(answers), sum(times > 1 for times in answers.values())
         by_kills, most = self.run.repeats["owner gone"] + self.unreported, self.run.workers * LEASE_BATCH
@@ -346,7 +346,8 @@ class Outcome:
     @property
     def repeated(self) -> int:
         """Deliveries beyond the first of each job, by the attempt that RivetQ counted on the last one."""
-        return sum(result["attempt"] - 1 for result in self.results) + sum(job.attempts - 1 for job in self.dead)
+        deliveries = sum(int(result["attempt"]) for result in self.results) + sum(job.attempts for job in self.dead)
+        return deliveries - len(self.results) - len(self.dead)
 
     @property
     def unreported(self) -> int:

@@ -313,8 +313,7 @@ class BrokerBesideModel(RuleBasedStateMachine):
         error = None
         try:
             with self.broker.transaction() as tx:
-                for step in steps:
-                    answers.append(do_in_transaction(tx, step, leases))
+                answers.extend(do_in_transaction(tx, step, leases) for step in steps)
                 if change_of_mind:
                     raise ChangeOfMindError
         except (RivetQError, ChangeOfMindError) as caught:
@@ -522,7 +521,7 @@ class BrokerOnDiskBesideModel(BrokerBesideModel):
         """Leave the bytes that a killed process leaves: all that it handed to the operating system."""
         scene = self.path
         self.generation += 1
-        shutil.copytree(scene, self.path)
+        copy_at_rest(scene, self.path)
         self.broker.close()
         shutil.rmtree(scene)
 
@@ -655,18 +654,36 @@ def do_in_transaction(tx, step, leases):
 
 
 def replay_in_model(model, steps, leases, answers):
-    """The steps of a block one after another; the broker did not come to those without an answer."""
-    answers = answers + [None] * (len(steps) - len(answers))
+    """The steps of a block, one after another. Fences are checked at the call, limits perhaps only at the end: of
+    several reasons to refuse the block any one will do."""
+    no = {}
+    answers = answers + [None] * (len(steps) - len(answers))  # a refusal ended the block early
     for step, ids in zip(steps, answers, strict=True):
-        match step:
-            case ("enqueue", queue, payload, key, options):
-                assert model.enqueue(queue, [(payload, key)], ids, **options) == ids
-            case ("enqueue_many", queue, entries):
-                assert model.enqueue(queue, entries, ids) == ids
-            case (verb, pick, delay_ms, error) if leases:
-                lease = nth(leases, pick)
+        try:
+            replay_step_in_model(model, step, leases, ids, given_up=bool(no))
+        except RefusedError as refused:
+            for name, facts in refused.errors.items():
+                no[name] = facts if no.get(name, facts) == facts else {}
+    if no:
+        no.get("RateLimitedError", {}).pop("retry_after", None)  # for this step, or for the whole block
+        raise RefusedError(no)
+
+
+def replay_step_in_model(model, step, leases, ids, given_up):
+    match step:
+        case ("enqueue", queue, payload, key, options):
+            entries = [(payload, key)]
+        case ("enqueue_many", queue, entries):
+            options = {}
+        case (verb, pick, delay_ms, error):
+            if leases:
                 verb = "ack" if verb == "ack_many" else verb
-                answer_model(model, verb, lease, answer_options(verb, delay_ms, error))
+                answer_model(model, verb, nth(leases, pick), answer_options(verb, delay_ms, error))
+            return
+    if given_up:  # only the reasons matter now
+        ids = [model.last_id + 1 + n for n in range(len(entries))]
+    due = model.enqueue(queue, entries, ids, **options)
+    assert given_up or due == ids, f"{step}: {ids}, but the model says {due}"
 
 
 def answer_options(verb, delay_ms, error):
@@ -693,9 +710,28 @@ def nth(things, pick):
     return things[pick % len(things)]
 
 
+def copy_at_rest(source, target):
+    """Copy a directory in which the broker's own threads may just be tidying: again, until nothing moved meanwhile."""
+    while True:
+        before = listing(source)
+        try:
+            shutil.copytree(source, target)
+        except shutil.Error:
+            pass  # a file went away
+        else:
+            if listing(source) == before:
+                return
+        shutil.rmtree(target)
+
+
+def listing(directory):
+    # A file may go away between being listed and being looked at: that is a difference too.
+    return sorted((path, path.exists() and path.stat().st_mtime_ns) for path in directory.rglob("*"))
+
+
 def damage_index(directory, how, pick, place, bit):
     if how == "lost":
-        shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)  # it may not be there yet
     elif how == "rotten":
         files = sorted(file for file in directory.rglob("*") if file.is_file() and file.stat().st_size)
         if files:

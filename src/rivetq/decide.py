@@ -286,11 +286,6 @@ class _Plan:
             bucket = queue.bucket
             if bucket is None or bucket.limit.on != "enqueue":
                 continue
-            if count > bucket.limit.burst:
-                raise UsageError(
-                    f"queue {name!r}: {count} jobs at once can never pass its rate limit with "
-                    f"burst={bucket.limit.burst}; split the batch"
-                )
             if count > bucket.available(self._now_ms):
                 retry_after = (bucket.ready_at_ms(count, self._now_ms) - self._now_ms) / 1000
                 raise RateLimitedError(
@@ -308,6 +303,13 @@ class _Plan:
         if not count:
             return [i for i in answer if i is not None]
         machine = self._machine
+        queue = machine.queues.get(name)
+        if queue is not None and queue.bucket is not None and queue.bucket.limit.on == "enqueue":
+            burst = queue.bucket.limit.burst
+            if count > burst:
+                raise UsageError(
+                    f"queue {name!r}: a batch of {count} jobs can never pass its rate limit with burst={burst}; split it"
+                )
         if operation.promised is not None:
             first_id = operation.promised
         else:
@@ -315,7 +317,6 @@ class _Plan:
             self._next_id += count
             if machine.id_block and (reserved := ids(machine, self._next_id - machine.next_id, machine.id_block)):
                 self._events.append(reserved)
-        queue = machine.queues.get(name)
         number = self._number(name) if queue is None else queue.number
         retry = operation.retry or (queue.config.retry if queue is not None else _DEFAULT_RETRY)
         max_attempts = retry.max_attempts if operation.max_attempts is None else operation.max_attempts

@@ -425,6 +425,31 @@ def test_a_queue_name_is_1_to_255_bytes_of_utf8(broker: Broker, queue: Any) -> N
 
 
 @_every_way_in
+def test_every_way_in_takes_the_same_options(broker: Broker, put: Callable[..., object]) -> None:
+    policy = RetryPolicy(base=100, jitter="none")
+    put(broker, priority=7, headers={"h": "1"}, max_attempts=3, visibility_timeout=200, retry=policy)
+    leases = broker.lease_many("q", 9)
+    assert leases
+    for lease in leases:
+        assert (lease.priority, dict(lease.headers), lease.max_attempts) == (7, {"h": "1"}, 3)
+        _assert_about(broker, (lease.deadline - lease.enqueued_at).total_seconds(), 200)
+        lease.nack()
+        _assert_due_in(broker, lease.id, 100)
+
+
+@_every_way_in
+@pytest.mark.parametrize("option", ["delay", "eta"])
+def test_every_way_in_may_put_its_jobs_off(broker: Broker, put: Callable[..., object], option: str) -> None:
+    now = _job(broker, broker.enqueue("probe", b"")).enqueued_at
+    put(broker, **{option: 100 if option == "delay" else now + timedelta(seconds=100)})
+    jobs = broker.jobs("q", state="scheduled")
+    assert jobs
+    for job in jobs:
+        assert job.due_at is not None
+        _assert_about(broker, (job.due_at - now).total_seconds(), 100)
+
+
+@_every_way_in
 @pytest.mark.parametrize(
     "options",
     [
@@ -472,8 +497,11 @@ def test_a_retry_policy_with_a_bad_value_is_refused(broker: Broker, options: dic
 # -- Putting many in ---------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_gives_one_id_a_payload_in_their_order(broker: Broker) -> None:
-    ids = list(broker.enqueue_many("q", [b"a", {"b": 1}, b"c"]))
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_a_batch_gives_one_id_a_payload_in_their_order(
+    broker: Broker, sequence: Callable[[list[object]], list[object]]
+) -> None:
+    ids = list(broker.enqueue_many("q", sequence([b"a", {"b": 1}, b"c"])))
     assert len(ids) == 3
     assert ids == sorted(set(ids))
     leases = broker.lease_many("q", 3)
@@ -481,14 +509,6 @@ def test_a_batch_gives_one_id_a_payload_in_their_order(broker: Broker) -> None:
     assert leases[0].payload == b"a"
     assert leases[1].json() == {"b": 1}
     assert leases[2].payload == b"c"
-
-
-def test_the_options_of_a_batch_hold_for_each_of_its_jobs(broker: Broker) -> None:
-    ids = broker.enqueue_many("q", (b"a", b"b"), priority=7, delay=100, headers={"h": "1"}, max_attempts=3)
-    for job_id in ids:
-        job = _job(broker, job_id)
-        assert (job.priority, dict(job.headers), job.max_attempts) == (7, {"h": "1"}, 3)
-        _assert_due_in(broker, job_id, 100)
 
 
 def test_a_batch_takes_one_key_or_none_a_payload(broker: Broker) -> None:
@@ -834,10 +854,12 @@ def test_a_release_gives_the_job_back_with_the_attempt_not_counted(broker: Broke
 
 @pytest.mark.parametrize("delay", [100, timedelta(seconds=100)])
 def test_a_release_with_a_delay_comes_back_after_it(broker: Broker, delay: Any) -> None:
-    lease = _lease_new(broker)
-    broker.release(lease, delay=delay)
-    _assert_due_in(broker, lease.id, 100)
-    assert _job(broker, lease.id).attempts == 0
+    one, other = _lease_new(broker), _lease_new(broker)
+    broker.release(one, delay=delay)
+    other.release(delay=delay)
+    for lease in (one, other):
+        _assert_due_in(broker, lease.id, 100)
+        assert _job(broker, lease.id).attempts == 0
 
 
 def test_a_rejected_job_is_a_dead_letter_at_once(broker: Broker) -> None:
@@ -1416,11 +1438,15 @@ def test_a_rate_used_up_during_a_transaction_fails_its_end(broker: Broker) -> No
     assert broker.queues() == ["q"]
 
 
-def test_a_key_that_stands_for_a_job_gives_its_id_in_a_transaction(broker: Broker) -> None:
+def test_a_key_that_stands_for_a_job_gives_its_id_in_a_transaction_or_raises(broker: Broker) -> None:
     first = broker.enqueue("q", b"first", idempotency_key="k")
     with broker.transaction() as tx:
         assert tx.enqueue("q", b"again", idempotency_key="k") == first
         assert list(tx.enqueue_many("q", [b"again"], idempotency_keys=["k"])) == [first]
+    with _refuses(broker, DuplicateJobError), broker.transaction() as tx:
+        tx.enqueue("q", b"", idempotency_key="k", on_duplicate="raise")
+    with _refuses(broker, DuplicateJobError), broker.transaction() as tx:
+        tx.enqueue_many("q", [b""], idempotency_keys=["k"], on_duplicate="raise")
     assert [job.payload for job in broker.jobs("q")] == [b"first"]
 
 

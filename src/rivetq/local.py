@@ -134,8 +134,12 @@ class LocalEngine(LiveEngine):
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
         self._keeper_poked.set()
-        if release_on_open and (events := decide.owner_gone(machine, machine.now_ms)):
-            self._open_record(events)
+        if release_on_open:
+            # A deadline that passed while nobody was here ended its lease then, noticed or not.
+            while events := decide.expiry(machine, machine.now_ms):
+                self._open_record(events)
+            if events := decide.owner_gone(machine, machine.now_ms):
+                self._open_record(events)
         log.drop(machine.oldest_segment - 1)
 
     def _append_again(self, body: bytes) -> None:

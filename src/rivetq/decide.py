@@ -308,7 +308,7 @@ class _Plan:
             burst = queue.bucket.limit.burst
             if count > burst:
                 raise UsageError(
-                    f"queue {name!r}: a batch of {count} jobs can never pass its rate limit with burst={burst}; split it"
+                    f"queue {name!r}: {count} jobs in a batch never pass its rate limit with burst={burst}; split it"
                 )
         if operation.promised is not None:
             first_id = operation.promised

@@ -20,7 +20,7 @@ from .clock import Clock
 from .engine import Capabilities, Delivery, Enqueue, Operation
 from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError
 from .events import Event
-from .machine import Machine
+from .machine import NEVER_MS, Machine
 from .model import Job, JobState, QueueConfig, QueueStats, moment
 from .state import SCHEDULED, STATES, Entry, Place
 
@@ -71,7 +71,7 @@ class LiveEngine:
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
         self._failure: BaseException | None = None
         self._lessees: dict[str, dict[_Lessee, None]] = {}  # by queue, in order of arrival
-        self._timer_at_ms: int | None = None  # when the timer thread wakes by itself
+        self._timer_at_ms = NEVER_MS  # when the timer thread wakes by itself, or was told to look
         self._timer_poked = threading.Event()
         self._close_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -112,7 +112,7 @@ class LiveEngine:
     # Changing
 
     def commit(self, operations: Sequence[Operation]) -> list[Any]:
-        enqueues = any(type(operation) is Enqueue for operation in operations)
+        enqueues = Enqueue in map(type, operations)
         machine = self._machine
         answers: list[Any] = self._change(lambda now_ms: decide.commit(machine, operations, now_ms), enqueues=enqueues)
         return answers
@@ -152,8 +152,8 @@ class LiveEngine:
             raise
         if self._machine.woken:
             self._wake_lessees()
-        at_ms = self._machine.next_wakeup_ms()
-        if at_ms is not None and (self._timer_at_ms is None or at_ms < self._timer_at_ms):
+        if self._machine.wake_ms < self._timer_at_ms:
+            self._timer_at_ms = self._machine.wake_ms  # one poke is enough
             self._timer_poked.set()
         return place.lsn
 
@@ -336,7 +336,10 @@ class LiveEngine:
         self._check()
         machine = self._machine
         now_ms = max(machine.now_ms, self.clock.boot_ms() + self._offset_ms)
+        idle = now_ms < machine.wake_ms
         machine.advance(now_ms)
+        if idle:
+            return now_ms
         at_ms = machine.next_wakeup_ms()
         while at_ms is not None and at_ms <= now_ms:
             try:
@@ -356,7 +359,8 @@ class LiveEngine:
                 with self._lock:
                     before = self._last_lsn()
                     now_ms = self._tick()
-                    at_ms = self._timer_at_ms = self._machine.next_wakeup_ms()
+                    at_ms = self._machine.next_wakeup_ms()
+                    self._timer_at_ms = NEVER_MS if at_ms is None else at_ms
                     lsn = self._last_lsn()
                 if lsn != before:
                     self._settle(lsn, sync=False)

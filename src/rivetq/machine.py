@@ -61,6 +61,8 @@ from .state import (
 )
 from .window import Window
 
+NEVER_MS = 2**62
+
 
 class Machine:
     """All queues. Not thread-safe: the engine's lock is around every call."""
@@ -76,6 +78,7 @@ class Machine:
         self.next_token = 1
         self.oldest_segment = 1
         self.now_ms = 0  # the latest moment that the state has seen: the time line never steps back
+        self.wake_ms = NEVER_MS  # nothing happens by the clock alone before this; may be earlier than what does happen
         self.live: dict[int, int] = {}  # bytes per segment that are still needed
         self.changes: Changes | None = None if keep_payloads else Changes()
         self.woken: set[str] = set()  # queues in which something became ready since the engine last looked
@@ -96,6 +99,8 @@ class Machine:
         """Let the clock act: due jobs become ready, ended keys are forgotten. Not logged: the clock says it again."""
         assert now_ms >= self.now_ms, f"time line stepped back: {self.now_ms} -> {now_ms}"
         self.now_ms = now_ms
+        if now_ms < self.wake_ms:
+            return
         while (first := self.due.first()) is not None and first[0] <= now_ms:
             entry = self.jobs[first[1]]
             self._leave(entry)
@@ -103,14 +108,18 @@ class Machine:
         while (oldest := self.expiring.first()) is not None and oldest[0] <= now_ms:
             _, number, text = oldest
             self._forget_key(self.numbers[number], text)
+        self.next_wakeup_ms()
 
     def next_wakeup_ms(self) -> int | None:
         """When the clock acts next: a delay falls due or a lease ends."""
-        first = self.due.first()
-        lease = self._first_deadline()
-        if lease is None:
-            return None if first is None else int(first[0])
-        return lease[0] if first is None else min(int(first[0]), lease[0])
+        first, lease, key = self.due.first(), self._first_deadline(), self.expiring.first()
+        at_ms = min(NEVER_MS if first is None else int(first[0]), NEVER_MS if lease is None else lease[0])
+        self.wake_ms = at_ms if key is None else min(at_ms, int(key[0]))
+        return None if at_ms == NEVER_MS else at_ms
+
+    def _expect(self, at_ms: int) -> None:
+        if at_ms < self.wake_ms:
+            self.wake_ms = at_ms
 
     def ended_leases(self, now_ms: int, limit: int) -> list[tuple[int, int]]:
         """(deadline_ms, id) of up to `limit` leases whose deadline has come, earliest first."""
@@ -223,6 +232,7 @@ class Machine:
                 jobs[job_id].state = SCHEDULED
             queue.scheduled.update(ids)
             self.due.update([(event.due_ms, job_id) for job_id in ids])
+            self._expect(event.due_ms)
         else:
             if count == 1:
                 queue.ready[event.priority].add(first_id)
@@ -261,6 +271,7 @@ class Machine:
     def _push_deadline(self, entry: Entry) -> None:
         heap = self._deadlines
         heapq.heappush(heap, (entry.deadline_ms, entry.id))
+        self._expect(entry.deadline_ms)
         if len(heap) > 64 + 2 * self._leased:
             # Acked leases leave their pair behind; without this a fast consumer would fill memory until the deadlines.
             self._deadlines = [
@@ -308,6 +319,7 @@ class Machine:
             entry.state = SCHEDULED
             entry.queue.scheduled.add(entry.id)
             self.due.add((due_ms, entry.id))
+            self._expect(due_ms)
         else:
             self._enter_ready(entry)
 
@@ -373,6 +385,7 @@ class Machine:
             entry.state = SCHEDULED
             queue.scheduled.add(entry.id)
             self.due.add((entry.due_ms, entry.id))
+            self._expect(entry.due_ms)
         else:
             self._enter_ready(entry)
 
@@ -417,6 +430,7 @@ class Machine:
     def _keep_key(self, queue: Queue, text: str, key: Key, expires_ms: int) -> None:
         key.expires_ms = expires_ms
         self.expiring.add((expires_ms, queue.number, text))
+        self._expect(expires_ms)
         if key.segment:
             self.live[key.segment] = self.live.get(key.segment, 0) + KEY_BYTES
         if self.changes is not None:

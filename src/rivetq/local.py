@@ -72,6 +72,7 @@ class LocalEngine(LiveEngine):
         clock: Clock,
         disk: Disk | None = None,
     ) -> None:
+        path = os.path.abspath(path)  # the program may change its directory later
         self._disk = disk or SystemDisk()
         self._path = path
         self._fsync = fsync

@@ -30,6 +30,7 @@ from .live import LiveEngine, NeedRoomError
 from .log import MAX_BODY_BYTES, Log
 from .machine import Machine
 from .owner import DirectoryLock
+from .record import frame_bytes
 from .recovery import Recovered, recover
 from .segment import Record, Scan, corrupt, read_header
 from .state import Changes, Entry, Place
@@ -120,11 +121,12 @@ class LocalEngine(LiveEngine):
         log.resume_after(found.last_segment, found.end_lsn, found.end_crc)
         log.adopt_spares()
         snapshot = encode_snapshot(self._machine.snapshot())
-        log.make_room(1, len(snapshot), keep_reserve=False)
-        self._begin_segment(snapshot, found.now_ms)
+        again = sum(frame_bytes(len(body)) for body in found.surplus) + 1  # all of it into this one segment
+        log.make_room(again, len(snapshot), keep_reserve=False)
+        self._begin_segment(snapshot, found.now_ms, again)
         for body in found.surplus:
             self._append_again(body)
-        log.write(log.next_lsn - 1)
+        log.flush()
         log.open_mark()
         log.sync()
         if found.last_segment:

@@ -312,17 +312,21 @@ class Log:
         self._writing = True
         run: list[bytes] = []
         start = end = lsn = 0
+        begun: _Begin | None = None
         while self._buffer:
             item = self._buffer.popleft()
             if isinstance(item, _Begin):
                 self._write_run(run, start, end, lsn)
+                self._publish(begun)
                 self._begin(item)
+                begun = item
             else:
                 if not run:
                     start = item.offset
                 run.append(item.data)
                 end, lsn = item.offset + len(item.data), item.lsn
         self._write_run(run, start, end, lsn)
+        self._publish(begun)
         self._writing = False
 
     def _write_run(self, run: list[bytes], start: int, end: int, lsn: int) -> None:
@@ -343,10 +347,16 @@ class Log:
             self.syncs += 1
             self.durable_lsn = max(self.durable_lsn, item.header.first_lsn - 1)
             old.truncate(self._written_to)
-        item.file.begin(item.header, os.path.join(self._directory, segment_name(item.header.id)))
-        self.syncs += 1
+        item.file.write_header(item.header)
         self._file = item.file
         self._written_to = item.header.size
+
+    def _publish(self, begun: _Begin | None) -> None:
+        # Caller holds _write_lock. The frames of the same buffer are in the file before it gets its name: what a
+        # recovery writes again must not be cut off by a header that stands alone.
+        if begun is not None:
+            begun.file.publish(os.path.join(self._directory, segment_name(begun.header.id)))
+            self.syncs += 1
 
     def sync(self) -> int:
         """Write the buffer and wait until it is on disk; the last durable lsn. One caller at a time (see group)."""

@@ -245,10 +245,13 @@ class SegmentFile:
     def read_all(self) -> bytes:
         return self.read(self._disk.size(self._fd), 0)
 
-    def begin(self, header: Header, final_path: str) -> None:
-        """Turn the spare into the segment: header, sync, name, sync of the directory, before any frame in it."""
+    def write_header(self, header: Header) -> None:
+        """Make the spare a segment but for its name."""
         write_all(self._disk, self._fd, header_bytes(header), 0)
         self._zeroed = max(self._zeroed, header.size)
+
+    def publish(self, final_path: str) -> None:
+        """Sync what is in it, then give it its name, durably: a segment that has its name is whole up to here."""
         self._disk.fdatasync(self._fd)
         self._disk.rename(self.path, final_path)
         self._disk.sync_directory(os.path.dirname(final_path))

@@ -68,7 +68,7 @@ _QUEUE_ID = struct.Struct("<BIQ")
 _COUNT = struct.Struct("<I")
 _COPIED = struct.Struct("<BQIBBIQiqidddBQQQQII")
 _KEY_COPIED = struct.Struct("<BIQQ")
-_ENTRY = struct.Struct("<IBBIQiqidddBQQQQIQIIIQ")
+_ENTRY = struct.Struct("<IBBIQiqidddBQQQQIQIIIQiii")
 _KEY_VALUE = struct.Struct("<QQI")
 
 
@@ -399,6 +399,9 @@ def _config_from_json(value: dict[str, Any]) -> QueueConfig:
 def encode_entry(entry: Entry) -> bytes:
     """The index value of a job."""
     spec = entry.spec
+    error = None if entry.last_error is None else entry.last_error.encode()
+    headers = json.dumps(dict(spec.headers)).encode() if spec.headers else None
+    key = None if entry.key is None else entry.key.encode()
     head = _ENTRY.pack(
         entry.queue.number,
         entry.state,
@@ -416,30 +419,50 @@ def encode_entry(entry: Entry) -> bytes:
         entry.crc,
         entry.size,
         entry.lsn,
+        *(-1 if text is None else len(text) for text in (error, headers, key)),
     )
-    headers = json.dumps(dict(spec.headers)) if spec.headers else None
-    return seal(entry.id.to_bytes(8, "big"), head + _text(entry.last_error) + _text(headers) + _text(entry.key))
+    return seal(entry.id.to_bytes(8, "big"), b"".join((head, error or b"", headers or b"", key or b"")))
 
 
 def decode_entry(key: bytes, value: bytes, queues: Mapping[int, Any]) -> tuple[Entry, int]:
     """The job and its state. Raises ValueError if the value is not whole."""
-    reader = _Reader(unseal(key, value))
-    number, state, priority, attempts, token, max_attempts, visibility_ms, *rest = reader.take(_ENTRY)
-    enqueued_at_ms, due_ms, deadline_ms, died_at_ms, segment, offset, length, crc, size, lsn = rest[5:]
-    last_error, headers, text = reader.text(), reader.text(), reader.text()
-    spec = Spec(
-        priority,
-        max_attempts or None,
-        _retry(*rest[:5]),
-        None if visibility_ms < 0 else visibility_ms,
-        read_only(json.loads(headers)) if headers else NO_HEADERS,
-    )
+    body = unseal(key, value)
+    number, state, priority, attempts, token, *rest = _ENTRY.unpack_from(body)
+    enqueued_at_ms, due_ms, deadline_ms, died_at_ms, segment, offset, length, crc, size, lsn = rest[7:17]
+    last_error = headers = text = None
+    if rest[17:] != [-1, -1, -1]:
+        reader = _Reader(body)
+        reader.at = _ENTRY.size
+        last_error, headers, text = (None if n < 0 else reader.data(n).decode() for n in rest[17:])
+    spec = _spec(priority, *rest[:7], headers)
     entry = Entry(int.from_bytes(key, "big"), queues[number], spec, enqueued_at_ms, due_ms, text)
     entry.attempts, entry.token, entry.deadline_ms, entry.died_at_ms = attempts, token, deadline_ms, died_at_ms
     entry.last_error = last_error
     entry.segment, entry.offset, entry.length, entry.crc = segment, offset, length, crc
     entry.size, entry.lsn = size, lsn
     return entry, state
+
+
+@lru_cache(maxsize=1024)
+def _spec(
+    priority: int,
+    max_attempts: int,
+    visibility_ms: int,
+    retry_attempts: int,
+    base: float,
+    factor: float,
+    max_delay: float,
+    jitter: int,
+    headers: str | None,
+) -> Spec:
+    """Jobs with the same options share one object, as they did when they were enqueued."""
+    return Spec(
+        priority,
+        max_attempts or None,
+        _retry(retry_attempts, base, factor, max_delay, jitter),
+        None if visibility_ms < 0 else visibility_ms,
+        read_only(json.loads(headers)) if headers else NO_HEADERS,
+    )
 
 
 def encode_key_value(key: bytes, job_id: int, expires_ms: int, segment: int) -> bytes:

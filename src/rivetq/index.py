@@ -13,6 +13,7 @@ One thread at a time writes (the engine's checkpoint lock).
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -70,6 +71,9 @@ class Index:
     def load(self, machine: Machine) -> None:
         """Fill an empty machine. Raises ValueError or lmdb.Error if the index is not whole."""
         env = _open(self._path, readonly=True)
+        # A hundred thousand new objects, none of which is garbage: the collector would look at them again and again.
+        collecting = gc.isenabled()
+        gc.disable()
         try:
             with env.begin() as txn:
                 sealed = txn.get(_SNAPSHOT_KEY)
@@ -82,6 +86,8 @@ class Index:
                     number, text = int.from_bytes(key[:4], "big"), key[4:].decode()
                     machine.load_key(number, text, *decode_key_value(key, value))
         finally:
+            if collecting:
+                gc.enable()
             env.close()
 
     # Writing, at checkpoints

@@ -528,7 +528,7 @@ class LocalEngine(LiveEngine):
         for record in scan.records(upto_lsn):
             yield from _live_in(record)
         if scan.next_lsn <= upto_lsn:
-            raise corrupt(file.path, scan.end, f"record {scan.next_lsn} cannot be read")
+            raise corrupt(file.path, scan.end_in_file, f"record {scan.next_lsn} cannot be read")
 
     # Ending
 

@@ -156,7 +156,9 @@ class _Reader:
         witness_lsn = max(mark_lsn, scan.later_witness_lsn())
         if witness_lsn >= scan.next_lsn:
             raise corrupt(
-                file.path, scan.end, f"record {scan.next_lsn} is not there, but was on disk (up to {witness_lsn} were)"
+                file.path,
+                scan.end_in_file,
+                f"record {scan.next_lsn} is not there, but was on disk (up to {witness_lsn} were)",
             )
         return scan, records
 
@@ -166,9 +168,9 @@ class _Reader:
         scan = Scan(self.files[i].read_all(), self.headers[i])
         records = list(scan.records(upto_lsn))
         if scan.next_lsn <= upto_lsn:
-            raise corrupt(self.files[i].path, scan.end, f"record {scan.next_lsn} cannot be read")
+            raise corrupt(self.files[i].path, scan.end_in_file, f"record {scan.next_lsn} cannot be read")
         if scan.last_crc != self.headers[i + 1].previous_crc:
-            raise corrupt(self.files[i].path, scan.end, "the next segment continues another history")
+            raise corrupt(self.files[i].path, scan.end_in_file, "the next segment continues another history")
         return records
 
     def _from_index(

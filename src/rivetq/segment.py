@@ -177,6 +177,11 @@ class Scan:
             self.witness_lsn = max(self.witness_lsn, frame.durable_lsn)
             yield Record(at, frame, body_of(self._data, at, frame))
 
+    @property
+    def end_in_file(self) -> int:
+        """`end`, or the end of the file if that was cut inside the padding of the last frame."""
+        return min(self.end, len(self._data))
+
     def later_witness_lsn(self) -> int:
         """How far the log had been synced by the testimony of whole frames behind the end of the good ones."""
         lsn = self.witness_lsn

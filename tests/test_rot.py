@@ -105,7 +105,7 @@ def test_the_log_cut_after_every_byte_opens_to_a_state_that_the_broker_once_had(
     shutil.rmtree(cut / "index", ignore_errors=True)
     (cut / "log" / "mark").unlink()  # it is never synced: after a power cut it may be as old as this
     [segment] = (cut / "log").glob("*.log")
-    whole = segment.read_bytes()[: used_bytes(segment)]
+    whole = segment.read_bytes()[: used_bytes(segment) + 8]  # the last record may end in zeros
     header = int.from_bytes(whole[12:16], "little")
     latest = 0
     for size in range(len(whole) + 1):

@@ -42,6 +42,7 @@ from .state import Entry, QueueSnapshot, Snapshot, Spec
 _TIME = struct.Struct("<Q")
 _ENQUEUED = struct.Struct("<BIQIBQiqidddBIB")
 _JITTERS = ("full", "equal", "none")
+_JITTER_NUMBERS = {name: number for number, name in enumerate(_JITTERS)}
 _TAGS: dict[type, int] = {
     QueueCreated: 1,
     QueueConfigured: 2,
@@ -66,6 +67,7 @@ _RELEASED = struct.Struct("<BQQI")
 _QUEUE = struct.Struct("<BI")
 _QUEUE_ID = struct.Struct("<BIQ")
 _COUNT = struct.Struct("<I")
+_LENGTH_CRC = struct.Struct("<II")
 _COPIED = struct.Struct("<BQIBBIQiqidddBQQQQII")
 _KEY_COPIED = struct.Struct("<BIQQ")
 _ENTRY = struct.Struct("<IBBIQiqidddBQQQQIQIIIQiii")
@@ -80,12 +82,11 @@ def encode_record(events: Sequence[Event], now_ms: int) -> bytes:
     parts = [_TIME.pack(now_ms)]
     size = _TIME.size
     for event in events:
-        new = _encode(event)
-        if type(event) is Enqueued or type(event) is Copied:
-            # The payloads are the last part of their event.
-            event.payload_at = size + sum(map(len, new)) - len(new[-1])
+        new = _encode_enqueued(event) if type(event) is Enqueued else _encode(event)
         parts += new
         size += sum(map(len, new))
+        if type(event) is Enqueued or type(event) is Copied:
+            event.payload_at = size - len(new[-1])  # the payloads are the last part of their event
     return b"".join(parts)
 
 
@@ -148,7 +149,10 @@ def _encode_enqueued(event: Enqueued) -> list[bytes]:
     if event.keys is not None:
         texts = [b"" if key is None else key.encode() for key in event.keys]
         parts += [struct.pack(f"<{n}H", *map(len, texts)), *texts]
-    parts += [struct.pack(f"<{2 * n}I", *event.lengths, *event.crcs), payloads[0] if n == 1 else b"".join(payloads)]
+    if n == 1:
+        parts += [_LENGTH_CRC.pack(event.lengths[0], event.crcs[0]), payloads[0]]
+    else:
+        parts += [struct.pack(f"<{2 * n}I", *event.lengths, *event.crcs), b"".join(payloads)]
     return parts
 
 
@@ -161,7 +165,7 @@ def _spec_numbers(max_attempts: int | None, visibility_ms: int | None, retry: Re
         retry.base,
         retry.factor,
         retry.max_delay,
-        _JITTERS.index(retry.jitter),
+        _JITTER_NUMBERS[retry.jitter],
     )
 
 

@@ -297,7 +297,7 @@ class _Plan:
 
     def _enqueue(self, operation: Enqueue) -> list[int]:
         name, payloads, keys = operation.queue, operation.payloads, operation.keys
-        answer: list[int | None] = [None] * len(payloads)
+        answer: list[int | None] = []
         fresh = range(len(payloads)) if keys is None else self._fresh(operation, answer)
         count = len(fresh)
         if not count:
@@ -354,6 +354,7 @@ class _Plan:
         """
         name, keys = operation.queue, operation.keys
         assert keys is not None
+        answer += [None] * len(keys)
         fresh: list[int] = []
         seen: set[str] = set()
         for i, key in enumerate(keys):

@@ -313,7 +313,8 @@ class BrokerBesideModel(RuleBasedStateMachine):
         error = None
         try:
             with self.broker.transaction() as tx:
-                answers.extend(do_in_transaction(tx, step, leases) for step in steps)
+                for step in steps:
+                    answers += [do_in_transaction(tx, step, leases)]
                 if change_of_mind:
                     raise ChangeOfMindError
         except (RivetQError, ChangeOfMindError) as caught:
@@ -713,20 +714,18 @@ def nth(things, pick):
 def copy_at_rest(source, target):
     """Copy a directory in which the broker's own threads may just be tidying: again, until nothing moved meanwhile."""
     while True:
-        before = listing(source)
         try:
+            before = listing(source)
             shutil.copytree(source, target)
-        except shutil.Error:
-            pass  # a file went away
-        else:
             if listing(source) == before:
                 return
-        shutil.rmtree(target)
+        except (FileNotFoundError, shutil.Error):
+            pass  # a file went away between being listed and being read
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def listing(directory):
-    # A file may go away between being listed and being looked at: that is a difference too.
-    return sorted((path, path.exists() and path.stat().st_mtime_ns) for path in directory.rglob("*"))
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in directory.rglob("*")}
 
 
 def damage_index(directory, how, pick, place, bit):

@@ -98,9 +98,13 @@ class SystemDisk:
         return []
 
     def make_directory(self, path: str) -> None:
-        """Create it as 0700 whatever the umask, with missing parents as the umask says; one that is there stays."""
+        """Create it as 0700 whatever the umask, with missing parents as the umask says; one that is there stays.
+
+        The names of new directories are synced: a file in them is not durable while they are not.
+        """
         parent = os.path.dirname(os.path.abspath(path))
-        os.makedirs(parent, exist_ok=True)
+        if not os.path.isdir(parent):
+            self._make_parent(parent)
         try:
             os.mkdir(path, DIRECTORY_MODE)
         except FileExistsError:
@@ -108,6 +112,14 @@ class SystemDisk:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
             return
         os.chmod(path, DIRECTORY_MODE)
+        self.sync_directory(parent)
+
+    def _make_parent(self, path: str) -> None:
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent):
+            self._make_parent(parent)
+        os.mkdir(path)
+        self.sync_directory(parent)
 
     def sync_directory(self, path: str) -> None:
         """Make the names in it durable."""

@@ -449,8 +449,8 @@ class LocalEngine(LiveEngine):
             sizes, live = dict(self._log.sizes), dict(self._machine.live)
         total, limit = sum(sizes.values()), 2 * sum(live.values()) + self._segment_bytes
         upto = 0
-        if total <= self._segment_bytes and len(sizes) < MANY_SEGMENTS:
-            return 0
+        if total <= self._segment_bytes:
+            return sorted(sizes)[-2] if len(sizes) > MANY_SEGMENTS else 0
         for segment in sorted(sizes)[:-1]:
             if total <= limit and live.get(segment, 0):
                 break

@@ -1,0 +1,110 @@
+"""The documentation holds: its programs run, its links lead somewhere, and it knows every public name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import rivetq
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PROGRAMS = [ROOT / "README.md", ROOT / "docs/tutorial.md"]
+WHERE_NAMES_ARE_EXPLAINED = [ROOT / "docs" / name for name in ("glossary.md", "tutorial.md", "guarantees.md")]
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def python_blocks(page: Path) -> Iterator[tuple[int, str]]:
+    """(first line, source) of each ```python block."""
+    text = page.read_text()
+    for block in FENCED.finditer(text):
+        if block[1] == "python":
+            yield text.count("\n", 0, block.start(2)) + 1, block[2]
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", FENCED.sub("", text))
+
+
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links to them."""
+    headings = HEADING.findall(FENCED.sub("", page.read_text()))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PROGRAMS, ids=name_of)
+def test_the_programs_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    blocks = list(python_blocks(page))
+    assert blocks, f"{name_of(page)} has no ```python block"
+    for line, source in blocks:
+        # Empty lines in front, so that a traceback names the line of the page.
+        exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
+
+
+def test_the_first_example_prints_what_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [(_, source)] = python_blocks(ROOT / "README.md")
+    exec(source, {})
+    assert capsys.readouterr().out == "mail to bob@example.org\nmail to ada@example.org\n2 mails sent\n"
+    exec(source, {})
+    assert capsys.readouterr().out == "mail to bob@example.org\n3 mails sent\n"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(without_code(page.read_text())):
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{name_of(page)}: {target} does not exist"
+        assert linked.is_relative_to(ROOT), f"{name_of(page)}: {target} leads out of the repository"
+        if anchor:
+            assert anchor in anchors(linked), f"{name_of(page)}: {target}: there is no such heading"
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        for target in LINK.findall(without_code(page.read_text())):
+            path = (page.parent / target.partition("#")[0]).resolve()
+            if path.suffix == ".md" and path.is_file():
+                waiting.append(path)
+    assert set(PAGES) <= reached
+
+
+@pytest.mark.parametrize("name", rivetq.__all__)
+def test_every_public_name_is_explained(name: str) -> None:
+    pages = "\n".join(page.read_text() for page in WHERE_NAMES_ARE_EXPLAINED)
+    assert re.search(rf"\b{name}\b", pages) or (getattr(rivetq, name).__doc__ or "").strip()
+
+
+@pytest.mark.parametrize("name", [name for name in rivetq.__all__ if isinstance(getattr(rivetq, name), type)])
+def test_every_public_method_says_what_it_does(name: str) -> None:
+    cls = getattr(rivetq, name)
+    silent = [
+        attribute
+        for attribute, value in vars(cls).items()
+        if not attribute.startswith("_") and callable(value) and not (getattr(value, "__doc__", None) or "").strip()
+    ]
+    # Those of the system's clock do what the protocol says.
+    assert not silent or cls is rivetq.SystemClock, f"{name}: no docstring on {', '.join(silent)}"

@@ -1,0 +1,253 @@
+"""docs/file-format.md is enough to write a reader: this one knows nothing of RivetQ but that page."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import lmdb
+from crc32c import crc32c
+
+import rivetq
+from rivetq.testing import ManualClock
+
+NUMBERS = "iqidddB"
+STATES = ("ready", "scheduled", "leased", "dead")
+
+
+def mask(crc: int) -> int:
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+class Bytes:
+    """Takes fields off the front."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        values = struct.unpack_from("<" + layout, self.data, self.at)
+        self.at += struct.calcsize("<" + layout)
+        return values
+
+    def raw(self, size: int) -> bytes:
+        self.at += size
+        assert self.at <= len(self.data)
+        return self.data[self.at - size : self.at]
+
+    def text(self) -> str | None:
+        (size,) = self.take("I")
+        return None if size == 0xFFFFFFFF else self.raw(size).decode()
+
+    def ids(self) -> list[int]:
+        (n,) = self.take("I")
+        return list(self.take(f"{n}Q"))
+
+
+def read_header(data: bytes) -> dict[str, Any]:
+    magic, version, size, crc, epoch, salt, previous_crc, number, first_lsn, boot_ms, now_ms = struct.unpack_from(
+        "<8sIIIIIIQQQQ", data
+    )
+    assert (magic, version, size % 8) == (b"RivetQ\0\n", 1, 0)
+    assert crc == mask(crc32c(data[:16] + bytes(4) + data[20:size]))
+    return {
+        "crc": crc, "size": size, "epoch": epoch, "salt": salt, "previous_crc": previous_crc, "id": number,
+        "first_lsn": first_lsn, "boot_ms": boot_ms, "now_ms": now_ms, "log_id": data[64:80],
+        "boot_id": data[80:120].rstrip(b"\0").decode(), "snapshot": json.loads(data[120:size].rstrip(b"\0")),
+    }  # fmt: skip
+
+
+def read_frames(data: bytes, header: dict[str, Any]) -> list[tuple[int, int, int, bytes]]:
+    """(crc, lsn, durable, body) of each good frame in a row."""
+    frames = []
+    at, lsn, previous = header["size"], header["first_lsn"], header["crc"]
+    while at + 32 <= len(data):
+        crc, length, found_lsn, salt, found_previous, durable = struct.unpack_from("<IIQIIQ", data, at)
+        if not 0 < length <= 2**30 or (salt, found_lsn, found_previous) != (header["salt"], lsn, previous):
+            break
+        if crc != mask(crc32c(data[at + 4 : at + 32 + length])):
+            break
+        frames.append((crc, lsn, durable, data[at + 32 : at + 32 + length]))
+        at, lsn, previous = at + -(-(32 + length) // 8) * 8, lsn + 1, crc
+    return frames
+
+
+def read_event(body: Bytes) -> tuple[Any, ...]:
+    match body.take("B")[0]:
+        case 1:
+            return "QueueCreated", *body.take("I"), body.text()
+        case 2:
+            return "QueueConfigured", *body.take("I"), json.loads(body.text() or "")
+        case 3:
+            return read_enqueued(body)
+        case 4:
+            (n,) = body.take("I")
+            return "Leased", *(body.take(f"{n}Q") for _ in range(3)), body.take(f"{n}I")
+        case 5:
+            return "Acked", *body.take("I"), body.ids()
+        case 6:
+            return "Retried", *body.take("QQ"), body.text()
+        case 7:
+            return "Released", *body.take("QQI")
+        case 8:
+            return "Buried", *body.take("QQ"), body.text()
+        case 9:
+            return "Extended", *body.take("QQ")
+        case 10:
+            return "Cancelled", *body.take("IQ")
+        case 11:
+            return "Purged", *body.take("I"), body.ids()
+        case 12:
+            return "Redriven", body.ids()
+        case 13:
+            return "IdsReserved", *body.take("Q")
+        case 14:
+            return read_copied(body)
+        case 15:
+            return "KeyCopied", *body.take("IQQ"), body.text()
+        case 16:
+            return "SegmentsDropped", *body.take("Q")
+        case tag:
+            raise AssertionError(f"tag {tag} is not on the page")
+
+
+def read_enqueued(body: Bytes) -> tuple[Any, ...]:
+    queue, first_id, n, priority, due_ms = body.take("IQIBQ")
+    body.take(NUMBERS)
+    headers_size, has_keys = body.take("IB")
+    headers = json.loads(body.raw(headers_size)) if headers_size else {}
+    keys = [body.raw(size).decode() or None for size in body.take(f"{n}H")] if has_keys else None
+    lengths, crcs = body.take(f"{n}I"), body.take(f"{n}I")
+    payloads = [body.raw(length) for length in lengths]
+    assert [crc32c(payload) for payload in payloads] == list(crcs)
+    return "Enqueued", queue, first_id, priority, due_ms, headers, keys, payloads
+
+
+def read_copied(body: Bytes) -> tuple[Any, ...]:
+    job_id, queue, state, priority, attempts, token = body.take("QIBBIQ")
+    body.take(NUMBERS)
+    body.take("4Q")
+    length, crc = body.take("II")
+    texts = body.text(), body.text(), body.text()
+    payload = body.raw(length)
+    assert crc32c(payload) == crc
+    return "Copied", job_id, queue, state, priority, attempts, token, texts, payload
+
+
+def read_log(directory: Path) -> list[tuple[Any, ...]]:
+    """All events that count."""
+    files = sorted((directory / "log").glob("*.log"))
+    segments = [(int(path.stem), path.read_bytes()) for path in files]
+    headers = [read_header(data) for _, data in segments]
+    assert [header["id"] for header in headers] == [number for number, _ in segments]
+    events: list[tuple[Any, ...]] = []
+    before: tuple[int, int] | None = None  # last lsn and crc
+    for i, (header, (_, data)) in enumerate(zip(headers, segments, strict=True)):
+        assert header["log_id"] == headers[0]["log_id"]
+        frames = read_frames(data, header)
+        if i + 1 < len(headers):
+            frames = [frame for frame in frames if frame[1] < headers[i + 1]["first_lsn"]]
+        if before is not None:
+            assert (header["first_lsn"] - 1, header["previous_crc"]) == before
+        before = (frames[-1][1], frames[-1][0]) if frames else (header["first_lsn"] - 1, header["crc"])
+        for _, lsn, durable, data in frames:
+            assert durable < lsn
+            body = Bytes(data)
+            body.take("Q")
+            while body.at < len(data):
+                events.append(read_event(body))
+    mark = (directory / "log" / "mark").read_bytes()
+    log_id, lsn, crc = struct.unpack("<16sQI", mark)
+    assert (log_id, crc) == (headers[0]["log_id"], crc32c(mark[:24]))
+    assert before is not None
+    assert lsn <= before[0]
+    return events
+
+
+def unseal(key: bytes, sealed: bytes) -> bytes:
+    assert int.from_bytes(sealed[:4], "little") == crc32c(key + sealed[4:])
+    return sealed[4:]
+
+
+def read_index(directory: Path) -> tuple[dict[int, dict[str, Any]], dict[tuple[int, str], int]]:
+    """The jobs by id, and the ids of keys that outlived their job."""
+    manifest = json.loads(unseal(b"manifest", (directory / "index/manifest").read_bytes()))
+    data = (directory / "index/data.mdb").read_bytes()
+    assert (manifest["format"], manifest["size"], manifest["crc"]) == (1, len(data), crc32c(data))
+    jobs: dict[int, dict[str, Any]] = {}
+    keys: dict[tuple[int, str], int] = {}
+    with lmdb.open(str(directory / "index"), readonly=True, lock=False, max_dbs=2) as env, env.begin() as txn:
+        json.loads(unseal(b"snapshot", txn.get(b"snapshot")))
+        for key, sealed in txn.cursor(env.open_db(b"jobs", txn, create=False)):
+            value = Bytes(unseal(key, sealed))
+            _, state, priority, attempts, _ = value.take("IBBIQ")
+            value.take(NUMBERS)
+            value.take("4Q")
+            segment, offset, length, crc, _, _ = value.take("IQIIIQ")
+            last_error, headers, text = (None if n < 0 else value.raw(n).decode() for n in value.take("iii"))
+            assert value.at == len(value.data)
+            with (directory / f"log/{segment:016d}.log").open("rb") as file:
+                file.seek(offset)
+                payload = file.read(length)
+            assert crc32c(payload) == crc
+            jobs[int.from_bytes(key, "big")] = {
+                "state": STATES[state], "priority": priority, "attempts": attempts, "last_error": last_error,
+                "headers": json.loads(headers or "{}"), "key": text, "payload": payload,
+            }  # fmt: skip
+        for key, sealed in txn.cursor(env.open_db(b"keys", txn, create=False)):
+            job_id, _, _ = struct.unpack("<QQI", unseal(key, sealed))
+            keys[int.from_bytes(key[:4], "big"), key[4:].decode()] = job_id
+    return jobs, keys
+
+
+def a_full_life(directory: Path) -> None:
+    """A directory in which every event happened, closed."""
+    clock = ManualClock()
+    with rivetq.Broker(directory, clock=clock) as broker:
+        broker.configure_queue("q", rate_limit=rivetq.RateLimit(1000, 1000), max_jobs=100)
+        broker.enqueue_many("q", [b"one", b"two", b""], idempotency_keys=["k1", None, "k3"], headers={"a": "ä"})
+        first, second, third = broker.lease_many("q", 3)
+        first.ack()
+        second.extend(60)
+        second.nack(error="no", delay=5)
+        third.release()
+        broker.lease("q").reject(error="never")
+        broker.redrive("q")
+        broker.enqueue("q", "later", delay=60, priority=9)
+        broker.cancel(broker.enqueue("q", "not at all"))
+        broker.enqueue("other", "away")
+        broker.purge("other")
+        with broker.transaction() as tx:
+            tx.enqueue("other", {"in": "tx"})
+        for _ in range(20):
+            broker.enqueue("other", b"x" * 1000)  # garbage, so that a compaction has something to do
+        broker.purge("other")
+        broker.lease("q").reject(error="dead")
+        broker.pause("other")
+
+
+def test_a_reader_written_from_the_page_reads_log_and_index(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    a_full_life(data)
+    seen = {event[0] for event in read_log(data)}
+    with rivetq.Broker(data, clock=ManualClock()) as broker:
+        broker.compact()
+        jobs = broker.jobs("q") + broker.jobs("other")
+        done = broker.find("q", "k1")
+    seen |= {event[0] for event in read_log(data)}
+    assert seen == {
+        "QueueCreated", "QueueConfigured", "Enqueued", "Leased", "Acked", "Retried", "Released", "Buried", "Extended",
+        "Cancelled", "Purged", "Redriven", "IdsReserved", "Copied", "KeyCopied", "SegmentsDropped",
+    }  # fmt: skip
+    found, keys = read_index(data)
+    assert keys == {(1, "k1"): done}
+    assert [facts.pop("key") for facts in found.values()] == [None, "k3", None]
+    assert found == {
+        job.id: {
+            "state": job.state, "priority": job.priority, "attempts": job.attempts, "last_error": job.last_error,
+            "headers": job.headers, "payload": job.payload,
+        }
+        for job in jobs
+    }  # fmt: skip

@@ -1,0 +1,72 @@
+"""What the broker does by itself: names on disk, small segments swept up, one old job pins nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+import rivetq.local
+from rivetq import Broker
+from rivetq.io import SystemDisk
+from rivetq.local import MANY_SEGMENTS
+from rivetq.testing import ManualClock
+
+
+def test_the_names_of_new_directories_are_on_disk_before_an_enqueue_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    class Recording(SystemDisk):
+        def sync_directory(self, path: str) -> None:
+            super().sync_directory(path)
+            synced.append(os.path.relpath(path, tmp_path))
+
+    monkeypatch.setattr(rivetq.local, "SystemDisk", Recording)
+    with Broker(tmp_path / "new" / "parent" / "data") as broker:
+        broker.enqueue("q", b"job")
+        # each holds the name of the next; the last one holds the segment's
+        assert {".", "new", "new/parent", "new/parent/data", "new/parent/data/log"} <= set(synced)
+
+
+def test_many_openings_do_not_leave_many_segments(tmp_path: Path) -> None:
+    clock = ManualClock()
+    for _ in range(3 * MANY_SEGMENTS):
+        with Broker(tmp_path / "data", clock=clock, fsync="never") as broker:
+            if not broker.stats().enqueued:
+                broker.enqueue("q", b"old", delay=86_400)
+            broker._engine._keep(overdue=False)  # type: ignore[attr-defined]  # the keeper's round, now
+    assert len(list((tmp_path / "data" / "log").glob("*.log"))) <= MANY_SEGMENTS + 2
+    with Broker(tmp_path / "data", clock=clock) as broker:
+        assert [job.payload for job in broker.jobs("q")] == [b"old"]
+        broker._engine._machine.check()  # type: ignore[attr-defined]
+
+
+def test_one_old_job_never_pins_the_log(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data", clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
+        broker.enqueue("q", b"old", delay=86_400)
+        for _ in range(200):
+            broker.enqueue("q", b"x" * 5_000)
+            lease = broker.lease("q")
+            assert lease is not None
+            lease.ack()
+            broker._engine._keep(overdue=False)  # type: ignore[attr-defined]
+        metrics = broker.metrics()
+        assert metrics["log_bytes_written"] > 1_000_000
+        assert metrics["log_bytes"] <= 2 * 65_536 + 2.5 * metrics["live_bytes"] + 10_000
+        assert [job.payload for job in broker.jobs("q")] == [b"old"]
+
+
+def test_a_loop_of_releases_and_extends_does_not_grow_the_log(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data", clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
+        broker.enqueue("q", b"x" * 1_000)
+        for _ in range(3_000):
+            lease = broker.lease("q")
+            assert lease is not None
+            lease.extend(60)
+            lease.release()
+        broker._engine._keep(overdue=False)  # type: ignore[attr-defined]
+        assert broker.metrics()["log_bytes_written"] > 400_000
+        assert broker.metrics()["log_bytes"] <= 3 * 65_536

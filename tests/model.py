@@ -132,19 +132,16 @@ class Model:
     # -- in
 
     def enqueue(self, name, entries, ids, *, priority=5, delay_ms=0, headers=None, max_attempts=None, retry=None,
-                visibility_ms=None, on_duplicate="return"):  # fmt: skip
+                visibility_ms=None, on_duplicate="return", in_block=False):  # fmt: skip
         """One batch of (payload, key). `ids`: what the broker answered, None if it refused. Returns the ids due."""
         queue = self._queues.get(name, Queue())
         standing = {key: self.find(name, key) for _, key in entries if key is not None}
         taken = {key: job_id for key, job_id in standing.items() if job_id is not None}
         fresh = sum(key is None for _, key in entries) + len(standing) - len(taken)
-        open_jobs = sum(job.state != "dead" for job in self._where(name))
-        no = {}
+        no = {} if in_block else self._overfull({name: fresh})
         if taken and on_duplicate == "raise":
             key = next(key for _, key in entries if key in taken)
             no["DuplicateJobError"] = {"job_id": taken[key], "queue": name, "key": key}
-        if fresh and queue.max_jobs is not None and open_jobs + fresh > queue.max_jobs:
-            no["QueueFullError"] = {"queue": name, "max_jobs": queue.max_jobs}
         if queue.rate is not None and queue.rate.on == "enqueue":
             missing = fresh - self._tokens(queue)
             if fresh > queue.rate.burst:
@@ -178,6 +175,12 @@ class Model:
             taken |= {key: job_id} if key is not None else {}
         self._let_due_happen()
         return due
+
+    def end_block(self, before):
+        """A transaction is one change to what was there `before`: what it takes away makes room for what it puts in."""
+        new = {name: queue.enqueued - before.stats(name)["enqueued"] for name, queue in self._queues.items()}
+        if no := self._overfull(new, there=0):
+            raise RefusedError(no)
 
     # -- out
 
@@ -234,9 +237,10 @@ class Model:
 
     def configure(self, name, **options):
         queue = self._queues.setdefault(name, Queue())
+        new_limit = options.get("rate", queue.rate) != queue.rate  # to repeat the old one does not fill the bucket
         for option, value in options.items():
             setattr(queue, option, value)
-        if "rate" in options:
+        if new_limit:
             self._fill(queue)
 
     def pause(self, name):
@@ -304,6 +308,9 @@ class Model:
     def _where(self, name=None, state=None):
         """The living jobs, by id: a dict keeps the order in which they came."""
         return [job for job in self._jobs.values() if name in (None, job.queue) and state in (None, job.state)]
+
+    def _overfull(self, new, there=1):
+        return no
 
     def _held(self, job_id, token):
         if not self.holds(job_id, token):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,34 @@ def test_a_loop_of_releases_and_extends_does_not_grow_the_log(tmp_path: Path) ->
         broker._engine._keep(overdue=False)  # type: ignore[attr-defined]
         assert broker.metrics()["log_bytes_written"] > 400_000
         assert broker.metrics()["log_bytes"] <= 3 * 65_536
+
+
+@pytest.mark.parametrize("ended", ["before its slice", "after its slice"])
+def test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key(
+    ended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    with Broker(tmp_path / "data", clock=clock, fsync="never") as broker:
+        job_id = broker.enqueue("q", b"job", idempotency_key="k")
+        engine = broker._engine
+        take_jobs = engine._take_jobs  # type: ignore[attr-defined]
+
+        def end_meanwhile(ids: list[int]) -> object:
+            items = take_jobs(ids) if ended == "after its slice" else None
+            lease = broker.lease("q")
+            assert lease is not None
+            lease.ack()
+            return items or take_jobs(ids)
+
+        monkeypatch.setattr(engine, "_take_jobs", end_meanwhile)
+        broker.checkpoint()
+        monkeypatch.undo()
+        shutil.copytree(tmp_path / "data", tmp_path / "killed")
+    for _ in range(2):  # the second opening reads what the first one saved
+        with Broker(tmp_path / "killed", clock=clock) as broker:
+            assert broker.find("q", "k") == job_id
+            assert broker.enqueue("q", b"again", idempotency_key="k") == job_id
+            broker._engine._machine.check()  # type: ignore[attr-defined]
+    clock.advance(86_400)
+    with Broker(tmp_path / "killed", clock=clock) as broker:
+        assert broker.find("q", "k") is None

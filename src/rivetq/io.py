@@ -80,7 +80,7 @@ class SystemDisk:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
         for at in range(offset, offset + size, len(_ZEROS)):
-            os.pwrite(fd, _ZEROS[: offset + size - at], at)
+            write_all(self, fd, _ZEROS[: offset + size - at], at)
 
     def truncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)

@@ -386,7 +386,11 @@ class LocalEngine(LiveEngine):
             unsaved, self._unsaved_bytes = self._unsaved_bytes, 0
         try:
             jobs = [item for part in _slices(sorted(taken.jobs)) for item in self._take_jobs(part)]
-            keys = [item for part in _slices(sorted(taken.keys)) for item in self._take_keys(part)]
+            with self._lock:
+                # A job that ended after `lsn` and before its slice is gone from the index, and replay skips the end of
+                # a job that it does not know: the key that it left behind must be in the index as well.
+                ended = taken.keys | machine.changes.keys
+            keys = [item for part in _slices(sorted(ended)) for item in self._take_keys(part)]
             with self._lock:
                 last_lsn = self._last_lsn()
             self._wait_durable(last_lsn)  # the index is never ahead of the disk

@@ -478,6 +478,9 @@ class Machine:
     def load_key(self, number: int, text: str, job_id: int, expires_ms: int, segment: int) -> None:
         """A key from the index that outlived its job."""
         queue = self.numbers[number]
+        if text in queue.keys:  # the job was saved before it ended, the key after: its end is in the log and comes next
+            queue.keys[text].indexed = True
+            return
         key = self._hold_key(queue, text, job_id, segment)
         key.indexed = True
         self._keep_key(queue, text, key, expires_ms)

@@ -80,8 +80,8 @@ class Index:
                 if sealed is None:
                     raise ValueError("the index has no snapshot")
                 machine.load(decode_snapshot(unseal(_SNAPSHOT_KEY, sealed)))
-                for key, value in _items(env, txn, b"jobs"):
-                    machine.load_entry(*decode_entry(key, value, machine.numbers))
+                queues = machine.numbers
+                machine.load_entries(decode_entry(key, value, queues) for key, value in _items(env, txn, b"jobs"))
                 for key, value in _items(env, txn, b"keys"):
                     number, text = int.from_bytes(key[:4], "big"), key[4:].decode()
                     machine.load_key(number, text, *decode_key_value(key, value))

@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -79,7 +80,9 @@ class LocalEngine(LiveEngine):
         self._fsync = fsync
         self._fsync_interval = fsync_interval
         self._segment_bytes = segment_bytes
-        self._cache: dict[int, bytes] = {}  # payloads of waiting jobs by id, oldest first; guarded by _lock
+        # Payloads of waiting jobs by id, oldest first; guarded by _lock. Not a plain dict: finding the first key of one
+        # whose head was deleted scans all that was there.
+        self._cache: OrderedDict[int, bytes] = OrderedDict()
         self._cache_left = cache_bytes
         self._must_sync_lsn = 0  # a record that is synced in every mode
         self._keeper_lock = threading.Lock()  # one checkpoint or compaction at a time
@@ -249,7 +252,7 @@ class LocalEngine(LiveEngine):
             cache[job_id] = payload
             self._cache_left -= len(payload)
         while self._cache_left < 0 and cache:
-            self._cache_left += len(cache.pop(next(iter(cache))))
+            self._cache_left += len(cache.popitem(last=False)[1])
 
     def _uncache(self, job_id: int) -> None:
         payload = self._cache.pop(job_id, None)

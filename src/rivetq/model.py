@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import TracebackType
-from typing import Literal, Protocol, Self, cast
+from typing import Any, Literal, Protocol, Self
 
 import attrs
 
@@ -24,7 +24,6 @@ MAX_DURATION_MS = 100 * 366 * 86_400_000
 Jitter = Literal["full", "equal", "none"]
 LimitOn = Literal["lease", "enqueue"]
 Duration = int | float | timedelta
-JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 
 
 class JobState(StrEnum):
@@ -231,8 +230,8 @@ class Job:
     last_error: str | None
     died_at: datetime | None
 
-    def json(self) -> JsonValue:
-        """The payload decoded as JSON."""
+    def json(self) -> Any:
+        """The payload decoded as JSON; Any, as from json.loads."""
         return decode_json(self.payload)
 
     def __getstate__(self) -> tuple[object, ...]:
@@ -294,8 +293,8 @@ class Lease:
     last_error: str | None
     _broker: Settler | None = attrs.field(default=None, eq=False, repr=False, alias="broker")
 
-    def json(self) -> JsonValue:
-        """The payload decoded as JSON."""
+    def json(self) -> Any:
+        """The payload decoded as JSON; Any, as from json.loads."""
         return decode_json(self.payload)
 
     def ack(self) -> None:
@@ -385,9 +384,9 @@ def read_only(headers: Mapping[str, str]) -> Mapping[str, str]:
 NO_HEADERS: Mapping[str, str] = _ReadOnly()
 
 
-def decode_json(payload: bytes) -> JsonValue:
+def decode_json(payload: bytes) -> Any:
     """The value of a JSON payload; `UsageError` if it is none."""
     try:
-        return cast(JsonValue, json.loads(payload))
+        return json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the payload ({len(payload)} bytes) is not JSON: {error}; read .payload instead") from error

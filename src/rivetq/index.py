@@ -6,8 +6,9 @@ compared before LMDB sees the file; and every value carries a CRC over key and v
 manifest (a crash fell between the commit and the writing of the manifest, or something was damaged) is not opened: the
 caller rebuilds from the log.
 
-Loading opens the environment read-only and without its lock file, so that a refused opening changes nothing.
-One thread at a time writes (the engine's checkpoint lock).
+Loading opens the environment read-only, so that a refused opening changes nothing. One thread at a time writes (the
+engine's keeper lock), one process owns the directory, and nobody reads after the loading: LMDB's own lock file is not
+used. It is written through a memory map, and on a full disk that is not an error but a SIGBUS (seen on a tmpfs).
 """
 
 from __future__ import annotations
@@ -138,9 +139,7 @@ class Index:
                 os.mkdir(self._path, DIRECTORY_MODE)
                 os.chmod(self._path, DIRECTORY_MODE)
             self._env = _open(self._path, readonly=False)
-            self._env.reader_check()
-            for name in ("data.mdb", "lock.mdb"):
-                os.chmod(os.path.join(self._path, name), FILE_MODE)
+            os.chmod(self._data, FILE_MODE)
         return self._env
 
     def _fingerprint(self) -> tuple[int, int]:
@@ -172,7 +171,7 @@ def _open(path: str, *, readonly: bool) -> lmdb.Environment:
                 map_size=map_bytes,
                 max_dbs=2,
                 readonly=readonly,
-                lock=not readonly,
+                lock=False,
                 sync=True,
                 metasync=True,
                 writemap=False,

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import lmdb
@@ -278,11 +279,11 @@ class LocalEngine(LiveEngine):
                 with self._lock:  # the job was copied and its segment dropped since
                     self._check()
                     entry = self._machine.jobs.get(entry.id)
-        except StorageError as error:
+        except (StorageError, OSError) as error:
+            self._check()  # closed meanwhile: that is the reason
             self._fail(error)
-            raise
-        except OSError as error:
-            self._fail(error)
+            if isinstance(error, StorageError):
+                raise
             raise self._failed_error("unknown") from error
         return None
 
@@ -336,13 +337,22 @@ class LocalEngine(LiveEngine):
                 with self._keeper_lock:
                     self._checkpoint()
             case "compact":
-                self._rotate()
+                with suppress(DiskFullError):  # then without the tail: what is dropped makes room
+                    self._rotate()
                 with self._keeper_lock:
                     self._compact(self._copyable_upto())
             case "rotate":
                 self._rotate()
             case _:
                 raise UsageError(f"maintain: unknown verb {verb!r}")
+
+    def _flush(self) -> None:
+        """Write the log's buffer, a begun segment without records included."""
+        try:
+            self._log.flush()
+        except Exception as error:
+            self._fail(error)
+            raise self._failed_error("unknown") from error
 
     def _sync_all(self) -> None:
         with self._lock:
@@ -372,7 +382,7 @@ class LocalEngine(LiveEngine):
                 break
             except NeedRoomError as need:
                 self._make_room(need)
-        self._log.flush()
+        self._flush()
         self._sync_all()
 
     def _checkpoint(self) -> None:
@@ -475,7 +485,7 @@ class LocalEngine(LiveEngine):
         """Drop the segments up to this one, after what lives in them was copied. Caller holds _keeper_lock."""
         if not upto:
             return
-        self._log.flush()  # the successor's header must be in its file
+        self._flush()  # the successor's header must be in its file
         for segment in [s for s in sorted(self._log.sizes) if s <= upto]:
             self._copy_segment(segment)
         self._checkpoint()  # which syncs the copies; the index now points at them

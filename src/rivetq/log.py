@@ -39,6 +39,8 @@ from .state import Place
 RESERVE_BYTES = 256 * 1024
 FIRST_BYTES = 512 * 1024
 """Preallocated at the start; a small queue takes little disk."""
+SMALL_BYTES = 64 * 1024
+"""On a nearly full disk spares get smaller, down to this one, or to what an answer needs."""
 STEP_BYTES = 16 * 2**20
 """The largest step: a segment doubles up to this one."""
 _MARK = struct.Struct("<16sQ")
@@ -154,17 +156,17 @@ class Log:
         Without a snapshot the tail is to grow; if the disk has nothing for it, the next try begins the spare.
         Raises DiskFullError if the file system has no space for a spare either.
         """
+        need = frame_bytes(body_length) + (snapshot_length or 0) + _HEADER_SLACK
         with self._spare_lock:
             try:
+                size = max(self._spare_bytes, need)
                 if snapshot_length is None:
                     self._extend(body_length)
                     size = self._spare_bytes
-                else:
-                    size = max(self._spare_bytes, frame_bytes(body_length) + snapshot_length + _HEADER_SLACK)
                 while not self.has_room(body_length, snapshot_length, keep_reserve=keep_reserve):
                     if snapshot_length is None and not self.fits(body_length):
                         return  # the tail changed meanwhile: the caller decides again
-                    self._spares.append(self._new_spare(size))
+                    self._spares.append(self._largest_spare(size, need if not keep_reserve else max(need, SMALL_BYTES)))
                     size = self._spare_bytes
                 self._disk_full = False
             except OSError as error:
@@ -180,9 +182,18 @@ class Log:
     def _extend(self, body_length: int) -> None:
         # Caller holds _spare_lock. The tail may change meanwhile: `size` belongs to the file.
         tail = self._tail
-        if tail is not None and not self.fits(body_length):
-            step = min(STEP_BYTES, max(tail.size, frame_bytes(body_length)))
-            tail.extend(min(self._segment_bytes, max(tail.size + step, self._tail_offset + frame_bytes(body_length))))
+        if tail is None or self.fits(body_length):
+            return
+        need = self._tail_offset + frame_bytes(body_length)
+        size = min(self._segment_bytes, max(need, tail.size + min(STEP_BYTES, tail.size)))
+        while True:
+            try:
+                tail.extend(size)
+                break
+            except OSError:
+                if size <= need:
+                    raise
+                size = max(need, (tail.size + size) // 2)  # the disk is nearly full: a smaller step
 
     def refill(self) -> None:
         """Get the space that is wanted, ahead of need. Raises OSError."""
@@ -194,6 +205,16 @@ class Log:
                 elif tail is not None:
                     tail.extend(min(self._segment_bytes, tail.size + min(STEP_BYTES, tail.size)))
             self._disk_full = False
+
+    def _largest_spare(self, size: int, least: int) -> SegmentFile:
+        """Of `size`, or of what a nearly full disk still has, down to `least`."""
+        while True:
+            try:
+                return self._new_spare(size)
+            except OSError:
+                if size <= least:
+                    raise
+                size = max(least, size // 2)
 
     def _new_spare(self, size: int) -> SegmentFile:
         self._spare_number += 1
@@ -440,6 +461,8 @@ class Log:
 
     def abandon(self) -> None:
         """Close all files as they are."""
+        for file in [*self._files.values(), *self._spares]:
+            file.close()  # an error that somebody keeps holds the frames of its traceback, and what is in them
         self._file = self._tail = None
         self._files.clear()
         self._spares.clear()

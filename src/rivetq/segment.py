@@ -274,7 +274,11 @@ class SegmentFile:
     def extend(self, size: int) -> None:
         """Preallocate further, to `size` bytes in all. Raises OSError if there is no space."""
         if size > self.size:
-            self._disk.allocate(self._fd, self.size, size - self.size)
+            try:
+                self._disk.allocate(self._fd, self.size, size - self.size)
+            except OSError:
+                self._disk.truncate(self._fd, self.size)  # give back what it got before the space ended
+                raise
             self.size = size
 
     def truncate(self, size: int) -> None:
@@ -282,10 +286,14 @@ class SegmentFile:
         self._disk.truncate(self._fd, size)
         self.size = size
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Close it now. Only at the end of all: a reader that is just about to use the descriptor meets an error."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             self._disk.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def read_header(file: SegmentFile) -> Header:

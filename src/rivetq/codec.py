@@ -215,9 +215,9 @@ def _ids(ids: Sequence[int]) -> bytes:
 def decode_record(body: bytes) -> tuple[int, list[Event]]:
     """The moment and the events of one record. Payloads are not copied out: `payload_at` and `lengths` find them."""
     reader = _Reader(body)
-    (now_ms,) = reader.take(_TIME)
     events: list[Event] = []
     try:
+        (now_ms,) = reader.take(_TIME)
         while reader.at < len(body):
             events.append(_decode(reader))
     except (struct.error, IndexError, KeyError, TypeError) as error:

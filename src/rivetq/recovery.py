@@ -22,6 +22,7 @@ import lmdb
 
 from .clock import Clock
 from .codec import decode_record, decode_snapshot
+from .events import Event, SegmentsDropped
 from .index import Index
 from .io import Disk, read_file
 from .log import list_segments, read_mark
@@ -136,15 +137,17 @@ class _Reader:
             end_offset=last.size,
             applied_lsn=0 if rebuilding else applied_lsn,
         )
+        oldest = 0
         for record in tail:
             if record.frame.lsn > end_lsn:
                 found.surplus.append(record.body)
+                oldest = max(oldest, _dropped_upto(self.files[-1].path, record) + 1)
                 continue
             found.end_crc = record.frame.crc
             found.end_offset = record.at + frame_bytes(record.frame.length)
             if record.frame.lsn > applied_lsn:
                 apply_record(machine, self.files[-1].path, record, last.id)
-        self._check_oldest(machine)
+        self._check_oldest(max(oldest, machine.oldest_segment))
         found.sizes = {n: file.size for n, file in zip(self.numbers, self.files, strict=True)}
         return found
 
@@ -193,20 +196,35 @@ class _Reader:
         except ValueError as error:
             raise corrupt(file.path, 0, f"the snapshot in the header cannot be read: {error}") from error
 
-    def _check_oldest(self, machine: Machine) -> None:
+    def _check_oldest(self, oldest: int) -> None:
         """Segments go oldest first and only after the log said so: without its word a missing one is a loss."""
-        if self.numbers[0] > machine.oldest_segment:
-            missing = os.path.join(self._directory, segment_name(machine.oldest_segment))
-            raise corrupt(missing, 0, "the segment is missing")
+        if self.numbers[0] > oldest:
+            raise corrupt(os.path.join(self._directory, segment_name(oldest)), 0, "the segment is missing")
+
+
+def _dropped_upto(path: str, record: Record) -> int:
+    """The last segment that this record, which is to be written again, allows to be missing; 0 if it is no such word.
+
+    It was synced before a file was removed, even if every witness of that is gone.
+    """
+    _, events = _decoded(path, record)
+    return max((event.upto for event in events if isinstance(event, SegmentsDropped)), default=0)
 
 
 def apply_record(machine: Machine, path: str, record: Record, segment: int) -> None:
     """Replay one record. Raises CorruptLogError if its checksum is right and its content makes no sense."""
+    now_ms, events = _decoded(path, record)
+    machine.now_ms = max(machine.now_ms, now_ms)
+    place = Place(segment, record.body_offset, record.frame.lsn)
     try:
-        now_ms, events = decode_record(record.body)
-        machine.now_ms = max(machine.now_ms, now_ms)
-        place = Place(segment, record.body_offset, record.frame.lsn)
         for event in events:
             machine.apply(event, now_ms, place)
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError) as error:
+        raise corrupt(path, record.at, f"record {record.frame.lsn} cannot be understood: {error!r}") from error
+
+
+def _decoded(path: str, record: Record) -> tuple[int, list[Event]]:
+    try:
+        return decode_record(record.body)
+    except ValueError as error:
         raise corrupt(path, record.at, f"record {record.frame.lsn} cannot be understood: {error}") from error

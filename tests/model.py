@@ -1,7 +1,6 @@
 """What RivetQ promises, said once more in the plainest Python: dicts, scans and sorted().
 
-The model knows the public contract and nothing of the implementation. It has no log, no index, no heap and no threads,
-so that it can be checked by reading. Rules of the house:
+The model knows the public contract and nothing of the implementation: no log, no index, no heap, no threads.
 
 - Time is whole milliseconds and moves only in `advance`. Whatever is due has happened when a method returns.
 - A method that the contract forbids raises `RefusedError` and has changed nothing.
@@ -9,10 +8,10 @@ so that it can be checked by reading. Rules of the house:
   is allowed, and goes on with it.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-
-REMOVABLE = ("ready", "scheduled", "dead")  # by cancel and purge: all but the leased
+from math import inf
 
 
 class RefusedError(Exception):
@@ -54,10 +53,7 @@ class Queue:
     paused: bool = False
     tokens: Fraction = Fraction(0)  # in the bucket at `tokens_at_ms`
     tokens_at_ms: int = 0
-    enqueued: int = 0
-    acked: int = 0
-    cancelled: int = 0
-    purged: int = 0
+    totals: Counter = field(default_factory=Counter)
 
 
 @dataclass
@@ -101,15 +97,11 @@ class Model:
         for queue in self._queues.values():
             self._fill(queue)
         for job in self._where(state="leased") if release_on_open else []:
-            if job.attempts == 1 and job.max_attempts != 1:
-                job.last_error = "owner gone"
-                self._schedule(job, self.now_ms)
-            else:
-                self._fail(job, self.now_ms, "owner gone")
+            self._fail(job, self.now_ms, "owner gone", 0 if job.attempts == 1 else None)
         self._let_due_happen()
 
     def undecided(self):
-        """Ids of the jobs whose due time the broker has drawn and the model does not know yet."""
+        """The jobs whose due time the broker has drawn and the model does not know yet."""
         return [job.id for job in self._where(state="scheduled") if job.due_at_ms < job.due_by_ms]
 
     def decide(self, job_id, state, due_at_ms):
@@ -138,33 +130,25 @@ class Model:
         standing = {key: self.find(name, key) for _, key in entries if key is not None}
         taken = {key: job_id for key, job_id in standing.items() if job_id is not None}
         fresh = sum(key is None for _, key in entries) + len(standing) - len(taken)
-        no = {} if in_block else self._overfull({name: fresh})
+        no = {} if in_block else self._limits(name, fresh, there=0)
         if taken and on_duplicate == "raise":
             key = next(key for _, key in entries if key in taken)
             no["DuplicateJobError"] = {"job_id": taken[key], "queue": name, "key": key}
-        if queue.rate is not None and queue.rate.on == "enqueue":
-            missing = fresh - self._tokens(queue)
-            if fresh > queue.rate.burst:
-                no["UsageError"] = {}
-            elif fresh and missing > 0:
-                no["RateLimitedError"] = {"queue": name, "retry_after": float(missing / queue.rate.per_second)}
         if no:
             raise RefusedError(no)
         assert ids is not None, "the broker refused what the model takes"
-        assert len(ids) == len(entries), f"{len(entries)} payloads, but {len(ids)} ids"
-
         self._queues[name] = queue
-        if queue.rate is not None and queue.rate.on == "enqueue":
-            self._take_tokens(queue, fresh)
+        if not in_block:
+            self._take_tokens(queue, fresh, "enqueue")
         policy = retry or queue.retry
         due = []
         for (payload, key), job_id in zip(entries, ids, strict=True):
-            if taken.get(key) is not None:
+            if key in taken:
                 due.append(taken[key])
                 continue
             assert job_id > self.last_id, f"id {job_id} after {self.last_id}: ids must increase and are never reused"
             self.last_id = job_id
-            queue.enqueued += 1
+            queue.totals["enqueued"] += 1
             self._ended_keys.pop((name, key), None)
             self._jobs[job_id] = Job(
                 id=job_id, queue=name, payload=payload, headers=dict(headers or {}), priority=priority,
@@ -178,8 +162,14 @@ class Model:
 
     def end_block(self, before):
         """A transaction is one change to what was there `before`: what it takes away makes room for what it puts in."""
-        new = {name: queue.enqueued - before.stats(name)["enqueued"] for name, queue in self._queues.items()}
-        if no := self._overfull(new, there=0):
+        no = {}
+        for name, queue in self._queues.items():
+            fresh = queue.totals["enqueued"] - before.stats(name)["enqueued"]
+            no |= {error: {} for error in self._limits(name, fresh, there=fresh)}
+            self._take_tokens(queue, fresh, "enqueue")
+        if "UsageError" in no:
+            no["RateLimitedError"] = {}  # whether a block is a batch is not said
+        if no:
             raise RefusedError(no)
 
     # -- out
@@ -192,10 +182,8 @@ class Model:
             if queue is None or queue.paused:
                 continue
             ready = sorted(self._where(name, "ready"), key=lambda job: (-job.priority, job.id))
-            ready = ready[: max_jobs - len(leased)]
-            if queue.rate is not None and queue.rate.on == "lease":
-                ready = ready[: int(self._tokens(queue))]
-                self._take_tokens(queue, len(ready))
+            ready = ready[: int(min(max_jobs - len(leased), self._tokens(queue, "lease")))]
+            self._take_tokens(queue, len(ready), "lease")
             for job in ready:
                 timeouts = (visibility_ms, job.visibility_ms, queue.visibility_ms)
                 job.deadline_ms = self.now_ms + next(ms for ms in timeouts if ms is not None)
@@ -243,31 +231,28 @@ class Model:
         if new_limit:
             self._fill(queue)
 
-    def pause(self, name):
-        self.configure(name, paused=True)
-
-    def resume(self, name):
-        if name in self._queues:
-            self.configure(name, paused=False)
+    def pause(self, name, *, paused=True):
+        if paused or name in self._queues:
+            self.configure(name, paused=paused)
 
     def purge(self, name, state=None):
-        doomed = [job for job in self._where(name, state) if job.state in REMOVABLE]
+        doomed = [job for job in self._where(name, state) if job.state != "leased"]
         for job in doomed:
             self._end(job, "purged")
         return len(doomed)
 
     def cancel(self, job_id):
         job = self._jobs.get(job_id)
-        if job is None or job.state not in REMOVABLE:
+        if job is None or job.state == "leased":
             return False
         self._end(job, "cancelled")
         return True
 
     def redrive(self, name, *, job_ids=None, limit=None):
         dead = self._where(name, "dead")
-        strangers = sorted(set(job_ids or ()) - {job.id for job in dead})
+        strangers = set(job_ids or ()) - {job.id for job in dead}
         if strangers:
-            raise RefusedError({"JobNotFoundError": {"job_id": strangers[0]} if len(strangers) == 1 else {}})
+            raise RefusedError({"JobNotFoundError": {"job_id": min(strangers)}})
         chosen = [job for job in dead if job_ids is None or job.id in job_ids][:limit]
         for job in chosen:
             job.attempts = 0
@@ -299,7 +284,7 @@ class Model:
         queues = [queue for known, queue in self._queues.items() if name in (None, known)]
         seen = {state: sum(job.state == state for job in jobs) for state in ("ready", "scheduled", "leased", "dead")}
         for total in ("enqueued", "acked", "cancelled", "purged"):
-            seen[total] = sum(getattr(queue, total) for queue in queues)
+            seen[total] = sum(queue.totals[total] for queue in queues)
         ages = [(self.now_ms - job.enqueued_at_ms) / 1000 for job in jobs if job.state == "ready"]
         return seen | {"oldest_age": max(ages, default=None)}
 
@@ -309,7 +294,19 @@ class Model:
         """The living jobs, by id: a dict keeps the order in which they came."""
         return [job for job in self._jobs.values() if name in (None, job.queue) and state in (None, job.state)]
 
-    def _overfull(self, new, there=1):
+    def _limits(self, name, fresh, *, there):
+        """The reasons against `fresh` jobs, of which some may be `there` already."""
+        queue = self._queues.get(name, Queue())
+        open_jobs = sum(job.state != "dead" for job in self._where(name)) - there
+        no = {}
+        if fresh and queue.max_jobs is not None and open_jobs + fresh > queue.max_jobs:
+            no["QueueFullError"] = {"queue": name, "max_jobs": queue.max_jobs}
+        missing = fresh - self._tokens(queue, "enqueue")
+        if fresh and missing > 0:
+            if fresh > queue.rate.burst:
+                no["UsageError"] = {}
+            else:
+                no["RateLimitedError"] = {"queue": name, "retry_after": float(missing / queue.rate.per_second)}
         return no
 
     def _held(self, job_id, token):
@@ -337,19 +334,20 @@ class Model:
 
     def _end(self, job, how):
         queue = self._queues[job.queue]
-        setattr(queue, how, getattr(queue, how) + 1)
+        queue.totals[how] += 1
         del self._jobs[job.id]
         if job.key is not None:
             self._ended_keys[job.queue, job.key] = (job.id, self.now_ms + queue.ttl_ms)
 
     def _fill(self, queue):
-        queue.tokens = Fraction(queue.rate.burst if queue.rate else 0)
-        queue.tokens_at_ms = self.now_ms
+        queue.tokens, queue.tokens_at_ms = Fraction(queue.rate.burst if queue.rate else 0), self.now_ms
 
-    def _tokens(self, queue):
+    def _tokens(self, queue, on):
+        if queue.rate is None or queue.rate.on != on:
+            return inf
         earned = Fraction(queue.rate.per_second) * (self.now_ms - queue.tokens_at_ms) / 1000
         return min(Fraction(queue.rate.burst), queue.tokens + earned)
 
-    def _take_tokens(self, queue, n):
-        queue.tokens = self._tokens(queue) - n
-        queue.tokens_at_ms = self.now_ms
+    def _take_tokens(self, queue, n, on):
+        if queue.rate is not None and queue.rate.on == on:
+            queue.tokens, queue.tokens_at_ms = self._tokens(queue, on) - n, self.now_ms

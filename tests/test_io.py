@@ -174,6 +174,30 @@ def test_missing_parents_are_made(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b" / "c").is_dir()
 
 
+def test_the_names_of_new_directories_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    disk = SystemDisk()
+    monkeypatch.setattr(disk, "sync_directory", synced.append)
+    disk.make_directory(str(tmp_path / "a" / "b" / "c"))
+    assert synced == [str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "b")]
+    disk.make_directory(str(tmp_path / "a" / "b" / "c"))
+    assert len(synced) == 3
+
+
+def test_a_directory_that_another_process_makes_meanwhile_is_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = os.mkdir
+
+    def be_late(path: str, mode: int = 0o777) -> None:
+        mkdir(path, mode)
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", be_late)
+    SystemDisk().make_directory(str(tmp_path / "a" / "b" / "c"))
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
 def test_a_directory_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "directory").chmod(0o750)

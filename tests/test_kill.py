@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -52,6 +53,8 @@ class Expected:
             match json.loads(line):
                 case ["intent", number, keys, ended, told]:
                     self.doubtful[number] = Intent(keys, ended, told)
+                    for key, job_id in zip(keys, told or (), strict=False):
+                        self._tell(job_id, key)  # also if it never comes into being
                 case ["ok", number, ids]:
                     intent = self.doubtful.pop(number)
                     self._happened(intent, ids)
@@ -170,7 +173,8 @@ class Hunt:
             assert answer.startswith(b"{"), f"life {life} ended by itself\n{self._errors.read_text()[-3000:]}"
             time.sleep(rng.uniform(0.020, 0.120))  # the work that the kill cuts short
         finally:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         died = int(self._hear())
         assert died == -signal.SIGKILL, f"life {life} ended with {died}\n{self._errors.read_text()[-3000:]}"
         report: dict[str, Any] = json.loads(answer)

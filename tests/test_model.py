@@ -381,7 +381,7 @@ class BrokerBesideModel(RuleBasedStateMachine):
     @rule(queue=queues, verb=st.sampled_from(("pause", "resume", "resume", "resume")))
     def pause_or_resume(self, queue, verb):
         getattr(self.broker, verb)(queue)
-        getattr(self.model, verb)(queue)
+        self.model.pause(queue, paused=verb == "pause")
 
     @precondition(jobs)
     @rule(queue=queues, state=st.sampled_from((None, "ready", "scheduled", "scheduled", "dead", "dead")))
@@ -655,22 +655,25 @@ def do_in_transaction(tx, step, leases):
 
 
 def replay_in_model(model, steps, leases, answers):
-    """The steps of a block, one after another. Fences are checked at the call, limits perhaps only at the end: of
-    several reasons to refuse the block any one will do."""
+    """The steps of a block, one after another, and its end. Of several reasons to refuse it any one will do: some are
+    looked for at the call, others at the end."""
     no = {}
+    before = copy.deepcopy(model)
     answers = answers + [None] * (len(steps) - len(answers))  # a refusal ended the block early
     for step, ids in zip(steps, answers, strict=True):
         try:
-            replay_step_in_model(model, step, leases, ids, given_up=bool(no))
+            replay_step_in_model(model, step, leases, None if no else ids)
         except RefusedError as refused:
-            for name, facts in refused.errors.items():
-                no[name] = facts if no.get(name, facts) == facts else {}
+            no = both_reasons(no, refused.errors)
+    try:
+        model.end_block(before)
+    except RefusedError as refused:
+        no = both_reasons(no, refused.errors)
     if no:
-        no.get("RateLimitedError", {}).pop("retry_after", None)  # for this step, or for the whole block
         raise RefusedError(no)
 
 
-def replay_step_in_model(model, step, leases, ids, given_up):
+def replay_step_in_model(model, step, leases, ids):
     match step:
         case ("enqueue", queue, payload, key, options):
             entries = [(payload, key)]
@@ -681,10 +684,14 @@ def replay_step_in_model(model, step, leases, ids, given_up):
                 verb = "ack" if verb == "ack_many" else verb
                 answer_model(model, verb, nth(leases, pick), answer_options(verb, delay_ms, error))
             return
-    if given_up:  # only the reasons matter now
-        ids = [model.last_id + 1 + n for n in range(len(entries))]
-    due = model.enqueue(queue, entries, ids, **options)
-    assert given_up or due == ids, f"{step}: {ids}, but the model says {due}"
+    invented = [model.last_id + 1 + n for n in range(len(entries))]  # when only the reasons matter any more
+    due = model.enqueue(queue, entries, ids or invented, in_block=True, **options)
+    assert ids in (None, due), f"{step}: {ids}, but the model says {due}"
+
+
+def both_reasons(some, more):
+    """Where they name the same error, its facts may be those of either."""
+    return some | {name: facts if some.get(name, facts) == facts else {} for name, facts in more.items()}
 
 
 def answer_options(verb, delay_ms, error):

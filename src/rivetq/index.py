@@ -138,8 +138,10 @@ class Index:
             if not os.path.isdir(self._path):
                 os.mkdir(self._path, DIRECTORY_MODE)
                 os.chmod(self._path, DIRECTORY_MODE)
+            with contextlib.suppress(FileExistsError):
+                # LMDB opens its file twice: made by itself under a strict umask it could not open it again.
+                self._disk.close(self._disk.create(self._data))
             self._env = _open(self._path, readonly=False)
-            os.chmod(self._data, FILE_MODE)
         return self._env
 
     def _fingerprint(self) -> tuple[int, int]:

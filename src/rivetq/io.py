@@ -118,7 +118,8 @@ class SystemDisk:
         parent = os.path.dirname(path)
         if not os.path.isdir(parent):
             self._make_parent(parent)
-        os.mkdir(path)
+        with contextlib.suppress(FileExistsError):  # somebody else was quicker
+            os.mkdir(path)
         self.sync_directory(parent)
 
     def sync_directory(self, path: str) -> None:

@@ -579,7 +579,6 @@ class LocalEngine(LiveEngine):
 
     def forked(self) -> None:
         super().forked()
-        self._owner.release()
         self._index.forget()
 
     def metrics(self) -> dict[str, int]:

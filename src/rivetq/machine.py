@@ -213,9 +213,10 @@ class Machine:
         segment, lsn, jobs = place.segment, place.lsn, self.jobs
         for i, length in enumerate(event.lengths):
             job_id = first_id + i
-            if job_id in jobs:  # a checkpoint took the job while the log went on
-                self._drop(jobs[job_id])
             entry = Entry(job_id, queue, spec, now_ms, event.due_ms, keys[i] if keys else None)
+            if job_id in jobs:  # a checkpoint took the job while the log went on
+                entry.indexed = jobs[job_id].indexed
+                self._drop(jobs[job_id])
             entry.length = length
             if segment:
                 entry.segment, entry.offset, entry.crc, entry.lsn = segment, offset, crcs[i], lsn

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import weakref
 from datetime import datetime
 
 from .errors import BrokerLockedError
@@ -24,6 +25,7 @@ class DirectoryLock:
         self._path = os.path.join(directory, "LOCK")
         self._created = False
         self._fd = self._acquire(directory)
+        _held.add(self)
         self._former = os.pread(self._fd, 4096, 0)
         self._write(json.dumps({"pid": os.getpid(), "since_ms": wall_ms}).encode())
 
@@ -63,6 +65,17 @@ class DirectoryLock:
         else:
             self._write(self._former)
         self.release()
+
+
+_held: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    for lock in list(_held):
+        lock.release()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)  # also of a fork while a directory is being opened
 
 
 def _locked(directory: str, note: bytes) -> BrokerLockedError:

@@ -1,0 +1,94 @@
+"""Flips bits in the files of a directory, one at a time, and opens it after each: a process of its own, for signals.
+
+Reads one JSON object: directory, boot_id, bits (how many per byte), places: [[file, start, stop, step], ...].
+Writes one line per flip, at once: [file, offset, bit, outcome, ...] where outcome is
+
+    equal       the state and every payload are as they were
+    payload     the state is as it was, and a payload is refused when it is read: the file and offset that it names
+    refused     the opening is refused: the kind of error, the file and offset that it names
+    different   the state, or a payload that was read, is another one
+    other       another exception: which
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rivetq import CorruptLogError, FormatError
+from rivetq.codec import decode_record
+from rivetq.index import Index
+from rivetq.io import SystemDisk
+from rivetq.log import Log
+from rivetq.machine import Machine
+from rivetq.recovery import recover
+from rivetq.state import Place
+from rivetq.testing import ManualClock
+
+NOWHERE = 2**31
+"""The segment of what is not in its new place yet."""
+
+
+def opened(directory: Path, clock: ManualClock) -> tuple[Machine, Log]:
+    disk = SystemDisk()
+    found = recover(disk, str(directory), Index(disk, str(directory / "index")), clock, Machine)
+    machine = found.machine
+    for body in found.surplus:  # the mark is rotten: what it testified is written again
+        now_ms, events = decode_record(body)
+        machine.now_ms = max(machine.now_ms, now_ms)
+        for event in events:
+            machine.apply(event, now_ms, Place(NOWHERE, 0, 0))
+    machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
+    log = Log(disk, str(directory / "log"), log_id=found.log_id, epoch=found.epoch, segment_bytes=1 << 16)
+    return machine, log
+
+
+def payloads(machine: Machine, log: Log) -> dict[int, bytes | None]:
+    jobs = [entry for entry in machine.jobs.values() if entry.segment != NOWHERE]
+    return {e.id: log.read(e.segment, e.offset, e.length, e.crc) for e in jobs}
+
+
+def outcome(directory: Path, clock: ManualClock, state: dict[str, Any], contents: dict[int, bytes | None]) -> list[Any]:
+    try:
+        machine, log = opened(directory, clock)
+        if machine.dump() != state:
+            return ["different", "state"]
+        try:
+            return ["equal"] if payloads(machine, log).items() <= contents.items() else ["different", "payload"]
+        except CorruptLogError as error:
+            return ["payload", "CorruptLogError", error.file, error.offset]
+    except CorruptLogError as error:
+        return ["refused", "CorruptLogError", error.file, error.offset]
+    except FormatError as error:
+        return ["refused", "FormatError", str(error), 0]
+    except BaseException as error:
+        return ["other", repr(error)]
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    logging.disable()
+    directory = Path(task["directory"])
+    clock = ManualClock(start=0)
+    clock.boot_id = task["boot_id"]
+    machine, log = opened(directory, clock)
+    state, contents = machine.dump(), payloads(machine, log)
+    for name, start, stop, step in task["places"]:
+        fd = os.open(directory / name, os.O_RDWR)
+        for offset in range(start, stop, step):
+            (value,) = os.pread(fd, 1, offset)
+            for n in range(task["bits"]):
+                bit = (offset * 5 + n) % 8
+                os.pwrite(fd, bytes((value ^ 1 << bit,)), offset)
+                line = [name, offset, bit, *outcome(directory, clock, state, contents)]
+                os.write(1, json.dumps(line).encode() + b"\n")
+            os.pwrite(fd, bytes((value,)), offset)
+        os.close(fd)
+
+
+if __name__ == "__main__":
+    main()

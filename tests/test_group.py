@@ -1,0 +1,503 @@
+"""Group commit: one sync for all who wait, and one failure for all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import rivetq.group
+from rivetq.group import PATIENCE, GroupCommit
+
+PATIENCE_OF_THE_TEST_S = 20.0
+
+
+class FakeLog:
+    """Syncs when the test lets it: each sync takes one permit, makes all of `written_lsn` durable or raises."""
+
+    def __init__(self) -> None:
+        self.written_lsn = 0
+        self.durable_lsn = 0
+        self.broken = False
+        self.syncs = 0
+        self.begun = threading.Semaphore(0)
+        self.permits = threading.Semaphore(0)
+        self.faults: list[BaseException | None] = []
+
+    def sync(self) -> int:
+        self.syncs += 1
+        lsn = self.written_lsn
+        self.begun.release()
+        assert self.permits.acquire(timeout=PATIENCE_OF_THE_TEST_S)
+        fault = self.faults.pop(0) if self.faults else None
+        if fault is not None:
+            raise fault
+        self.durable_lsn = lsn
+        return lsn
+
+
+class Desk:
+    """A group commit, its log, and callers in threads of their own."""
+
+    def __init__(self) -> None:
+        self.log = FakeLog()
+        self.group = GroupCommit(self.log)
+        self.threads: list[threading.Thread] = []
+        self.answers: dict[int, BaseException | None] = {}  # lsn -> what its caller got
+
+    def call(self, lsn: int) -> None:
+        """A thread appends record `lsn` and waits for it; returns when it leads or is parked."""
+        self.log.written_lsn = max(self.log.written_lsn, lsn)
+        parked = self.parked()
+        leads = not self.group._leading
+
+        def wait() -> None:
+            try:
+                self.group.wait(lsn)
+                self.answers[lsn] = None
+            except BaseException as error:
+                self.answers[lsn] = error
+
+        thread = threading.Thread(target=wait, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+        if leads:
+            self.sync_begins()
+        else:
+            until(lambda: self.parked() > parked)
+
+    def parked(self) -> int:
+        return len(self.group._waiters)
+
+    def sync_begins(self) -> None:
+        assert self.log.begun.acquire(timeout=PATIENCE_OF_THE_TEST_S)
+
+    def disk_answers(self, fault: BaseException | None = None) -> None:
+        self.log.faults.append(fault)
+        self.log.permits.release()
+
+    def all_return(self) -> dict[int, BaseException | None]:
+        for thread in self.threads:
+            thread.join(PATIENCE_OF_THE_TEST_S)
+            assert not thread.is_alive(), "a caller waits for ever"
+        return self.answers
+
+    def is_idle(self) -> bool:
+        return not self.group._leading and not self.group._waiters and not self.group._enough
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Let other threads run until it is so."""
+    end = time.monotonic() + PATIENCE_OF_THE_TEST_S
+    while not condition():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0)
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    desk = Desk()
+    yield desk
+    assert not any(thread.is_alive() for thread in desk.threads)
+
+
+def test_a_lone_caller_syncs_in_its_own_thread(desk: Desk) -> None:
+    threads = threading.active_count()
+    desk.log.written_lsn = 3
+    desk.disk_answers()
+    desk.group.wait(3)
+    assert (desk.log.syncs, desk.log.durable_lsn) == (1, 3)
+    assert threading.active_count() == threads
+    assert desk.is_idle()
+
+
+def test_a_durable_record_needs_no_sync(desk: Desk) -> None:
+    desk.log.durable_lsn = 5
+    desk.group.wait(5)
+    desk.group.wait(1)
+    assert desk.log.syncs == 0
+
+
+def test_a_record_that_became_durable_while_the_lock_was_waited_for_needs_no_sync(desk: Desk) -> None:
+    lock = desk.group._lock
+
+    class Meanwhile:
+        def __enter__(self) -> None:
+            lock.acquire()
+            desk.log.durable_lsn = 5
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+
+    desk.group._lock = Meanwhile()  # type: ignore[assignment]
+    desk.group.wait(5)
+    assert desk.log.syncs == 0
+    desk.group._lock = lock
+    assert desk.is_idle()
+
+
+def test_callers_that_come_while_the_disk_is_busy_share_the_next_sync(desk: Desk) -> None:
+    for lsn in range(1, 6):
+        desk.call(lsn)
+    desk.disk_answers()
+    desk.sync_begins()
+    assert desk.log.durable_lsn == 1
+    desk.disk_answers()
+    assert desk.all_return() == dict.fromkeys(range(1, 6))
+    assert desk.log.syncs == 2
+    assert desk.is_idle()
+
+
+def test_nobody_returns_before_its_record_is_durable(desk: Desk) -> None:
+    desk.call(1)
+    desk.call(2)
+    assert desk.answers == {}
+    desk.disk_answers()
+    desk.sync_begins()
+    until(lambda: desk.answers == {1: None})
+    assert desk.threads[1].is_alive()
+    desk.disk_answers()
+    desk.all_return()
+
+
+def test_a_caller_whose_record_was_covered_by_the_running_sync_needs_no_other(desk: Desk) -> None:
+    desk.log.written_lsn = 3
+    desk.call(1)
+    desk.call(2)
+    desk.call(3)
+    desk.disk_answers()
+    assert desk.all_return() == dict.fromkeys((1, 2, 3))
+    assert desk.log.syncs == 1
+    assert desk.is_idle()
+
+
+def test_the_first_of_those_not_covered_leads_next(desk: Desk) -> None:
+    desk.log.written_lsn = 2
+    desk.call(1)
+    desk.call(3)
+    desk.call(2)
+    desk.call(4)
+    desk.disk_answers()
+    desk.sync_begins()
+    until(lambda: set(desk.answers) == {1, 2})
+    desk.disk_answers()
+    assert desk.all_return() == dict.fromkeys((1, 2, 3, 4))
+    assert desk.log.syncs == 2
+
+
+# -- failures
+
+
+def test_a_failed_sync_fails_all_who_wait_and_all_who_come(desk: Desk) -> None:
+    for lsn in (1, 2, 3):
+        desk.call(lsn)
+    error = OSError("the disk is gone")
+    desk.log.broken = True
+    desk.disk_answers(error)
+    assert desk.all_return() == dict.fromkeys((1, 2, 3), error)
+    with pytest.raises(OSError, match="the disk is gone"):
+        desk.group.wait(4)
+    assert desk.group.failure is error
+    assert desk.log.syncs == 1, "a failed sync is not tried again"
+
+
+def test_an_exception_fails_all_though_the_log_is_whole(desk: Desk) -> None:
+    desk.call(1)
+    desk.call(2)
+    error = OSError("the mark cannot be written")
+    desk.disk_answers(error)
+    assert desk.all_return() == {1: error, 2: error}
+
+
+def test_a_failure_hits_a_record_that_was_durable_before(desk: Desk) -> None:
+    desk.log.durable_lsn = 9
+    desk.group.fail(OSError("another thread's"))
+    with pytest.raises(OSError, match="another thread's"):
+        desk.group.wait(3)
+
+
+def test_the_first_failure_stays_the_reason(desk: Desk) -> None:
+    first = OSError("first")
+    desk.group.fail(first)
+    desk.group.fail(OSError("second"))
+    assert desk.group.failure is first
+
+
+def test_a_failure_from_elsewhere_wakes_who_is_parked(desk: Desk) -> None:
+    desk.call(1)
+    desk.call(2)
+    error = RuntimeError("the keeper failed")
+    desk.group.fail(error)
+    until(lambda: desk.answers == {2: error})
+    desk.disk_answers()
+    assert desk.all_return() == {1: None, 2: error}, "the leader's record is on disk"
+
+
+def test_a_parked_caller_whose_record_became_durable_before_the_failure_is_done(desk: Desk) -> None:
+    desk.call(1)
+    desk.call(2)
+    desk.log.durable_lsn = 2
+    desk.group.fail(OSError("a moment later"))
+    until(lambda: desk.answers == {2: None})
+    desk.disk_answers()
+    desk.all_return()
+
+
+def test_an_interrupt_that_leaves_the_log_whole_hits_its_caller_alone(desk: Desk) -> None:
+    for lsn in (1, 2, 3):
+        desk.call(lsn)
+    interrupt = KeyboardInterrupt()
+    desk.disk_answers(interrupt)
+    desk.sync_begins()
+    desk.disk_answers()
+    assert desk.all_return() == {1: interrupt, 2: None, 3: None}
+    assert desk.group.failure is None
+    assert desk.is_idle()
+
+
+def test_an_interrupt_that_breaks_the_log_hits_all(desk: Desk) -> None:
+    desk.call(1)
+    desk.call(2)
+    interrupt = KeyboardInterrupt()
+    desk.log.broken = True
+    desk.disk_answers(interrupt)
+    assert desk.all_return() == {1: interrupt, 2: interrupt}
+    assert desk.group.failure is interrupt
+
+
+def interrupt_the_parked(monkeypatch: pytest.MonkeyPatch, ready: Callable[[Any], bool]) -> None:
+    """The next to park gets a KeyboardInterrupt as soon as it is `ready`."""
+
+    class Interrupted(rivetq.group._Waiter):
+        __slots__ = ()
+
+        def __init__(self, lsn: int) -> None:
+            super().__init__(lsn)
+            monkeypatch.undo()
+            waiter = self
+
+            class Lock:
+                def acquire(self) -> None:
+                    until(lambda: ready(waiter))
+                    raise KeyboardInterrupt
+
+                def release(self) -> None:
+                    pass
+
+            self.lock = Lock()  # type: ignore[assignment]
+
+    monkeypatch.setattr(rivetq.group, "_Waiter", Interrupted)
+
+
+def test_an_interrupted_waiter_leaves_the_others_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.call(1)
+    parked = threading.Event()
+    interrupt_the_parked(monkeypatch, lambda waiter: parked.is_set())
+    desk.call(2)
+    desk.call(3)
+    parked.set()
+    until(lambda: 2 in desk.answers)
+    assert isinstance(desk.answers[2], KeyboardInterrupt)
+    assert desk.parked() == 1
+    desk.disk_answers()
+    desk.sync_begins()
+    desk.disk_answers()
+    desk.all_return()
+    assert desk.answers[1] is desk.answers[3] is None
+    assert desk.is_idle()
+
+
+def test_an_interrupted_heir_passes_the_lead_on(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.call(1)
+    interrupt_the_parked(monkeypatch, lambda waiter: waiter.leads)
+    desk.call(2)
+    desk.call(3)
+    desk.disk_answers()
+    desk.sync_begins()
+    desk.disk_answers()
+    desk.all_return()
+    assert isinstance(desk.answers[2], KeyboardInterrupt)
+    assert desk.answers[1] is desk.answers[3] is None
+    assert desk.is_idle()
+
+
+def test_an_interrupted_heir_without_company_lays_the_lead_down(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.call(1)
+    interrupt_the_parked(monkeypatch, lambda waiter: waiter.leads)
+    desk.call(2)
+    desk.disk_answers()
+    desk.all_return()
+    assert isinstance(desk.answers[2], KeyboardInterrupt)
+    assert desk.is_idle()
+    desk.disk_answers()
+    desk.group.wait(2)
+
+
+def test_a_waiter_that_is_interrupted_when_it_was_already_done_changes_nothing(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.log.written_lsn = 2
+    desk.call(1)
+    interrupt_the_parked(monkeypatch, lambda waiter: desk.log.durable_lsn == 2 and not desk.parked())
+    desk.call(2)
+    desk.disk_answers()
+    desk.all_return()
+    assert isinstance(desk.answers[2], KeyboardInterrupt)
+    assert desk.is_idle()
+
+
+# -- patience
+
+
+class PatientLock:
+    """In place of the lock on which a leader waits for company: notes for how long, and what happens meanwhile."""
+
+    def __init__(self, meanwhile: Callable[[], None], *, in_time: bool) -> None:
+        self.timeouts: list[float] = []
+        self._real = threading.Lock()
+        self._real.acquire()
+        self._meanwhile = meanwhile
+        self._in_time = in_time
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        if timeout is None:
+            return self._real.acquire()
+        self.timeouts.append(timeout)
+        self._meanwhile()
+        return self._in_time and self._real.acquire(timeout=PATIENCE_OF_THE_TEST_S)
+
+    def release(self) -> None:
+        self._real.release()
+
+    def locked(self) -> bool:
+        return self._real.locked()
+
+
+def hold_a_round(desk: Desk, callers: int) -> int:
+    """Two syncs, `callers` in the second one; the next leader knows that it has had company."""
+    for lsn in range(1, callers + 2):
+        desk.call(lsn)
+    desk.disk_answers()
+    desk.sync_begins()
+    desk.disk_answers()
+    desk.all_return()
+    return callers + 2
+
+
+def arrange(desk: Desk, meanwhile: Callable[[], None], *, in_time: bool) -> PatientLock:
+    lock = PatientLock(meanwhile, in_time=in_time)
+    desk.group._arrived = lock  # type: ignore[assignment]
+    return lock
+
+
+def park(desk: Desk, lsn: int) -> None:
+    """`call`, where the leader is known to have begun already."""
+    assert desk.group._leading
+    desk.call(lsn)
+
+
+def test_a_leader_that_had_company_lets_it_come_back(desk: Desk) -> None:
+    lsn = hold_a_round(desk, 3)
+    lock = arrange(desk, lambda: [park(desk, lsn + n) for n in (1, 2)] and None, in_time=True)
+    desk.call(lsn)
+    assert desk.log.syncs == 3
+    desk.disk_answers()
+    assert desk.all_return()[lsn + 2] is None
+    assert desk.log.syncs == 3, "all of the round in one sync"
+    assert len(lock.timeouts) == 1
+    assert lock.locked(), "ready for the next time"
+
+
+def test_the_patience_is_a_fraction_of_a_sync(desk: Desk) -> None:
+    lsn = hold_a_round(desk, 3)
+    desk.group._sync_s = 0.125
+    lock = arrange(desk, lambda: None, in_time=False)
+    desk.call(lsn)
+    assert lock.timeouts == [0.125 * PATIENCE]
+    assert PATIENCE < 1
+    desk.disk_answers()
+    desk.all_return()
+    assert lock.locked()
+    assert desk.is_idle()
+
+
+def test_company_that_comes_as_the_patience_ends_leaves_no_trace(desk: Desk) -> None:
+    lsn = hold_a_round(desk, 2)
+    lock = arrange(desk, lambda: park(desk, lsn + 1), in_time=False)
+    desk.call(lsn)
+    assert lock.locked(), "the release of the last one that came does not cut the next wait short"
+    desk.disk_answers()
+    desk.all_return()
+    assert desk.is_idle()
+
+
+def test_company_that_is_there_already_is_not_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = arrange(desk, lambda: None, in_time=False)
+    park_really = desk.group._park
+
+    def park_until_all_are_there(waiter: Any) -> None:
+        park_really(waiter)
+        if waiter.leads:
+            park(desk, 4)  # as many are parked now as took part in the last round
+
+    monkeypatch.setattr(desk.group, "_park", park_until_all_are_there)
+    for lsn in (1, 2, 3):
+        desk.call(lsn)
+    desk.disk_answers()
+    desk.sync_begins()
+    assert lock.timeouts == []
+    desk.disk_answers()
+    assert desk.all_return() == dict.fromkeys((1, 2, 3, 4))
+    assert desk.log.syncs == 2
+    assert desk.is_idle()
+
+
+def test_a_lone_caller_never_waits_for_company(desk: Desk) -> None:
+    lock = arrange(desk, lambda: None, in_time=False)
+    for lsn in range(1, 5):
+        desk.call(lsn)
+        desk.disk_answers()
+        desk.all_return()
+    assert lock.timeouts == []
+    assert desk.log.syncs == 4
+
+
+def test_many_threads_each_find_their_record_durable() -> None:
+    """Without the desk: a sync that takes no time, and threads that come back at once."""
+    lock = threading.Lock()
+    checked: list[int] = []
+
+    class QuickLog:
+        broken = False
+        written_lsn = durable_lsn = 0
+
+        def sync(self) -> int:
+            with lock:
+                self.durable_lsn = self.written_lsn
+            return self.durable_lsn
+
+    log = QuickLog()
+    group = GroupCommit(log)
+
+    def work() -> None:
+        for _ in range(200):
+            with lock:
+                log.written_lsn += 1
+                lsn = log.written_lsn
+            group.wait(lsn)
+            assert log.durable_lsn >= lsn
+            checked.append(lsn)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_OF_THE_TEST_S)
+        assert not thread.is_alive()
+    assert sorted(checked) == list(range(1, 1601))
+    assert group.failure is None
+    assert not group._waiters
+    assert not group._leading

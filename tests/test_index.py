@@ -1,0 +1,389 @@
+"""The index: a cache that gives back what was written into it, or says that it cannot."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+
+from rivetq import QueueConfig, RateLimit, RetryPolicy
+from rivetq.codec import encode_entry, encode_key_value, seal
+from rivetq.events import Acked, Enqueued, Leased, QueueConfigured, QueueCreated
+from rivetq.index import MAP_BYTES, Index
+from rivetq.io import SystemDisk
+from rivetq.machine import Machine
+from rivetq.state import Place
+
+LOG_ID = bytes(range(16))
+KEY = (1).to_bytes(4, "big") + b"spent"
+
+
+def machine_of(count: int = 5) -> Machine:
+    """Jobs with all that a job may have, one queue with a configuration, one key that outlived its job."""
+    machine = Machine()
+    retry = RetryPolicy(max_attempts=3, base=2, jitter="equal")
+    config = QueueConfig(retry=retry, rate_limit=RateLimit(per_second=5, burst=5), max_jobs=100, paused=True)
+    events = [QueueCreated(1, "q"), QueueConfigured(1, config)]
+    for n in range(count):
+        keys = ["spent" if n == 0 else None if n == 1 else f"kéy {n}"]
+        event = Enqueued(1, n + 1, n % 10, 5_000 * (n % 2), n or None, retry, 70 if n else None, [3], [b"abc"])
+        event.headers, event.keys, event.crcs = {"n": str(n)} if n > 1 else {}, keys, [7]
+        events.append(event)
+    events += [Leased([1, 3], [8, 9], [1, 1], [90, 95]), Acked(1, [1])]
+    for lsn, event in enumerate(events, 1):
+        machine.apply(event, 10, Place(1, 64 * lsn, lsn))
+    machine.now_ms = 10
+    return machine
+
+
+def jobs_in(machine: Machine) -> list[tuple[bytes, bytes | None]]:
+    return [(entry.id.to_bytes(8, "big"), encode_entry(entry)) for entry in machine.jobs.values()]
+
+
+def keys_in(machine: Machine) -> list[tuple[bytes, bytes | None]]:
+    key = machine.numbers[1].keys["spent"]
+    return [(KEY, encode_key_value(KEY, key.job_id, key.expires_ms, key.segment))]
+
+
+class Desk:
+    """An index directory, and the index that was opened last."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index = self.open()
+
+    def open(self) -> Index:
+        self.index = Index(SystemDisk(), str(self.path))
+        return self.index
+
+    def save(self, machine: Machine, applied_lsn: int = 9) -> None:
+        self.index.write(LOG_ID, applied_lsn, machine.snapshot(), jobs_in(machine), keys_in(machine))
+
+    def loaded(self) -> Machine:
+        machine = Machine()
+        self.open().load(machine)
+        return machine
+
+    def manifest(self) -> dict[str, Any]:
+        content = (self.path / "manifest").read_bytes()
+        return dict(json.loads(content[4:]))
+
+    def rewrite_manifest(self, **changes: Any) -> None:
+        text = json.dumps(self.manifest() | changes).encode()
+        (self.path / "manifest").write_bytes(seal(b"manifest", text))
+
+    def put(self, key: bytes, value: bytes | None, db: bytes | None = None) -> None:
+        """Write into the data file behind the index's back."""
+        env = lmdb.open(str(self.path), max_dbs=2, map_size=1 << 24, lock=False, lib_version=0)
+        with env.begin(write=True) as txn:
+            handle = env.open_db(db, txn=txn)
+            if value is None:
+                txn.delete(key, db=handle)
+            else:
+                txn.put(key, value, db=handle)
+        env.close()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    desk = Desk(tmp_path / "index")
+    yield desk
+    desk.index.close()
+
+
+@pytest.fixture
+def saved(desk: Desk) -> Desk:
+    desk.save(machine_of())
+    desk.index.close()
+    return desk
+
+
+# -- what is written comes back
+
+
+def test_a_machine_comes_back_as_it_was_saved(desk: Desk) -> None:
+    machine = machine_of()
+    desk.save(machine)
+    loaded = desk.loaded()
+    assert loaded.dump() == machine.dump()
+    loaded.check()
+    assert loaded.snapshot() == machine.snapshot()
+    assert loaded.live == machine.live
+    assert loaded.next_token == 10
+    places = [(e.segment, e.offset, e.size, e.lsn) for e in loaded.jobs.values()]
+    assert places == [(e.segment, e.offset, e.size, e.lsn) for e in machine.jobs.values()]
+
+
+def test_what_was_loaded_needs_no_saving(desk: Desk) -> None:
+    desk.save(machine_of())
+    loaded = desk.loaded()
+    assert loaded.changes is not None
+    assert loaded.changes.jobs == set()
+    assert loaded.changes.keys == set()
+    assert all(entry.indexed for entry in loaded.jobs.values())
+    assert loaded.numbers[1].keys["spent"].indexed
+
+
+def test_a_later_write_changes_what_it_names_and_nothing_else(desk: Desk) -> None:
+    machine = machine_of()
+    desk.save(machine)
+    machine.apply(Acked(1, [3]), 12, Place(1, 0, 20))
+    changed = [((3).to_bytes(8, "big"), None), ((99).to_bytes(8, "big"), None)]
+    desk.index.write(LOG_ID, 20, machine.snapshot(), changed, [(KEY, None)])
+    loaded = desk.loaded()
+    assert list(loaded.jobs) == [2, 4, 5]
+    assert "spent" not in loaded.numbers[1].keys
+    assert loaded.numbers[1].acked == 2
+    assert desk.manifest()["applied_lsn"] == 20
+
+
+def test_an_index_without_jobs_and_keys_has_its_snapshot(desk: Desk) -> None:
+    desk.index.write(LOG_ID, 1, Machine().snapshot(), [], [])
+    assert desk.loaded().dump() == Machine().dump()
+
+
+def test_an_index_in_which_nothing_was_ever_put_has_no_jobs(desk: Desk) -> None:
+    desk.path.mkdir()
+    desk.put(b"snapshot", seal(b"snapshot", b'{"next_id":5,"reserved_id":1,"oldest_segment":1,"now_ms":0,"queues":[]}'))
+    loaded = desk.loaded()
+    assert (loaded.jobs, loaded.next_id) == ({}, 5)
+
+
+def test_many_jobs_come_back_in_the_order_of_their_ids(desk: Desk) -> None:
+    machine = machine_of(700)
+    desk.save(machine)
+    assert list(desk.loaded().jobs) == list(range(2, 701))
+
+
+# -- the manifest
+
+
+def test_a_manifest_tells_how_far_the_index_is(saved: Desk) -> None:
+    found = saved.open().manifest(LOG_ID)
+    assert found is not None
+    assert found.applied_lsn == 9
+    assert found.size == (saved.path / "data.mdb").stat().st_size
+    assert found.log_id == LOG_ID.hex()
+
+
+def test_without_files_there_is_no_manifest(desk: Desk) -> None:
+    assert desk.index.manifest(LOG_ID) is None
+
+
+@pytest.mark.parametrize("name", ["manifest", "data.mdb"])
+def test_a_missing_file_makes_the_index_useless(saved: Desk, name: str) -> None:
+    (saved.path / name).unlink()
+    assert saved.open().manifest(LOG_ID) is None
+
+
+def test_a_manifest_of_another_log_is_none(saved: Desk) -> None:
+    assert saved.open().manifest(bytes(16)) is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"format": 2}, {"size": 1}, {"crc": 0}, {"more": 1}, {"log_id": 5}, {"size": None}], ids=repr
+)
+def test_a_manifest_that_says_something_else_is_none(saved: Desk, changes: dict[str, Any]) -> None:
+    saved.rewrite_manifest()
+    assert saved.open().manifest(LOG_ID) is not None
+    saved.rewrite_manifest(**changes)
+    assert saved.open().manifest(LOG_ID) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"{}", seal(b"manifest", b"[]"), seal(b"manifest", b"no json")])
+def test_something_else_is_no_manifest(saved: Desk, content: bytes) -> None:
+    (saved.path / "manifest").write_bytes(content)
+    assert saved.open().manifest(LOG_ID) is None
+
+
+def test_a_directory_in_place_of_the_manifest_is_none(saved: Desk) -> None:
+    (saved.path / "manifest").unlink()
+    (saved.path / "manifest").mkdir()
+    assert saved.open().manifest(LOG_ID) is None
+
+
+def test_one_flipped_bit_in_manifest_or_data_is_noticed(saved: Desk) -> None:
+    for name, step in (("manifest", 1), ("data.mdb", 31)):
+        path = saved.path / name
+        content = path.read_bytes()
+        for at in range(0, len(content), step):
+            path.write_bytes(content[:at] + bytes((content[at] ^ 1 << at % 8,)) + content[at + 1 :])
+            assert saved.open().manifest(LOG_ID) is None, f"{name} at {at}"
+        path.write_bytes(content)
+    assert saved.open().manifest(LOG_ID) is not None
+
+
+def test_a_commit_without_its_manifest_is_noticed(saved: Desk) -> None:
+    """The process died between the two."""
+    manifest = (saved.path / "manifest").read_bytes()
+    saved.open().write(LOG_ID, 12, machine_of(3).snapshot(), [], [])
+    saved.index.close()
+    (saved.path / "manifest").write_bytes(manifest)
+    assert saved.open().manifest(LOG_ID) is None
+
+
+# -- the checksums of the values
+
+
+def test_a_value_that_is_not_whole_is_refused(saved: Desk) -> None:
+    job, value = jobs_in(machine_of())[0]
+    assert value is not None
+    for at in range(len(value)):
+        saved.put(job, value[:at] + bytes((value[at] ^ 4,)) + value[at + 1 :], b"jobs")
+        with pytest.raises(ValueError, match="checksum"):
+            saved.loaded()
+
+
+def test_a_value_under_another_key_is_refused(saved: Desk) -> None:
+    _, value = jobs_in(machine_of())[0]
+    saved.put((77).to_bytes(8, "big"), value, b"jobs")
+    with pytest.raises(ValueError, match="checksum"):
+        saved.loaded()
+
+
+@pytest.mark.parametrize(("key", "value"), [(KEY, b""), (KEY, bytes(24)), (b"", b"")])
+def test_a_key_that_is_not_whole_is_refused(saved: Desk, key: bytes, value: bytes) -> None:
+    saved.put(key or b"x", value, b"keys")
+    with pytest.raises(ValueError, match="checksum"):
+        saved.loaded()
+
+
+@pytest.mark.parametrize("value", [None, b"", bytes(50), seal(b"snapshot", b"{}")])
+def test_without_a_whole_snapshot_nothing_is_loaded(saved: Desk, value: bytes | None) -> None:
+    saved.put(b"snapshot", value)
+    with pytest.raises(ValueError, match=r"snapshot|checksum"):
+        saved.loaded()
+
+
+def test_no_data_file_is_an_error_of_lmdb(desk: Desk) -> None:
+    with pytest.raises(lmdb.Error):
+        desk.loaded()
+    assert not desk.path.exists()
+
+
+# -- what loading leaves
+
+
+def test_loading_changes_nothing_in_the_directory(saved: Desk) -> None:
+    def look() -> dict[str, tuple[bytes, int]]:
+        return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in saved.path.iterdir()}
+
+    (saved.path / "lock.mdb").unlink(missing_ok=True)
+    before = look()
+    assert set(before) == {"data.mdb", "manifest"}
+    saved.loaded()
+    assert saved.open().manifest(LOG_ID) is not None
+    assert look() == before
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(saved: Desk, on: bool) -> None:
+    former = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        saved.loaded()
+        assert gc.isenabled() == on
+        saved.put(b"snapshot", None)
+        with pytest.raises(ValueError, match="no snapshot"):
+            saved.loaded()
+        assert gc.isenabled() == on
+    finally:
+        (gc.enable if former else gc.disable)()
+
+
+def test_the_files_are_their_owners_alone(saved: Desk) -> None:
+    assert saved.path.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in saved.path.iterdir()} == {0o600}
+    assert {"data.mdb", "manifest"} <= {path.name for path in saved.path.iterdir()}
+
+
+# -- clearing, closing, forgetting
+
+
+def test_a_cleared_index_begins_anew(desk: Desk) -> None:
+    desk.save(machine_of())
+    desk.index.clear()
+    assert not desk.path.exists()
+    desk.index.clear()
+    machine = machine_of(2)
+    desk.save(machine)
+    assert desk.loaded().dump() == machine.dump()
+
+
+def test_a_closed_index_may_be_written_again(desk: Desk) -> None:
+    desk.index.close()
+    desk.save(machine_of())
+    desk.index.close()
+    desk.index.close()
+    desk.save(machine_of(), applied_lsn=10)
+    assert desk.manifest()["applied_lsn"] == 10
+
+
+def test_a_write_into_a_directory_that_is_there_uses_it(desk: Desk) -> None:
+    desk.path.mkdir(mode=0o750)
+    desk.save(machine_of())
+    assert desk.loaded().dump() == machine_of().dump()
+
+
+def test_a_forked_child_lets_go_without_touching_the_environment(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Any] = []
+    monkeypatch.setattr("rivetq.index._LEFT_ALONE", left)
+    desk.save(machine_of())
+    env = desk.index._env
+    desk.index.forget()
+    assert left == [env]
+    assert env is not None
+    assert env.stat()["entries"] == 3, "still open"
+    desk.index.close()
+    assert env.stat()["entries"] == 3
+    env.close()
+
+
+# -- address space
+
+
+def refuse_maps(limit: int, error: type[BaseException]) -> Callable[..., lmdb.Environment]:
+    real = lmdb.open
+
+    def open_small(path: str, *, map_size: int, **options: Any) -> lmdb.Environment:
+        if map_size > limit:
+            raise error("no address space")
+        return real(path, map_size=map_size, **options)
+
+    return open_small
+
+
+@pytest.mark.parametrize("error", [lmdb.MemoryError, MemoryError])
+def test_where_address_space_is_short_a_smaller_map_serves(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    monkeypatch.setattr(lmdb, "open", refuse_maps(2**26, error))
+    desk.save(machine_of())
+    assert desk.index._env is not None
+    assert desk.index._env.info()["map_size"] == 2**26 < MAP_BYTES
+    desk.index.close()
+    assert desk.loaded().dump() == machine_of().dump()
+
+
+def test_without_any_address_space_it_is_an_error(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lmdb, "open", refuse_maps(0, lmdb.MemoryError))
+    with pytest.raises(lmdb.MemoryError):
+        desk.save(machine_of())
+
+
+def test_no_descriptor_stays_open(saved: Desk) -> None:
+    saved.loaded()
+    saved.open().manifest(LOG_ID)
+    targets = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            targets.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue
+    assert not [target for target in targets if target.startswith(str(saved.path))]

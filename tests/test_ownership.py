@@ -336,9 +336,9 @@ broker = Broker(sys.argv[1])
 broker.enqueue("q", b"x")
 broker.checkpoint()
 if not os.fork():
+    print("forked", flush=True)
     sys.stdin.read()
     os._exit(0)
-print("forked", flush=True)
 os.kill(os.getpid(), 9)
 """
 
@@ -349,6 +349,7 @@ from rivetq import Broker
 
 def recover(*args):
     if not os.fork():  # as another thread may do at any moment
+        print("forked", flush=True)
         sys.stdin.read()
         os._exit(0)
     return real(*args)
@@ -356,7 +357,6 @@ def recover(*args):
 real, rivetq.local.recover = rivetq.local.recover, recover
 broker = Broker(sys.argv[1])
 broker.enqueue("q", b"x")
-print("forked", flush=True)
 os.kill(os.getpid(), 9)
 """
 

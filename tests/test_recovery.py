@@ -17,7 +17,7 @@ import lmdb
 import pytest
 
 import rivetq.recovery
-from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, RetryPolicy
+from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy
 from rivetq.codec import decode_record, encode_record, encode_snapshot
 from rivetq.events import Acked, Enqueued, Event, Leased, QueueCreated, SegmentsDropped
 from rivetq.index import Index
@@ -810,6 +810,21 @@ def test_a_new_directory_is_the_first_epoch_of_a_new_log(tmp_path: Path) -> None
     assert [(f.epoch, f.last_segment, f.end_lsn, f.now_ms) for f in found] == [(1, 0, 0, clock.wall_ms())] * 2
     assert found[0].log_id != found[1].log_id
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_go_on_above_those_that_a_power_cut_took(torn: Ledger) -> None:
+    """The lease was told and not synced: its token must not fit the job's next delivery."""
+    with open_ledger(torn.path, torn.still_clock()) as ledger:
+        ledger.broker.sync()
+        before = ledger.crash(torn.path.with_name("before the lease"))
+        lost = ledger.lease()
+    with open_ledger(before, torn.still_clock()) as ledger:
+        again = ledger.lease()
+        assert again.id == lost.id
+        assert again.token > lost.token
+        with pytest.raises(LeaseLostError):
+            ledger.broker.ack(lost)
+        ledger.broker.ack(again)
 
 
 @pytest.mark.parametrize("index", ["with its index", "without an index"])

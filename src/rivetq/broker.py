@@ -129,8 +129,6 @@ class _Enqueues:
             queue, list(payloads), priority, delay, eta, headers, max_attempts, retry, visibility_timeout,
             idempotency_keys, on_duplicate,
         )  # fmt: skip
-        if not operation.payloads:
-            return []
         return self._commit_enqueue(operation)
 
     def _enqueue_operation(
@@ -300,8 +298,8 @@ class Broker(_Enqueues):
     # Put work in: enqueue and enqueue_many are above
 
     def _commit_enqueue(self, operation: Enqueue) -> list[int]:
-        ids: list[int] = self._engine.commit([operation])[0]
-        return ids
+        answers = self._engine.commit([operation] if operation.payloads else [])
+        return answers[0] if answers else []
 
     # Take work out
 
@@ -400,9 +398,8 @@ class Broker(_Enqueues):
         )
 
     def _answer(self, operations: Sequence[Ack | Nack | Release | Reject]) -> None:
-        if operations:
-            self._engine.commit(operations)
-            self._note_settled(operations)
+        self._engine.commit(operations)
+        self._note_settled(operations)
 
     def _note_settled(self, operations: Iterable[Operation]) -> None:
         if self._watched:
@@ -622,6 +619,8 @@ class Transaction(_Enqueues):
         """Ids are told now; the jobs exist when the block ends."""
         self._check_open()
         queue, keys = operation.queue, operation.keys
+        if not operation.payloads:
+            return []
         if keys is None:
             return self._promise(operation)
         standing = self._engine.check(operation)

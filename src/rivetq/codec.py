@@ -74,6 +74,10 @@ _ENTRY = struct.Struct("<IBBIQiqidddBQQQQIQIIIQiii")
 _KEY_VALUE = struct.Struct("<QQI")
 
 
+_NONSENSE = (struct.error, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What bytes that passed their checksum and mean nothing can raise on the way; callers see a ValueError."""
+
+
 # Records
 
 
@@ -220,7 +224,7 @@ def decode_record(body: bytes) -> tuple[int, list[Event]]:
         (now_ms,) = reader.take(_TIME)
         while reader.at < len(body):
             events.append(_decode(reader))
-    except (struct.error, IndexError, KeyError, TypeError) as error:
+    except _NONSENSE as error:
         raise ValueError(f"no event can be read at offset {reader.at} of the body: {error!r}") from error
     return now_ms, events
 
@@ -383,7 +387,7 @@ def decode_snapshot(data: bytes) -> Snapshot:
         value = json.loads(data)
         queues = [QueueSnapshot(**{**q, "config": _config_from_json(q["config"])}) for q in value.pop("queues")]
         return Snapshot(queues=queues, **value)
-    except (TypeError, KeyError, AttributeError) as error:
+    except _NONSENSE as error:
         raise ValueError(f"no snapshot: {error!r}") from error
 
 
@@ -431,6 +435,8 @@ def encode_entry(entry: Entry) -> bytes:
 def decode_entry(key: bytes, value: bytes, queues: Mapping[int, Any]) -> tuple[Entry, int]:
     """The job and its state. Raises ValueError if the value is not whole."""
     body = unseal(key, value)
+    if len(body) < _ENTRY.size:
+        raise ValueError(f"{len(body)} bytes are no job's value")
     number, state, priority, attempts, token, *rest = _ENTRY.unpack_from(body)
     enqueued_at_ms, due_ms, deadline_ms, died_at_ms, segment, offset, length, crc, size, lsn = rest[7:17]
     last_error = headers = text = None
@@ -476,7 +482,10 @@ def encode_key_value(key: bytes, job_id: int, expires_ms: int, segment: int) -> 
 
 def decode_key_value(key: bytes, value: bytes) -> tuple[int, int, int]:
     """Job id, end of the window, segment. Raises ValueError if the value is not whole."""
-    job_id, expires_ms, segment = _KEY_VALUE.unpack(unseal(key, value))
+    body = unseal(key, value)
+    if len(body) != _KEY_VALUE.size:
+        raise ValueError(f"{len(body)} bytes are no key's value")
+    job_id, expires_ms, segment = _KEY_VALUE.unpack(body)
     return job_id, expires_ms, segment
 
 

@@ -68,7 +68,7 @@ def held(machine: Machine, job_id: int, token: int, now_ms: int) -> Entry:
     elif entry.state == LEASED:
         why = f"it expired {now_ms - entry.deadline_ms} ms ago"
     else:
-        why = f"it ended before: {entry.last_error or 'given back'}"
+        why = "it was settled before, or ended"
     raise LeaseLostError(
         f"job {job_id}: lease {token} was lost ({why}); the job may run again elsewhere, so discard this result",
         job_id=job_id,

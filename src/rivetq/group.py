@@ -20,6 +20,9 @@ PATIENCE = 0.5
 """The longest a leader waits for company, as a fraction of what a sync took lately."""
 
 
+_LAST = 2**64  # above every lsn: such a waiter is never covered, it is told to lead in the end
+
+
 class SyncTarget(Protocol):
     """What is synced: the log."""
 
@@ -87,6 +90,25 @@ class GroupCommit:
             for waiter in self._waiters:
                 waiter.lock.release()
             self._waiters.clear()
+
+    def close(self) -> None:
+        """Lead a last time, after whoever leads now, and for good: nobody syncs when this has returned."""
+        waiter = None
+        with self._lock:
+            if self._leading:
+                waiter = _Waiter(_LAST)
+                self._waiters.append(waiter)
+            self._leading = True
+        if waiter is not None:
+            self._park(waiter)
+        try:
+            if self.failure is None:
+                self._target.sync()
+        finally:
+            with self._lock:
+                late, self._waiters = self._waiters, []
+            for each in late:
+                each.lock.release()
 
     def _park(self, waiter: _Waiter) -> None:
         try:

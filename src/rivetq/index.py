@@ -121,7 +121,10 @@ class Index:
         """Remove the index: the next `write` begins an empty one."""
         self.close()
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._path)
+            if os.path.isdir(self._path) and not os.path.islink(self._path):
+                shutil.rmtree(self._path)
+            else:
+                os.unlink(self._path)
 
     def close(self) -> None:
         env, self._env = self._env, None

@@ -572,9 +572,9 @@ class LocalEngine(LiveEngine):
                 self._record([IdsReserved(machine.next_id)], machine.now_ms)
             except NeedRoomError:
                 logger.warning("rivetq: %s: no space to note a clean end", self._path)
-        self._log.sync()
         with self._keeper_lock:
-            self._checkpoint()
+            self._checkpoint()  # which waits for all records to be on disk
+        self._group.close()
         self._log.close()
 
     def forked(self) -> None:

@@ -1,0 +1,509 @@
+"""Many threads on one broker: nothing lost, nothing twice, one sync for many, nobody forgotten, an end that ends."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rivetq import Broker, BrokerClosedError, LeaseLostError, LeaseRef, RetryPolicy
+from rivetq.io import SystemDisk
+
+AT_ONCE = RetryPolicy(max_attempts=None, base=0, jitter="none")
+PATIENCE = 20.0
+"""Seconds after which a thread counts as hung."""
+
+
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads are switched every microsecond."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def in_threads(count: int, work: Callable[[int], object]) -> None:
+    """Run `work(number)` in so many threads that start together; raises what the first of them raised."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(count)
+
+    def run(number: int) -> None:
+        try:
+            start.wait()
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+def opened(tmp_path: Path, fsync: str, **options: Any) -> Broker:
+    if fsync == ":memory:":
+        return Broker(":memory:")
+    chosen: Any = fsync
+    return Broker(tmp_path / "q", fsync=chosen, segment_bytes=65_536, **options)
+
+
+def await_waiting(broker: Broker, queue: str, count: int) -> None:
+    """Return once so many leases wait for the queue."""
+    end = time.monotonic() + PATIENCE
+    while len(broker._engine._lessees.get(queue, ())) < count:  # type: ignore[attr-defined]
+        assert time.monotonic() < end, "nobody waits"
+        time.sleep(0.001)
+
+
+# -- Lost and twice
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize(("fsync", "threads"), [("always", 32), ("never", 16), ("interval", 16), (":memory:", 16)])
+def test_after_a_drain_every_job_was_acked_once_and_no_two_held_one_at_a_time(
+    tmp_path: Path, fsync: str, threads: int
+) -> None:
+    per_thread = 40
+    put: dict[int, bytes] = {}
+    held: dict[int, int] = {}  # job -> token of the lease that somebody works on
+    history: dict[int, list[int]] = defaultdict(list)
+    acked: Counter[int] = Counter()
+    guard = threading.Lock()
+    with opened(tmp_path, fsync) as broker:
+
+        def work(number: int) -> None:
+            mine = itertools.count()
+            for n in range(per_thread):
+                payload = f"{number}.{n}".encode()
+                if n % 4:
+                    ids = [broker.enqueue("q", payload, priority=n % 10, retry=AT_ONCE)]
+                else:
+                    ids = list(broker.enqueue_many("q", [payload] * 2, retry=AT_ONCE))
+                with guard:
+                    put.update(dict.fromkeys(ids, payload))
+                take(next(mine))
+            while broker.stats("q").ready:
+                take(next(mine))
+
+        def take(turn: int) -> None:
+            for lease in broker.lease_many("q", 1 + turn % 3):
+                with guard:
+                    assert lease.id not in held, f"job {lease.id} is leased twice at a time"
+                    held[lease.id] = lease.token
+                    history[lease.id].append(lease.token)
+                again = turn % 7 == 0 and lease.attempt == 1
+                stale = LeaseRef(lease.id, lease.token)
+                with guard:  # given up before the broker is told: from then on somebody else may have it
+                    del held[lease.id]
+                if again:
+                    lease.nack(error="again")
+                elif turn % 5 == 0:
+                    with broker.transaction() as tx:
+                        tx.ack(lease)
+                        tx.enqueue("done", lease.payload)
+                else:
+                    lease.ack()
+                if not again:
+                    with guard:
+                        acked[lease.id] += 1
+                with pytest.raises(LeaseLostError):
+                    broker.ack(stale)
+
+        in_threads(threads, work)
+        while leases := broker.lease_many("q", 100):
+            for lease in leases:
+                acked[lease.id] += 1
+            broker.ack_many(leases)
+        lost, unexpected = put.keys() - acked.keys(), acked.keys() - put.keys()
+        assert (len(lost), len(unexpected)) == (0, 0)
+        assert set(acked.values()) == {1}
+        for job_id, tokens in history.items():
+            assert tokens == sorted(set(tokens)), f"job {job_id}: tokens {tokens} do not increase"
+        stats = broker.stats("q")
+        assert (stats.enqueued, stats.acked) == (len(put), len(put))
+        broker._engine._machine.check()  # type: ignore[attr-defined]
+        if fsync != ":memory:":
+            state = broker._engine.dump()  # type: ignore[attr-defined]
+    if fsync != ":memory:":
+        with opened(tmp_path, fsync) as broker:
+            assert broker._engine.dump() == state  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("restless")
+def test_a_key_that_many_threads_enqueue_makes_one_job(tmp_path: Path) -> None:
+    told: dict[str, set[int]] = defaultdict(set)
+    with Broker(tmp_path / "q") as broker:
+
+        def work(number: int) -> None:
+            for n in range(30):
+                told[f"k{n}"].add(broker.enqueue("q", b"x", idempotency_key=f"k{n}"))
+
+        in_threads(16, work)
+        assert all(len(ids) == 1 for ids in told.values())
+        assert broker.stats("q").enqueued == 30
+
+
+@pytest.mark.usefixtures("restless")
+def test_calls_go_on_while_the_log_is_rotated_checkpointed_and_compacted(tmp_path: Path) -> None:
+    over = threading.Event()
+    acked: set[int] = set()
+    put: set[int] = set()
+    with Broker(tmp_path / "q", segment_bytes=65_536, fsync="never", cache_bytes=0) as broker:
+
+        def work(number: int) -> None:
+            if number < 3:
+                verb = (broker.rotate, broker.checkpoint, broker.compact)[number]
+                while not over.is_set():
+                    verb()
+                    broker.jobs("q", limit=20)
+                return
+            try:
+                for n in range(60):
+                    put.add(broker.enqueue("q", bytes([n]) * 700, retry=AT_ONCE, idempotency_key=f"{number}.{n}"))
+                    if n % 3:
+                        lease = broker.lease("q")
+                        assert lease is not None
+                        assert lease.payload == lease.payload[:1] * 700
+                        lease.ack()
+                        acked.add(lease.id)
+            finally:
+                if number == 3:
+                    over.set()
+
+        in_threads(8, work)
+        broker._engine._machine.check()  # type: ignore[attr-defined]
+        assert {job.id for job in broker.jobs("q", limit=10_000)} == put - acked
+        assert all(broker.find("q", f"{number}.{n}") for number in range(3, 8) for n in range(60))
+        state = broker._engine.dump()  # type: ignore[attr-defined]
+    with Broker(tmp_path / "q", segment_bytes=65_536) as broker:
+        assert broker._engine.dump() == state  # type: ignore[attr-defined]
+
+
+# -- Group commit
+
+
+class SlowDisk(SystemDisk):
+    """Syncs take a millisecond at least: on a disk that answers at once there would be nobody to share one with."""
+
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
+        time.sleep(0.001)
+        os.fdatasync(fd)
+
+
+def test_many_threads_share_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.local.SystemDisk", SlowDisk)
+    with Broker(tmp_path / "q") as broker:
+        before = broker.metrics()
+        in_threads(16, lambda number: [broker.enqueue("q", b"x") for _ in range(40)])
+        after = broker.metrics()
+    records, syncs = (after[name] - before[name] for name in ("records", "fsyncs"))
+    assert records == 16 * 40
+    assert records / syncs > 2, f"{records} records in {syncs} syncs"
+
+
+def test_a_lone_thread_has_a_sync_per_call_and_a_lease_has_none(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q") as broker:
+        broker.enqueue("q", b"x")
+        before = broker.metrics()["fsyncs"]
+        for _ in range(10):
+            broker.enqueue("q", b"x")
+        assert broker.metrics()["fsyncs"] - before == 10
+        leases = [broker.lease("q") for _ in range(5)]
+        assert broker.metrics()["fsyncs"] - before == 10
+        for lease in leases:
+            assert lease is not None
+            lease.ack()
+        assert broker.metrics()["fsyncs"] - before == 15
+
+
+# -- Waiting
+
+
+@pytest.mark.parametrize("how", ["one by one", "a batch", "a transaction"])
+@pytest.mark.parametrize("fsync", ["always", ":memory:"])
+def test_of_n_waiting_leases_each_gets_one_of_n_jobs(tmp_path: Path, fsync: str, how: str) -> None:
+    got: list[int] = []
+    with opened(tmp_path, fsync) as broker:
+
+        def work(number: int) -> None:
+            if number:
+                lease = broker.lease("q", wait=PATIENCE)
+                assert lease is not None, "a waiting lease was forgotten"
+                got.append(lease.id)
+                return
+            await_waiting(broker, "q", 16)
+            if how == "one by one":
+                for _ in range(16):
+                    broker.enqueue("q", b"x")
+            elif how == "a batch":
+                broker.enqueue_many("q", [b"x"] * 16)
+            else:
+                with broker.transaction() as tx:
+                    for _ in range(16):
+                        tx.enqueue("q", b"x")
+
+        in_threads(17, work)
+        assert len(set(got)) == 16
+
+
+@pytest.mark.usefixtures("restless")
+def test_leases_that_wait_for_several_queues_forget_no_job(tmp_path: Path) -> None:
+    got: list[int] = []
+    queues = ["a", "b", "c"]
+    with Broker(tmp_path / "q", fsync="never") as broker:
+
+        def work(number: int) -> None:
+            if number < 3:
+                for _ in range(80):
+                    broker.enqueue(queues[number], b"x")
+                return
+            names = queues[number % 3 :] + queues[: number % 3]
+            for _ in range(20):
+                lease = broker.lease(names, wait=PATIENCE)
+                assert lease is not None, "a waiting lease was forgotten"
+                got.append(lease.id)
+
+        in_threads(3 + 12, work)
+        assert len(set(got)) == 240
+
+
+@pytest.mark.parametrize("queues", [["q"], ["other", "q"]])
+def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(tmp_path: Path, queues: list[str]) -> None:
+    got: list[int] = []
+    died: list[str] = []
+    with Broker(tmp_path / "q") as broker:
+
+        def wait_and_die() -> None:
+            try:
+                broker.lease(queues, wait=PATIENCE)
+            except KeyboardInterrupt:
+                died.append("first")
+
+        def wait() -> None:
+            lease = broker.lease("q", wait=PATIENCE)
+            assert lease is not None
+            got.append(lease.id)
+
+        first = threading.Thread(target=wait_and_die, daemon=True)
+        first.start()
+        await_waiting(broker, "q", 1)
+        second = threading.Thread(target=wait, daemon=True)
+        second.start()
+        await_waiting(broker, "q", 2)
+        # It strikes when the thread runs again: just when the job below has woken it, and nobody else.
+        assert first.ident is not None
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(first.ident), ctypes.py_object(KeyboardInterrupt))
+        job_id = broker.enqueue("q", b"x")
+        second.join(PATIENCE / 4)
+        first.join(PATIENCE / 4)
+        assert (died, got) == (["first"], [job_id])
+        assert not broker._engine._lessees  # type: ignore[attr-defined]
+
+
+def test_a_wait_that_ends_leaves_nobody_behind(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q") as broker:
+        in_threads(8, lambda number: broker.lease(["q", "r"], wait=0.01))
+        assert not broker._engine._lessees  # type: ignore[attr-defined]
+
+
+# -- The end
+
+
+def open_files(directory: Path) -> list[str]:
+    """What this process has open in a directory."""
+    links = []
+    for fd in Path("/proc/self/fd").iterdir():
+        try:
+            links.append(os.readlink(fd))
+        except FileNotFoundError:
+            continue  # the one that was open for this look
+    return [link for link in links if link.startswith(str(directory))]
+
+
+@pytest.mark.parametrize("fsync", ["always", "never", "interval", ":memory:"])
+def test_close_amid_calls_ends_them_all_and_leaves_nothing_behind(tmp_path: Path, fsync: str) -> None:
+    before = set(threading.enumerate())
+    broker = opened(tmp_path, fsync, cache_bytes=0)
+    broker.enqueue_many("q", [b"x" * 5000] * 50)
+    begun: list[int] = []
+    answered: list[int] = []
+
+    def until_closed(call: Callable[[], object]) -> None:
+        begun.append(1)
+        with pytest.raises(BrokerClosedError):
+            while True:
+                call()
+
+    def put() -> None:
+        answered.append(broker.enqueue("put", b"x" * 500))
+
+    def put_in_a_transaction() -> None:
+        with broker.transaction() as tx:
+            told = tx.enqueue("put", b"x")
+        answered.append(told)
+
+    def take() -> None:
+        lease = broker.lease("q", visibility_timeout=100)
+        if lease is not None:
+            lease.release()
+
+    calls: list[Callable[[], object]] = [
+        put, put, put_in_a_transaction, take, take,
+        lambda: broker.jobs("q"),
+        lambda: broker.lease("empty", wait=None),
+        lambda: broker.lease_many(["empty", "void"], 5, wait=PATIENCE * 3),
+        broker.checkpoint, broker.compact, broker.sync,
+    ]  # fmt: skip
+    took: list[float] = []
+
+    def work(number: int) -> None:
+        if number < len(calls):
+            return until_closed(calls[number])
+        while len(begun) < len(calls) or len(answered) < 20:
+            time.sleep(0.001)
+        started = time.monotonic()
+        broker.close()
+        return took.append(time.monotonic() - started)
+
+    in_threads(len(calls) + 3, work)
+    assert len(took) == 3
+    assert max(took) < 5
+    assert set(threading.enumerate()) <= before
+    if fsync == ":memory:":
+        return
+    assert not open_files(tmp_path)
+    with opened(tmp_path, fsync) as broker:
+        present = {job.id for job in broker.jobs("put", limit=10_000)}
+        assert set(answered) <= present, "what was answered before the end is lost"
+        assert broker.stats("q").ready == 50
+        broker._engine._machine.check()  # type: ignore[attr-defined]
+
+
+class HeldDisk(SystemDisk):
+    """While `gate` is shut, a sync hangs in it."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.met = threading.Event()
+
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]
+        if not self.gate.is_set():
+            self.met.set()
+        self.gate.wait(PATIENCE)
+        os.fdatasync(fd)
+
+
+def test_close_waits_for_the_sync_that_a_call_has_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = HeldDisk()
+    monkeypatch.setattr("rivetq.local.SystemDisk", lambda: disk)
+    broker = Broker(tmp_path / "q")
+    broker.enqueue("q", b"x")
+    disk.gate.clear()
+
+    def work(number: int) -> None:
+        if number == 0:
+            broker.enqueue("q", b"under way")
+        elif number == 1:
+            assert disk.met.wait(PATIENCE)
+            broker.close()
+        else:
+            while broker._engine._ended is None:  # type: ignore[attr-defined]
+                time.sleep(0.001)
+            time.sleep(0.1)  # for close() to come as far as it can
+            disk.gate.set()
+
+    in_threads(3, work)
+    assert not [record.getMessage() for record in caplog.records if record.name == "rivetq"]
+    with Broker(tmp_path / "q") as broker:
+        assert broker.stats("q").ready == 2
+
+
+def test_close_may_come_twice(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q") as broker:
+        broker.enqueue("q", b"x")
+        broker.close()
+        broker.close()
+    with Broker(tmp_path / "q") as broker:
+        assert broker.stats("q").ready == 1
+
+
+@pytest.mark.parametrize("path", ["q", ":memory:"])
+def test_after_close_every_call_raises_and_says_that_nothing_was_done(tmp_path: Path, path: str) -> None:
+    broker = Broker(path if path == ":memory:" else tmp_path / path)
+    broker.enqueue_many("q", [b"x"] * 3)
+    lease, other, entered = broker.lease_many("q", 3)
+    tx = broker.transaction()
+    tx.__enter__()
+    tx.enqueue("q", b"never")
+    entered.__enter__()
+    broker.close()
+    calls: dict[str, Callable[[], object]] = {
+        "enqueue": lambda: broker.enqueue("q", b"x"),
+        "enqueue_many": lambda: broker.enqueue_many("q", [b"x"]),
+        "enqueue_many of none": lambda: broker.enqueue_many("q", []),
+        "lease": lambda: broker.lease("q"),
+        "lease, waiting": lambda: broker.lease("q", wait=None),
+        "lease_many": lambda: broker.lease_many("q", 3),
+        "ack": lambda: broker.ack(lease),
+        "ack_many": lambda: broker.ack_many([lease]),
+        "ack_many of none": lambda: broker.ack_many([]),
+        "nack": lambda: broker.nack(lease),
+        "release": lambda: broker.release(lease),
+        "reject": lambda: broker.reject(lease),
+        "extend": lambda: broker.extend(lease, 1),
+        "extend by reference": lambda: broker.extend(LeaseRef(lease.id, lease.token), 1),
+        "lease.ack": lambda: lease.ack(),
+        "lease.nack": lambda: lease.nack(),
+        "lease.release": lambda: lease.release(),
+        "lease.reject": lambda: lease.reject(),
+        "lease.extend": lambda: lease.extend(1),
+        "end of a with block": lambda: entered.__exit__(None, None, None),
+        "tx.enqueue": lambda: tx.enqueue("q", b"x"),
+        "tx.ack": lambda: tx.ack(other),
+        "end of a transaction": lambda: tx.__exit__(None, None, None),
+        "configure_queue": lambda: broker.configure_queue("q", max_jobs=3),
+        "configure_queue, looking": lambda: broker.configure_queue("q"),
+        "pause": lambda: broker.pause("q"),
+        "resume": lambda: broker.resume("q"),
+        "purge": lambda: broker.purge("q"),
+        "cancel": lambda: broker.cancel(1),
+        "redrive": lambda: broker.redrive("q"),
+        "redrive of none": lambda: broker.redrive("q", job_ids=[]),
+        "find": lambda: broker.find("q", "key"),
+        "get": lambda: broker.get(1),
+        "jobs": lambda: broker.jobs("q"),
+        "dead_letters": lambda: broker.dead_letters("q"),
+        "queues": lambda: broker.queues(),
+        "stats": lambda: broker.stats(),
+        "sync": lambda: broker.sync(),
+        "checkpoint": lambda: broker.checkpoint(),
+        "compact": lambda: broker.compact(),
+        "rotate": lambda: broker.rotate(),
+        "metrics": lambda: broker.metrics(),
+    }
+    outcomes: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except BrokerClosedError as error:
+            outcomes[name] = error.outcome
+        else:
+            outcomes[name] = "no error"
+    assert {name: outcome for name, outcome in outcomes.items() if outcome != "not_done"} == {}

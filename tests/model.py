@@ -255,8 +255,7 @@ class Model:
             raise RefusedError({"JobNotFoundError": {"job_id": min(strangers)}})
         chosen = [job for job in dead if job_ids is None or job.id in job_ids][:limit]
         for job in chosen:
-            job.attempts = 0
-            job.died_at_ms = None
+            job.attempts, job.died_at_ms = 0, None
             self._schedule(job, self.now_ms)
         self._let_due_happen()
         return len(chosen)
@@ -315,8 +314,7 @@ class Model:
         return self._jobs[job_id]
 
     def _schedule(self, job, due_at_ms, due_by_ms=None):
-        job.state = "scheduled"
-        job.due_at_ms = due_at_ms
+        job.state, job.due_at_ms = "scheduled", due_at_ms
         job.due_by_ms = due_at_ms if due_by_ms is None else due_by_ms
 
     def _fail(self, job, at_ms, error, delay_ms=None):
@@ -328,9 +326,7 @@ class Model:
         self._schedule(job, at_ms + soonest, at_ms + latest)
 
     def _bury(self, job, at_ms, error):
-        job.state = "dead"
-        job.last_error = error
-        job.died_at_ms = at_ms
+        job.state, job.last_error, job.died_at_ms = "dead", error, at_ms
 
     def _end(self, job, how):
         queue = self._queues[job.queue]

@@ -10,6 +10,8 @@ import pytest
 from ..broker import Broker
 from .clock import ManualClock
 
+pytest.register_assert_rewrite("rivetq.testing.conformance")  # its failures show the values, as those of a test file
+
 
 @pytest.fixture
 def rivetq_clock() -> ManualClock:

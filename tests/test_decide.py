@@ -579,6 +579,8 @@ def test_deliveries_have_tokens_attempts_and_deadlines() -> None:
     assert (event, retry_at_ms) == (Leased([1, 2, 3], [1, 2, 3], [1] * 3, [NOW + 30_000] * 2 + [NOW + 70]), None)
     event, _ = bench.ask(decide.lease, ["q"], 3, 5, NOW)
     assert event.deadlines_ms == [NOW + 5] * 3, "the call's timeout wins"
+    event, _ = bench.ask(decide.lease, ["q"], 3, 0, NOW)
+    assert event.deadlines_ms == [NOW] * 3, "none at all is a timeout too"
 
 
 def test_a_job_with_no_visibility_timeout_of_its_own_has_the_queue_s() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import lmdb
 import pytest
 
-from rivetq import Broker, RateLimit, RetryPolicy, UsageError
+from rivetq import Broker, LeaseLostError, LeaseRef, RateLimit, RetryPolicy, UsageError
 from rivetq.index import Index
 from rivetq.testing import ManualClock
 
@@ -150,6 +150,22 @@ def test_ids_and_tokens_go_on_above_the_former_ones(tmp_path: Path, again: str) 
             broker = Broker(path)
     assert ids == sorted(set(ids))
     assert tokens == sorted(set(tokens))
+
+
+def test_a_lease_that_a_power_cut_took_back_is_not_taken_for_a_later_one(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q") as broker:
+        broker.enqueue("q", b"x")
+        left = crash(broker)  # the record of a lease is not synced: the disk may not have it
+        lost = broker.lease("q")
+        assert lost is not None
+    with Broker(left) as broker:
+        lease = broker.lease("q")
+        assert lease is not None
+        assert (lease.id, lease.attempt) == (lost.id, lost.attempt)
+        assert lease.token > lost.token
+        with pytest.raises(LeaseLostError):
+            broker.ack(LeaseRef(lost.id, lost.token))
+        broker.ack(lease)
 
 
 @pytest.mark.parametrize("fsync", ["always", "interval", "never"])

@@ -1056,6 +1056,14 @@ def test_a_listing_is_by_id_over_all_states_or_of_one() -> None:
     assert bench.machine.listing("unknown", None, 0, 10) == []
 
 
+def test_leased_jobs_too_are_listed_by_id() -> None:
+    bench = Bench()
+    bench.enqueue(16)
+    bench.lease(16, 9)  # a set of these two does not come in this order by itself
+    assert bench.mail.ids(LEASED) == list(bench.mail.ids_after(LEASED, 0)) == [9, 16]
+    assert [entry.id for entry in bench.machine.listing("mail", LEASED, 0, 10)] == [9, 16]
+
+
 def test_a_queue_counts_what_takes_a_place_in_it() -> None:
     bench = Bench()
     bench.enqueue(3)

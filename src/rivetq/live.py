@@ -206,27 +206,46 @@ class LiveEngine:
     def lease(
         self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None
     ) -> list[Delivery]:
+        waiting: list[_Lessee] = []
+        try:
+            lsn, entries, deliveries = self._take(queues, max_jobs, visibility_ms, wait_s, waiting)
+        except BaseException:
+            if waiting:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
+                with self._lock:
+                    self._unregister(waiting[0], queues)
+                    self._wake_lessees(queues)
+            raise
+        return self._deliver(lsn, entries, deliveries) if entries else []
+
+    def _take(
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        wait_s: float | None,
+        waiting: list[_Lessee],
+    ) -> tuple[int, list[Entry], list[Delivery]]:
+        """Lease, waiting for a first job; nothing when the time is over. Who waits puts itself into `waiting`."""
         until = None if wait_s is None else time.monotonic() + wait_s
-        lessee: _Lessee | None = None
         while True:
             self._check()
             try:
                 with self._lock:
-                    if lessee is not None:
+                    for lessee in waiting:
                         self._unregister(lessee, queues)
                     now_ms = self._tick()
                     event, retry_at_ms = decide.lease(self._machine, queues, max_jobs, visibility_ms, now_ms)
                     if event is not None:
                         lsn = self._record([event], now_ms)
                         entries = [self._machine.jobs[job_id] for job_id in event.ids]
-                        deliveries = [self._machine.delivery(entry, b"") for entry in entries]
                         self._wake_lessees(queues)  # this one may have been woken for another of its queues
-                        break
+                        return lsn, entries, [self._machine.delivery(entry, b"") for entry in entries]
                     timeout_s = None if until is None else until - time.monotonic()
                     if timeout_s is not None and timeout_s <= 0:
-                        return []
-                    lessee = lessee or _Lessee()
-                    self._register(lessee, queues)
+                        return 0, [], []
+                    if not waiting:
+                        waiting.append(_Lessee())
+                    self._register(waiting[0], queues)
             except NeedRoomError as need:
                 self._make_room(need)
                 continue
@@ -234,14 +253,7 @@ class LiveEngine:
                 pause_s = self.clock.timeout_s(retry_at_ms - now_ms)
                 if pause_s is not None:
                     timeout_s = pause_s if timeout_s is None else min(timeout_s, pause_s)
-            try:
-                lessee.park(timeout_s)
-            except BaseException:  # KeyboardInterrupt: hand a wake-up on
-                with self._lock:
-                    self._unregister(lessee, queues)
-                    self._wake_lessees(queues)
-                raise
-        return self._deliver(lsn, entries, deliveries)
+            waiting[0].park(timeout_s)
 
     def _deliver(self, lsn: int, entries: list[Entry], deliveries: list[Delivery]) -> list[Delivery]:
         # With a sync in every call nothing is handed out that a power cut could still take back.

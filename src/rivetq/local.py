@@ -385,11 +385,13 @@ class LocalEngine(LiveEngine):
         self._flush()
         self._sync_all()
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self, *, last: bool = False) -> None:
         """Write what changed since the last one into the index. Caller holds _keeper_lock, not _lock.
 
         The jobs are taken in slices while calls go on; replay from `lsn` makes them whole (see events).
         """
+        if not last:
+            self._check()  # whoever waited for _keeper_lock while close() had it comes too late
         machine = self._machine
         with self._lock:
             taken = machine.changes
@@ -573,7 +575,7 @@ class LocalEngine(LiveEngine):
             except NeedRoomError:
                 logger.warning("rivetq: %s: no space to note a clean end", self._path)
         with self._keeper_lock:
-            self._checkpoint()  # which waits for all records to be on disk
+            self._checkpoint(last=True)  # which waits for all records to be on disk
         self._group.close()
         self._log.close()
 

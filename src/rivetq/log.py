@@ -95,6 +95,7 @@ class Log:
         self._spares: list[SegmentFile] = []
         self._spare_lock = threading.Lock()  # one maker of spares at a time
         self._spare_number = 0
+        self._closed = False
         self._write_lock = threading.Lock()  # guards _file, _written and the order of writes
         self._file: SegmentFile | None = None
         self._written_to = 0
@@ -198,7 +199,7 @@ class Log:
     def refill(self) -> None:
         """Get the space that is wanted, ahead of need. Raises OSError."""
         with self._spare_lock:
-            while self.wants_space():
+            while self.wants_space() and not self._closed:
                 tail = self._tail
                 if len(self._spares) < 1 + RESERVE_BYTES // self._spare_bytes:
                     self._spares.append(self._new_spare(self._spare_bytes))
@@ -461,6 +462,8 @@ class Log:
 
     def abandon(self) -> None:
         """Close all files as they are."""
+        with self._spare_lock:
+            self._closed = True
         for file in [*self._files.values(), *self._spares]:
             file.close()  # an error that somebody keeps holds the frames of its traceback, and what is in them
         self._file = self._tail = None

@@ -289,8 +289,8 @@ class _Plan:
             if count > bucket.available(self._now_ms):
                 retry_after = (bucket.ready_at_ms(count, self._now_ms) - self._now_ms) / 1000
                 raise RateLimitedError(
-                    f"queue {name!r} is over its rate of {bucket.limit.per_second:g} jobs a second; none of these {count} "
-                    f"was enqueued, try again in {retry_after:.3f} s, no more than burst={bucket.limit.burst} at a time",
+                    f"queue {name!r} is over its rate of {bucket.limit.per_second:g} jobs a second; none of these "
+                    f"{count} was enqueued, try again in {retry_after:.3f} s, at most {bucket.limit.burst} at once",
                     queue=name,
                     retry_after=retry_after,
                 )

@@ -466,9 +466,10 @@ class LocalEngine(LiveEngine):
         """
         with self._lock:
             sizes, live = dict(self._log.sizes), dict(self._machine.live)
-        total, limit = sum(sizes.values()), 2 * sum(live.values()) + self._segment_bytes
+        slack = 0 if self._short_of_space else self._segment_bytes
+        total, limit = sum(sizes.values()), 2 * sum(live.values()) + slack
         upto = 0
-        if total <= self._segment_bytes:
+        if total <= slack:
             return sorted(sizes)[-2] if len(sizes) > MANY_SEGMENTS else 0
         for segment in sorted(sizes)[:-1]:
             if total <= limit and live.get(segment, 0):

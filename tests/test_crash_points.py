@@ -123,7 +123,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Life, Manual
     directory, clock, life = tmp_path_factory.mktemp("killed"), ManualClock(), Life()
     with Broker(directory / "live", segment_bytes=SEGMENT_BYTES, fsync="never", clock=clock) as broker:
         life.run(broker)
-        shutil.copytree(directory / "live", directory / "dead")
+        shutil.copytree(directory / "live", directory / "dead", ignore=shutil.ignore_patterns("spare-*"))
     return directory / "dead", life, clock
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+import rivetq.live
 from rivetq import Broker, BrokerClosedError, LeaseLostError, LeaseRef, RetryPolicy
 from rivetq.io import SystemDisk
 
@@ -282,10 +282,20 @@ def test_leases_that_wait_for_several_queues_forget_no_job(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("queues", [["q"], ["other", "q"]])
-def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(tmp_path: Path, queues: list[str]) -> None:
+def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(
+    tmp_path: Path, queues: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     got: list[int] = []
     died: list[str] = []
     with Broker(tmp_path / "q") as broker:
+        park = rivetq.live._Lessee.park
+
+        def park_and_die(lessee: rivetq.live._Lessee, timeout_s: float | None) -> None:
+            park(lessee, timeout_s)
+            if threading.current_thread() is first:
+                raise KeyboardInterrupt  # just when the job below has woken it, and nobody else
+
+        monkeypatch.setattr(rivetq.live._Lessee, "park", park_and_die)
 
         def wait_and_die() -> None:
             try:
@@ -304,9 +314,6 @@ def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(tmp_path: Path, qu
         second = threading.Thread(target=wait, daemon=True)
         second.start()
         await_waiting(broker, "q", 2)
-        # It strikes when the thread runs again: just when the job below has woken it, and nobody else.
-        assert first.ident is not None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(first.ident), ctypes.py_object(KeyboardInterrupt))
         job_id = broker.enqueue("q", b"x")
         second.join(PATIENCE / 4)
         first.join(PATIENCE / 4)

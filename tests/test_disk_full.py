@@ -518,6 +518,23 @@ def test_a_read_that_fails_is_a_typed_error(tmp_path: Path, disk: TroubledDisk) 
         assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_disk_that_fails_while_space_is_got_fails_the_broker(tmp_path: Path, disk: TroubledDisk) -> None:
+    with Broker(tmp_path / "q", segment_bytes=65_536) as broker:
+        broker.enqueue("q", b"x")
+
+        def fail(fd: int, offset: int, size: int) -> None:
+            eio()
+
+        disk.allocate = fail  # type: ignore[method-assign]
+        with pytest.raises(BrokerFailedError) as caught:
+            for _ in range(1000):  # until the space that is ready is used up, by this thread or by the keeper
+                broker.enqueue("q", b"x" * 3000)
+        assert isinstance(caught.value.__cause__, OSError)
+        assert caught.value.__cause__.errno == errno.EIO
+        with pytest.raises(BrokerFailedError):
+            broker.stats("q")
+
+
 def test_an_interrupt_behind_a_sync_that_succeeded_leaves_the_broker_usable(
     tmp_path: Path, disk: TroubledDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,7 +187,7 @@ class _Enqueues:
         return max(0, moment_ms(eta, "eta") - self._clock.wall_ms())
 
     def _commit_enqueue(self, operation: Enqueue) -> list[int]:
-        raise NotImplementedError
+        raise NotImplementedError  # the broker does it now, a transaction at its end
 
 
 class Broker(_Enqueues):

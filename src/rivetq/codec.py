@@ -86,7 +86,7 @@ def encode_record(events: Sequence[Event], now_ms: int) -> bytes:
     parts = [_TIME.pack(now_ms)]
     size = _TIME.size
     for event in events:
-        new = _encode_enqueued(event) if type(event) is Enqueued else _encode(event)
+        new = _encode(event)
         parts += new
         size += sum(map(len, new))
         if type(event) is Enqueued or type(event) is Copied:

@@ -29,10 +29,10 @@ from .group import GroupCommit
 from .index import Index
 from .io import Disk, SystemDisk
 from .live import LiveEngine, NeedRoomError
-from .log import MAX_BODY_BYTES, Log
+from .log import Log
 from .machine import Machine
 from .owner import DirectoryLock
-from .record import frame_bytes
+from .record import MAX_BODY_BYTES, frame_bytes
 from .recovery import Recovered, recover
 from .segment import Record, Scan, corrupt, read_header
 from .state import Changes, Entry, Place
@@ -128,8 +128,13 @@ class LocalEngine(LiveEngine):
         again = sum(frame_bytes(len(body)) for body in found.surplus) + 1  # all of it into this one segment
         log.make_room(again, len(snapshot), keep_reserve=False)
         self._begin_segment(snapshot, found.now_ms, again)
+        machine = self._machine
         for body in found.surplus:
-            self._append_again(body)
+            now_ms, events = decode_record(body)
+            machine.now_ms = max(machine.now_ms, now_ms)
+            place = log.append(body)
+            for event in events:
+                machine.apply(event, now_ms, place)
         log.flush()
         log.open_mark()
         log.sync()
@@ -138,39 +143,15 @@ class LocalEngine(LiveEngine):
             if old.size > found.end_offset:
                 old.truncate(found.end_offset)
             log.sizes[found.last_segment] = found.end_offset
-        machine = self._machine
         if not found.applied_lsn:
             self._index.clear()
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
         self._keeper_poked.set()
         if release_on_open:
-            # A deadline that passed while nobody was here ended its lease then, noticed or not.
-            while events := decide.expiry(machine, machine.now_ms):
-                self._open_record(events)
-            if events := decide.owner_gone(machine, machine.now_ms):
-                self._open_record(events)
+            # Leases whose deadline passed meanwhile end as such: in every call the clock comes first.
+            self._change(lambda now_ms: (decide.owner_gone(machine, now_ms), None))
         log.drop(machine.oldest_segment - 1)
-
-    def _append_again(self, body: bytes) -> None:
-        log, machine = self._log, self._machine
-        if not log.fits(len(body)) and log.can_extend(len(body)):
-            log.make_room(len(body), None, keep_reserve=False)
-        if not log.fits(len(body)):
-            snapshot = encode_snapshot(machine.snapshot())
-            log.make_room(len(body), len(snapshot), keep_reserve=False)
-            self._begin_segment(snapshot, machine.now_ms, len(body))
-        now_ms, events = decode_record(body)
-        machine.now_ms = max(machine.now_ms, now_ms)
-        place = log.append(body)
-        for event in events:
-            machine.apply(event, now_ms, place)
-
-    def _open_record(self, events: list[Event]) -> None:
-        body = encode_record(events, self._machine.now_ms)
-        self._append_again(body)
-        self._log.write(self._log.next_lsn - 1)
-        self._log.sync()
 
     def start(self) -> None:
         super().start()
@@ -208,7 +189,11 @@ class LocalEngine(LiveEngine):
         self._log.begin_segment(snapshot, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms, body_length=body_length)
 
     def _make_room(self, need: NeedRoomError) -> None:
-        self._log.make_room(need.body_length, need.snapshot_length, keep_reserve=need.keep_reserve)
+        try:
+            self._log.make_room(need.body_length, need.snapshot_length, keep_reserve=need.keep_reserve)
+        except OSError as error:
+            self._fail(error)
+            raise self._failed_error("not_done") from error
 
     def _record(self, events: Sequence[Event], now_ms: int, *, keep_reserve: bool = False) -> int:
         lsn = super()._record(events, now_ms, keep_reserve=keep_reserve)
@@ -300,7 +285,7 @@ class LocalEngine(LiveEngine):
             try:
                 if self._ended is None:
                     self._keep(overdue=not poked)
-            except (DiskFullError, OSError) as error:
+            except DiskFullError as error:
                 if not self._short_of_space:
                     logger.warning("rivetq: %s: housekeeping waits for disk space: %s", self._path, error)
                 self._short_of_space = True
@@ -466,7 +451,7 @@ class LocalEngine(LiveEngine):
         """
         with self._lock:
             sizes, live = dict(self._log.sizes), dict(self._machine.live)
-        slack = 0 if self._short_of_space else self._segment_bytes
+        slack = 0 if self._short_of_space else self._segment_bytes  # on a full disk every byte counts
         total, limit = sum(sizes.values()), 2 * sum(live.values()) + slack
         upto = 0
         if total <= slack:

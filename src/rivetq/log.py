@@ -21,6 +21,7 @@ sync, itself not synced: a witness that may be old, never wrong).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import struct
@@ -32,7 +33,7 @@ from crc32c import crc32c
 
 from .errors import DiskFullError
 from .io import Disk, write_all
-from .record import HEADER_BYTES, MAX_BODY_BYTES, encode_frame, frame_bytes
+from .record import HEADER_BYTES, encode_frame, frame_bytes
 from .segment import Header, SegmentFile, corrupt, encode_header, segment_id, segment_name
 from .state import Place
 
@@ -43,6 +44,8 @@ SMALL_BYTES = 64 * 1024
 """On a nearly full disk spares get smaller, down to this one, or to what an answer needs."""
 STEP_BYTES = 16 * 2**20
 """The largest step: a segment doubles up to this one."""
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
+"""What passes by itself, or when somebody makes room: files that can be opened are a kind of space too."""
 _MARK = struct.Struct("<16sQ")
 _SPARE = "spare-"
 _NEW = ".new"
@@ -144,10 +147,13 @@ class Log:
     def _spare_bytes(self) -> int:
         return min(FIRST_BYTES, self._segment_bytes)
 
+    def _wants_spare(self) -> bool:
+        return len(self._spares) < 1 + RESERVE_BYTES // self._spare_bytes
+
     def wants_space(self) -> bool:
         """There should be a spare more, or a longer tail. Cheap; no lock needed."""
         tail = self._tail
-        if len(self._spares) < 1 + RESERVE_BYTES // self._spare_bytes:
+        if self._wants_spare():
             return True
         return tail is not None and tail.size < self._segment_bytes and tail.size - self._tail_offset < tail.size // 4
 
@@ -155,7 +161,7 @@ class Log:
         """Get space until `has_room` says yes. The engine's lock is not held.
 
         Without a snapshot the tail is to grow; if the disk has nothing for it, the next try begins the spare.
-        Raises DiskFullError if the file system has no space for a spare either.
+        Raises DiskFullError if there is no space for a spare either, and the OSError of any other failure.
         """
         need = frame_bytes(body_length) + (snapshot_length or 0) + _HEADER_SLACK
         with self._spare_lock:
@@ -171,14 +177,20 @@ class Log:
                     size = self._spare_bytes
                 self._disk_full = False
             except OSError as error:
-                if not self._disk_full and snapshot_length is None:
+                if error.errno in _NO_SPACE and not self._disk_full and snapshot_length is None:
                     self._disk_full = True
                     return
-                raise DiskFullError(
-                    f"{self._directory}: no space for more of the log ({error.strerror}); nothing was changed, free "
-                    f"some space and call again, the broker goes on without reopening",
-                    path=self._directory,
-                ) from error
+                raise self._no_space(error) from error
+
+    def _no_space(self, error: OSError) -> DiskFullError | OSError:
+        """What a failure to get space is to the caller: something that passes, or a failure of the disk."""
+        if error.errno not in _NO_SPACE:
+            return error
+        return DiskFullError(
+            f"{self._directory}: no space for more of the log ({error.strerror}); nothing was changed, free some space "
+            f"and call again, the broker goes on without reopening",
+            path=self._directory,
+        )
 
     def _extend(self, body_length: int) -> None:
         # Caller holds _spare_lock. The tail may change meanwhile: `size` belongs to the file.
@@ -197,15 +209,18 @@ class Log:
                 size = max(need, (tail.size + size) // 2)  # the disk is nearly full: a smaller step
 
     def refill(self) -> None:
-        """Get the space that is wanted, ahead of need. Raises OSError."""
+        """Get the space that is wanted, ahead of need. Raises as `make_room` does."""
         with self._spare_lock:
-            while self.wants_space() and not self._closed:
-                tail = self._tail
-                if len(self._spares) < 1 + RESERVE_BYTES // self._spare_bytes:
-                    self._spares.append(self._new_spare(self._spare_bytes))
-                elif tail is not None:
-                    tail.extend(min(self._segment_bytes, tail.size + min(STEP_BYTES, tail.size)))
-            self._disk_full = False
+            try:
+                while self.wants_space() and not self._closed:
+                    tail = self._tail
+                    if self._wants_spare():
+                        self._spares.append(self._new_spare(self._spare_bytes))
+                    elif tail is not None:
+                        tail.extend(min(self._segment_bytes, tail.size + min(STEP_BYTES, tail.size)))
+                self._disk_full = False
+            except OSError as error:
+                raise self._no_space(error) from error
 
     def _largest_spare(self, size: int, least: int) -> SegmentFile:
         """Of `size`, or of what a nearly full disk still has, down to `least`."""
@@ -249,7 +264,6 @@ class Log:
         boot_ms: int,
         now_ms: int,
         body_length: int = 1,
-        number: int | None = None,
     ) -> None:
         """From the next record on a new segment, made of a spare that `body_length` fits into."""
         spare = self._spare_for(body_length, len(snapshot))
@@ -257,7 +271,7 @@ class Log:
         self._spares.remove(spare)
         header = encode_header(
             Header(
-                id=self._tail_id + 1 if number is None else number,
+                id=self._tail_id + 1,
                 epoch=self._epoch,
                 salt=secrets.randbits(32) | 1,
                 first_lsn=self.next_lsn,
@@ -296,10 +310,6 @@ class Log:
         place = Place(self._tail_id, offset + HEADER_BYTES, self.next_lsn)
         self.next_lsn += 1
         return place
-
-    @property
-    def tail_id(self) -> int:
-        return self._tail_id
 
     @property
     def tail_is_empty(self) -> bool:
@@ -478,6 +488,3 @@ class Log:
 def list_segments(disk: Disk, directory: str) -> list[int]:
     """Ids of the segment files in a directory, ascending."""
     return sorted(number for name in disk.list(directory) if (number := segment_id(name)) is not None)
-
-
-__all__ = ["MAX_BODY_BYTES", "RESERVE_BYTES", "Log", "list_segments", "read_mark"]

@@ -102,3 +102,23 @@ def test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key(
     clock.advance(86_400)
     with Broker(tmp_path / "killed", clock=clock) as broker:
         assert broker.find("q", "k") is None
+
+
+def test_a_checkpoint_that_failed_is_not_tried_again_at_every_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def fail(*args: object) -> None:
+        tried.append(1)
+        raise OSError(28, "No space left on device")
+
+    with Broker(tmp_path / "data", clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
+        monkeypatch.setattr(broker._engine._index, "write", fail)  # type: ignore[attr-defined]
+        for _ in range(50):
+            broker.enqueue("q", b"x" * 5_000)
+            broker._engine._keep(overdue=False)  # type: ignore[attr-defined]
+        assert 1 <= len(tried) <= 2  # by this round, or by the keeper's own at the same time
+        monkeypatch.undo()
+        broker.checkpoint()  # on demand it is tried at once
+        assert broker.metrics()["checkpoints"] == 1

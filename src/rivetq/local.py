@@ -90,6 +90,7 @@ class LocalEngine(LiveEngine):
         self._keeper_poked = threading.Event()
         self._sync_poked = threading.Event()
         self._unsaved_bytes = 0  # log written since the last checkpoint began
+        self._not_before_s = 0.0  # no checkpoint by itself before this: the last one failed, and each takes all anew
         self._short_of_space = False
         self._checkpoints = self._copied_bytes = 0
         started = time.monotonic()
@@ -300,7 +301,8 @@ class LocalEngine(LiveEngine):
             self._log.refill()  # first: somebody may soon wait for it
         finally:  # on a full disk too: a compaction makes room
             with self._keeper_lock:
-                if self._unsaved_bytes > self._checkpoint_bytes or (overdue and self._unsaved_bytes):
+                wanted = self._unsaved_bytes > self._checkpoint_bytes or (overdue and self._unsaved_bytes)
+                if wanted and time.monotonic() >= self._not_before_s:
                     self._checkpoint()
                 self._compact(self._garbage_upto())
 
@@ -401,6 +403,7 @@ class LocalEngine(LiveEngine):
                 logger.warning("rivetq: %s: the index is dropped and will be rebuilt: %s", self._path, error)
                 self._index.clear()
                 self._take_back(Changes(), unsaved, everything=True)
+                self._not_before_s = time.monotonic() + CHECKPOINT_S
         except BaseException:
             self._take_back(taken, unsaved, everything=False)
             raise

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types coverage wheel bench crash clean
+.PHONY: demo test check format lint types coverage wheel bench bench-full crash clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,8 +39,15 @@ wheel: $(VENV)/ready ## the wheel builds and holds py.typed
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(BIN)/python -m zipfile --list dist/*.whl | grep -q 'rivetq/py.typed'
 
-bench: $(VENV)/ready ## speed beside the disk's own limit and SQLite by hand
+$(VENV)/bench-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+bench: $(VENV)/bench-ready ## speed beside the disk's own limit and the peers that are installed, in some 3 minutes
 	$(BIN)/python benchmarks/bench.py
+
+bench-full: $(VENV)/bench-ready ## the same with long rounds, 1 KiB payloads, up to 10 million waiting jobs; plots
+	$(BIN)/python benchmarks/bench.py --full --json bench-full.json --plots docs/plots
 
 CYCLES ?= 100
 crash: $(VENV)/ready ## kill -9 a writing process CYCLES times

@@ -1,293 +1,434 @@
-"""Measure RivetQ beside the raw limit of the disk and beside a job queue written by hand on SQLite.
+"""Measure RivetQ beside the raw limit of the disk, embedded queues and queue servers.
 
-    python benchmarks/bench.py [--quick] [--json FILE] [--dir DIR]
+    python benchmarks/bench.py                          a quick look, under 5 minutes
+    python benchmarks/bench.py --full --json results.json --plots docs/plots
+    python benchmarks/bench.py --peers sqlite,redis --only 'durable*thread*'
+    python benchmarks/bench.py --only scale             also: syncs, due, churn, pause
 
-Every case is run in several short rounds, in which the contestants alternate in changing order; the figures are medians
-of the rounds, and a ratio is the median of the ratios within a round, so that a disk or a machine that is slow for a
-while is slow for all of them. Nothing here fails because a figure is low: the bars are printed beside the figures.
+Rounds are short and alternate; figures are medians, ratios are those of neighbouring rounds (see measuring.py). What
+is not installed is named and left out. Nothing here fails because a figure is low: the bars are printed beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
-import os
-import platform
 import shutil
-import sqlite3
-import statistics
-import sysconfig
+import signal
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-import opening
-from cases import (
-    FRAME_BYTES,
-    GROUPS,
-    MANY_THREADS,
-    ONE_THREAD,
-    PAYLOAD_BYTES,
-    Case,
-    Lane,
-    OnRivetQ,
-    OnSqlite,
-    QueueLane,
-    RawLane,
-    Round,
-)
+import machine
+import plots
+import scale
+import servers
+import syncs
+from bars import COSTS, Bar, bars
+from contestants import Contestant, Leases, RivetQ, SkippedError
+from measuring import MINE, RAW, Line, Measure, measure_workload, p50, p99, rate
+from peers import PEERS
+from workloads import FRAME_BYTES, LARGE_BYTES, SMALL_BYTES, Kind, Workload, workloads_of
 
 CAVEAT = f"""\
 How to read it
-  raw limit   one thread that writes the bytes of one commit (enqueue: {PAYLOAD_BYTES} + {FRAME_BYTES} B of framing)
-              at the end of a growing file: pwrite + fdatasync. It merges nothing: several threads can exceed it.
-  durable     on the disk when the call returns: fsync="always", SQLite synchronous=FULL. RivetQ's lease is written
-              and not synced (its ack is); SQLite's is synced, as every commit of its connection.
-  relaxed     survives the death of the process, not a power cut: fsync="never", synchronous=OFF.
-  SQLite      a queue by hand (sqlite_by_hand.py) without keys, retries, dead letters: that can only favour it.
-Caveat: payloads of {PAYLOAD_BYTES} B, a warm page cache, one queue, an idle machine. A virtual disk may answer a flush
-from its host's memory. Compare the columns of one run, not the figures of two machines."""
+  raw limit  one thread that writes the bytes of one commit (enqueue: the payload and {FRAME_BYTES} B of framing) at the
+             end of a growing file: pwrite + fdatasync. It merges nothing, so several threads can exceed it.
+  durable    on the disk when the call returns. RivetQ's lease is written and not synced (its ack is); where a peer's
+             lease is a commit it is synced too. The table of syncs says what each of them does.
+  relaxed    survives the death of the process, not a power cut: no sync for a call.
+  leases     * takes a job by removing it: what its consumer dies with is gone; an ack costs it nothing
+             + keeps a job until its ack, but delivers it again only when it is told to
+             no mark: delivers it again when its lease has run out
+  -          not run, since the system cannot do it (no batches in one commit, or no durable mode)
+  failed     the reasons are below the table
+Caveat: a warm page cache, one queue, an idle machine, client and server on the same one. A virtual disk may answer a
+flush from its host's memory. Compare the columns of one run, not the figures of two machines."""
+MARKS = {Leases.NONE: "*", Leases.ACK: "+", Leases.TIMEOUT: ""}
 
 
 @dataclass(frozen=True)
 class Settings:
     rounds: int
     round_s: float
-    open_jobs: int
-    open_rounds: int
+    paced_rounds: int
+    paced_round_s: float
+    payloads: tuple[int, ...]
+    plan: scale.Plan
 
 
-FULL = Settings(rounds=7, round_s=0.45, open_jobs=100_000, open_rounds=3)
-QUICK = Settings(rounds=3, round_s=0.1, open_jobs=100_000, open_rounds=1)
+QUICK = Settings(rounds=3, round_s=0.1, paced_rounds=3, paced_round_s=0.5, payloads=(SMALL_BYTES,), plan=scale.QUICK)
+FULL = Settings(
+    rounds=7, round_s=0.45, paced_rounds=5, paced_round_s=3.0, payloads=(SMALL_BYTES, LARGE_BYTES), plan=scale.FULL
+)
 
 
 @dataclass
-class Line:
-    """The rounds of one case, by contestant; rounds of the same number were neighbours in time."""
+class Results:
+    """All of a run, as far as it has come."""
 
-    case: Case
-    rounds: dict[str, list[Round]] = field(default_factory=dict)
-
-    def rate(self, contestant: str) -> float | None:
-        rounds = self.rounds.get(contestant)
-        return statistics.median(this.rate for this in rounds) if rounds else None
-
-    def ratio(self, contestant: str, to: str) -> float | None:
-        return ratio(self.rounds.get(contestant, []), self.rounds.get(to, []))
-
-    def spread(self, contestant: str) -> float:
-        """Half the distance from the slowest to the fastest round, as a share of the median."""
-        rates = [this.rate for this in self.rounds[contestant]]
-        return (max(rates) - min(rates)) / 2 / statistics.median(rates)
-
-    @property
-    def records_per_fsync(self) -> float | None:
-        rounds = self.rounds["rivetq"]
-        fsyncs = sum(this.fsyncs for this in rounds)
-        return sum(this.records for this in rounds) / fsyncs if self.case.durable and fsyncs else None
+    facts: dict[str, str]
+    titles: dict[str, str]
+    lines: list[Line] = field(default_factory=list)
+    syncs: dict[str, syncs.Counted] = field(default_factory=dict)
+    scale: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def ratio(of: Sequence[Round], to: Sequence[Round]) -> float | None:
-    """The median of the ratios of neighbouring rounds."""
-    ratios = [mine.rate / theirs.rate for mine, theirs in zip(of, to, strict=bool(of and to))]
-    return statistics.median(ratios) if ratios else None
+# -- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def wanted(name: str, pattern: str | None) -> bool:
+    """A part of the name, or a pattern for the whole of it."""
+    return pattern is None or pattern.lower() in name.lower() or fnmatch.fnmatch(name.lower(), pattern.lower())
+
+
+def present(names: Sequence[str]) -> dict[str, type[Contestant]]:
+    """The contestants that can take part; the others are named with the reason."""
+    kinds: dict[str, type[Contestant]] = {}
+    everybody: list[type[Contestant]] = [RivetQ, *(PEERS[name] for name in names)]
+    for kind in everybody:
+        try:
+            version = kind.version()
+        except SkippedError as reason:
+            print(f"{kind.title:12}SKIPPED: {reason}")
+            continue
+        kinds[kind.name] = kind
+        print(f"{kind.title:12}{version}: {kind.settings}")
+    return kinds
+
+
+@contextmanager
+def started(
+    kinds: Mapping[str, type[Contestant]], directory: Path, *, durable: bool
+) -> Iterator[dict[str, Contestant]]:
+    """The contestants of one mode, closed at the end, each whatever happens to the others."""
+    contestants: dict[str, Contestant] = {}
+    try:
+        for name, kind in kinds.items():
+            place = directory / f"{'durable' if durable else 'relaxed'}-{name}"
+            place.mkdir(mode=0o711)
+            try:
+                contestants[name] = kind(place, durable=durable)
+            except Exception as error:  # a peer that does not start is left out, whatever its reason
+                print(f"{kind.title} does not start and is left out: {error}")
+        yield contestants
+    finally:
+        for contestant in contestants.values():
+            try:
+                contestant.close()
+            except Exception as error:  # the next one must be closed too
+                print(f"{contestant.title} did not close in order: {error}", file=sys.stderr)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def measure_group(cases: Sequence[Case], directory: Path, settings: Settings) -> list[Line]:
-    """Run the cases of one group, all their lanes alternating."""
-    lines = [Line(case) for case in cases]
-    with ExitStack() as stack:
-        lanes: list[tuple[list[Round], Lane]] = []
-        for line in lines:
-            for name, lane in open_lanes(line.case, Path(tempfile.mkdtemp(dir=directory))):
-                stack.enter_context(closing(lane))
-                lanes.append((line.rounds.setdefault(name, []), lane))
-        for _, lane in lanes:
-            lane.round(settings.round_s / 2)  # warm up: caches, first segments, the thread's first faults
-        for number in range(settings.rounds):
-            first = number % len(lanes)
-            for rounds, lane in lanes[first:] + lanes[:first]:
-                rounds.append(lane.round(settings.round_s))
-    return lines
-
-
-def open_lanes(case: Case, directory: Path) -> list[tuple[str, Lane]]:
-    lanes: list[tuple[str, Lane]] = [
-        ("rivetq", QueueLane(case, OnRivetQ(directory, durable=case.durable))),
-        ("sqlite", QueueLane(case, OnSqlite(directory, durable=case.durable))),
+def run_workloads(
+    results: Results, kinds: Mapping[str, type[Contestant]], directory: Path, settings: Settings, only: str | None
+) -> None:
+    chosen = [
+        workload
+        for payload_bytes in settings.payloads
+        for workload in workloads_of(payload_bytes)
+        if wanted(workload.name, only)
     ]
-    return [("raw", RawLane(case, directory)), *lanes] if case.durable else lanes
+    for durable in (True, False):
+        mine = [workload for workload in chosen if workload.durable is durable]
+        if not mine:
+            continue
+        with started(kinds, directory, durable=durable) as contestants:
+            heading = ""
+            for workload in mine:
+                if (now := heading_of(workload)) != heading:
+                    heading = now
+                    print_headings(heading, contestants)
+                paced = workload.kind is Kind.PACED
+                line = measure_workload(
+                    workload,
+                    contestants,
+                    directory,
+                    rounds=settings.paced_rounds if paced else settings.rounds,
+                    round_s=settings.paced_round_s if paced else settings.round_s,
+                )
+                results.lines.append(line)
+                print_line(line, contestants)
 
 
-def measure_openings(directory: Path, settings: Settings) -> dict[str, list[opening.Opening]]:
-    """RivetQ after a clean close and with its index deleted, and SQLite, alternating."""
-    opening.fill(directory, settings.open_jobs)
-    found: dict[str, list[opening.Opening]] = {"rivetq": [], "rivetq, index deleted": [], "sqlite": []}
-    for _ in range(settings.open_rounds):
-        found["rivetq"].append(opening.measure("rivetq", directory))
-        opening.delete_index(directory)
-        found["rivetq, index deleted"].append(opening.measure("rivetq", directory))
-        found["sqlite"].append(opening.measure("sqlite", directory))
-    return found
+def run_syncs(results: Results, kinds: Mapping[str, type[Contestant]], directory: Path) -> None:
+    print(f"\n{'syncs, durable, by strace':28}" + "".join(f"{phase:>20}" for phase in syncs.PHASES))
+    for name, kind in kinds.items():
+        if not kind.abilities.durable:
+            print(f"{kind.title:28}has no durable mode")
+            continue
+        place = directory / f"syncs-{name}"
+        place.mkdir(mode=0o711)
+        try:
+            counted = syncs.count(name, place)
+        except (OSError, AssertionError, ValueError) as error:
+            counted = syncs.Counted({}, [], f"{type(error).__name__}: {error}")
+        shutil.rmtree(place, ignore_errors=True)
+        results.syncs[name] = counted
+        if counted.failure is not None:
+            print(f"{kind.title:28}not counted: {counted.failure}")
+            continue
+        figures = "".join(f"{figure(counted.per_call[phase], '.2f'):>20}" for phase in syncs.PHASES)
+        opened = f"   opens with O_SYNC or O_DSYNC: {', '.join(counted.synced_files)}" if counted.synced_files else ""
+        print(f"{kind.title:28}{figures}{opened}", flush=True)
+
+
+def run_scale(results: Results, directory: Path, settings: Settings, only: str | None) -> None:
+    chosen = [(name, step) for name, step in scale.steps(settings.plan) if wanted(name, only)]
+    for number, (name, step) in enumerate(chosen):
+        place, began = directory / f"scale-{number}", time.monotonic()
+        place.mkdir()
+        try:
+            results.scale[name] = step(place)
+        except Exception as error:  # the next step may be able to
+            results.scale[name] = {"failure": f"{type(error).__name__}: {error}"}
+        shutil.rmtree(place, ignore_errors=True)
+        print(f"{name}: done after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)  # minutes may pass
+    if chosen:
+        print_scale(results.scale)
 
 
 # -- telling ----------------------------------------------------------------------------------------------------------
 
 
-def print_header(facts: dict[str, str], settings: Settings) -> None:
-    for name, fact in facts.items():
-        print(f"{name:10}{fact}")
-    print(f"{'rounds':10}{settings.rounds} of {settings.round_s} s for each figure, alternating; medians")
-    print(f"\n{CAVEAT}\n")
+LABEL, COLUMN = 22, 11
 
 
-HEADINGS = f"{'':33}{'raw limit':>11}{'RivetQ':>11}{'':>6}{'SQLite':>11}{'of the':>9}{'of':>9}{'records':>10}\n" + (
-    f"{'':33}{'jobs/s':>11}{'jobs/s':>11}{'±':>6}{'jobs/s':>11}{'limit':>9}{'SQLite':>9}{'/fsync':>10}"
-)
+def heading_of(workload: Workload) -> str:
+    unit = "p50 / p99, ms" if workload.kind is Kind.PACED else "jobs/s"
+    return f"{'durable' if workload.durable else 'relaxed'}, {workload.payload_bytes} B, {unit}"
 
 
-def print_line(line: Line) -> None:
-    mode = "durable" if line.case.durable else "relaxed"
+def print_headings(heading: str, contestants: Mapping[str, Contestant]) -> None:
+    columns = ["" if "relaxed" in heading else "raw limit", RivetQ.title, "±"]
+    columns += [
+        f"{contestant.title}{MARKS[contestant.abilities.leases]}"
+        for name, contestant in contestants.items()
+        if name != MINE
+    ]
+    print(f"\n{heading}\n{'':{LABEL}}{columns[0]:>{COLUMN}}{columns[1]:>{COLUMN}}{columns[2]:>6}", end="")
+    print("".join(f"{column:>{COLUMN + 1}}" for column in columns[3:]) + f"{'/ raw':>8}  / best peer")
+
+
+def print_line(line: Line, contestants: Mapping[str, Contestant]) -> None:
+    paced = line.workload.kind is Kind.PACED
+    cells = "".join(f"{cell(line, name):>{COLUMN + 1}}" for name in contestants if name != MINE)
+    best = line.best_peer(p50 if paced else rate)
+    compared = f"{figure(line.ratio(best, p50 if paced else rate), '.2f', 'x')} {best}" if best else "-"
+    with_leases = line.best_peer(with_leases=True)
+    if not paced and line.workload.kind is not Kind.ENQUEUE and with_leases and with_leases != best:
+        compared += f"; {figure(line.ratio(with_leases), '.2f', 'x')} {with_leases}, which keeps jobs"
+    if (shared := line.records_per_sync) is not None and line.workload.threads > 1 and not paced:
+        compared += f"; {shared:.1f} records a sync"
+    raw = cell(line, RAW) if line.workload.commit_bytes else ""
     print(
-        f"{mode} {line.case.name:25}{figure(line.rate('raw'), ',.0f'):>11}{figure(line.rate('rivetq'), ',.0f'):>11}"
-        f"{line.spread('rivetq'):>6.0%}{figure(line.rate('sqlite'), ',.0f'):>11}"
-        f"{figure(line.ratio('rivetq', 'raw'), '.2f'):>9}{figure(line.ratio('rivetq', 'sqlite'), '.2f', 'x'):>9}"
-        f"{figure(line.records_per_fsync, '.1f'):>10}",
+        f"{line.workload.title:{LABEL}}{raw:>{COLUMN}}{cell(line, MINE):>{COLUMN}}"
+        f"{figure(None if paced else line.spread(MINE), '.0%'):>6}{cells}"
+        f"{figure(line.ratio(RAW), '.2f') if raw else '':>8}  {compared}",
         flush=True,
     )
+    for name, this in line.cells.items():
+        if this.failure is not None and this.able:
+            print(f"{'':{LABEL}}  {name} failed: {this.failure}")
+
+
+def cell(line: Line, name: str) -> str:
+    this = line.cells.get(name)
+    if this is None or not this.able:
+        return "-"
+    if not this.valid:
+        return "failed"
+    if line.workload.kind is Kind.PACED:
+        return f"{short(line.figure(name, p50))}/{short(line.figure(name, p99))}"
+    return figure(line.figure(name), ",.0f")
+
+
+def short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def figure(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def print_openings(openings: dict[str, list[opening.Opening]], jobs: int) -> None:
-    print(f"\n{f'opening with {jobs:,} waiting jobs':33}{'open':>11}{'first job':>11}{'memory':>17}{'before':>11}")
-    print(f"{'':33}{'ms':>11}{'ms':>11}{'RssAnon, MB':>17}{'MB':>11}")
-    for name, rounds in openings.items():
-
-        def median(of: Callable[[opening.Opening], float], rounds: Sequence[opening.Opening] = rounds) -> float:
-            return statistics.median(of(this) for this in rounds)
-
-        print(
-            f"{name:33}{median(lambda this: this.open_ms):>11.1f}{median(lambda this: this.first_lease_ms):>11.1f}"
-            f"{median(lambda this: this.anon_kb / 1024):>17.1f}{median(lambda this: this.anon_before_kb / 1024):>11.1f}"
-        )
-
-
-def bars(lines: Sequence[Line]) -> list[tuple[str, float, float]]:
-    """What RivetQ wants of itself: what, the figure, the bar."""
-    one = next(line for line in lines if line.case is ONE_THREAD)
-    many = next(line for line in lines if line.case is MANY_THREADS)
-    return [
-        ("durable enqueue, 1 thread, of the raw limit", one.ratio("rivetq", "raw") or 0.0, 0.8),
-        (f"{MANY_THREADS.threads} threads / 1 thread", ratio(many.rounds["rivetq"], one.rounds["rivetq"]) or 0.0, 4.0),
-        (f"records per fsync at {MANY_THREADS.threads} threads", many.records_per_fsync or 0.0, 8.0),
-    ]
-
-
-def machine_facts(directory: Path) -> dict[str, str]:
-    """What a reader needs to know to compare this run with another."""
-    build = "free-threaded" if sysconfig.get_config_var("Py_GIL_DISABLED") else "with GIL"
-    return {
-        "machine": f"{cpu_model()}, {os.cpu_count()} cores, {memory_gib():.0f} GiB, {platform.platform()}",
-        "disk": f"{file_system(directory)}, {shutil.disk_usage(directory).free / 2**30:.0f} GiB free",
-        "python": f"{platform.python_implementation()} {platform.python_version()} {build}",
-        "rivetq": f"{installed('rivetq')}, lmdb {installed('lmdb')}, crc32c {installed('crc32c')}",
-        "sqlite": f"{sqlite3.sqlite_version}, WAL, one connection under a lock",
-        "load": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+def print_scale(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The backlogs as a table, the rest as sentences."""
+    columns = {
+        "enqueue": ("enqueue_us", 1.0),
+        "many": ("enqueue_many_us", 1.0),
+        "lease+ack": ("answer_us", 1.0),
+        "by 100": ("answer_many_us", 1.0),
+        "open": ("open_s", 1000.0),
+        "1st job": ("open_first_job_s", 1000.0),
+        "rebuild": ("rebuild_s", 1.0),
+        "disk": ("disk_bytes", 1 / 2**20),
     }
+    states = ("filling", "full", "open", "draining")
+    backlogs = {name: figures for name, figures in found.items() if name.startswith("scale ")}
+    if backlogs:
+        print(f"\n{'waiting jobs, 256 B':28}{'µs a job (relaxed)':>36}{'ms':>18}{'s':>9}{'MiB':>9}", end="")
+        print(f"{'RssAnon above an empty one, MiB':>36}\n{'':28}", end="")
+        print("".join(f"{title:>9}" for title in columns) + "".join(f"{state:>9}" for state in states))
+    for name, figures in backlogs.items():
+        _, kind, jobs = name.split()
+        title = f"{kind} {int(jobs):,}"
+        if "failure" in figures:
+            print(f"{title:28}failed: {figures['failure']}")
+            continue
+        print(f"{title:28}", end="")
+        for key, factor in columns.values():
+            value = figures.get(key)
+            print(f"{figure(None if value is None else value * factor, ',.1f'):>9}", end="")
+        print("".join(f"{(figures[f'{state}_kb'] - figures['empty_kb']) / 1024:>9.1f}" for state in states))
+    print()
+    for name, figures in found.items():
+        if name in backlogs:
+            continue
+        print(f"{name}: {sentence(name, figures)}")
 
 
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "from a source tree"
+def sentence(name: str, figures: Mapping[str, Any]) -> str:
+    if "failure" in figures:
+        return f"failed: {figures['failure']}"
+    if name == "due":
+        return (
+            f"{figures['jobs']:,} delayed jobs due at once: all ready after {seconds(figures['ready_s'])}, all leased "
+            f"and acked after {seconds(figures['leased_s'])}; of {figures['calls']:,} calls beside them the longest "
+            f"took {figures['longest_call_ms']:.1f} ms ({figures['longest_call']}), p99 {figures['p99_call_ms']:.2f} ms"
+        )
+    if name == "churn":
+        most, end, closed, live = (figures[f"{what}_bytes"] / 2**20 for what in ("most", "end", "closed", "live"))
+        return (
+            f"{figures['jobs']:,} jobs through a backlog of {scale.CHURN_STANDING:,} in {figures['seconds']:.1f} s: "
+            f"disk at most {most:.0f} MiB, at the end {end:.0f}, closed {closed:.0f}; live {live:.1f}"
+        )
+    return (
+        f"an unsynced enqueue beside it: p50 {figures['p50_ms']:.3f} ms, p99 {figures['p99_ms']:.3f}, longest "
+        f"{figures['max_ms']:.1f}, over {figures['calls']:,} calls and {figures['runs']} runs of "
+        f"{figures['run_ms']:.0f} ms; p99 alone {figures['alone_p99_ms']:.3f}. At {scale.ON_TIME_PER_S}/s, from when "
+        f"each call was due: p99 {figures['on_time_p99_ms']:.3f}, alone {figures['on_time_alone_p99_ms']:.3f}"
+    )
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def seconds(value: float | None) -> str:
+    return f"more than {scale.DUE_PATIENCE_S:.0f} s" if value is None else f"{value:.2f} s"
 
 
-def memory_gib() -> float:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+def print_bars(found: Sequence[Bar]) -> None:
+    print(f"\n{'bar':62}{'figure':>12}{'wanted':>14}")
+    for this in found:
+        limit = f"{'<=' if this.at_most else '>='} {this.bar:.4g} {this.unit}"
+        said = {True: "met", False: "NOT MET", None: "not measured in this run"}[this.met]
+        note = f" ({this.note})" if this.note else ""
+        print(f"{this.name:62}{figure(this.figure, ',.2f'):>12}{limit:>14}  {said}{note}")
 
 
-def file_system(directory: Path) -> str:
-    """The type of the file system that holds a directory: the mount with the longest path that leads to it."""
-    try:
-        mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    except OSError:
-        return "unknown file system"
-    leading = [(len(where), kind) for _, where, kind, *_ in mounts if directory.resolve().is_relative_to(where)]
-    return max(leading)[1] if leading else "unknown file system"
+def as_json(results: Results, settings: Settings, found: Sequence[Bar]) -> dict[str, Any]:
+    def by_name(line: Line, measure: Measure) -> dict[str, float | None]:
+        return {name: line.figure(name, measure) for name in line.cells}
 
-
-def as_json(facts: dict[str, str], settings: Settings, lines: Sequence[Line], openings: Any) -> dict[str, Any]:
     return {
-        "facts": facts,
+        "facts": results.facts,
         "settings": asdict(settings),
-        "cases": [
+        "titles": results.titles,
+        "workloads": [
             {
-                "name": line.case.name,
-                "durable": line.case.durable,
-                "jobs_per_s": {name: line.rate(name) for name in line.rounds},
-                "of_the_limit": line.ratio("rivetq", "raw"),
-                "of_sqlite": line.ratio("rivetq", "sqlite"),
-                "records_per_fsync": line.records_per_fsync,
-                "rounds": {name: [this._asdict() for this in rounds] for name, rounds in line.rounds.items()},
+                "name": line.workload.name,
+                "title": line.workload.title,
+                "kind": line.workload.kind,
+                "mode": "durable" if line.workload.durable else "relaxed",
+                "threads": line.workload.threads,
+                "batch": line.workload.batch,
+                "payload_bytes": line.workload.payload_bytes,
+                "jobs_per_s": by_name(line, rate),
+                "p50_ms": by_name(line, p50) if line.workload.kind is Kind.PACED else {},
+                "p99_ms": by_name(line, p99) if line.workload.kind is Kind.PACED else {},
+                "of_raw": line.ratio(RAW),
+                "best_peer": line.best_peer(),
+                "best_peer_with_leases": line.best_peer(with_leases=True),
+                "records_per_sync": line.records_per_sync,
+                "failures": {name: this.failure for name, this in line.cells.items() if this.failure},
+                "rounds": {name: [asdict(one) for one in this.rounds] for name, this in line.cells.items()},
             }
-            for line in lines
+            for line in results.lines
         ],
-        "openings": {name: [this._asdict() for this in rounds] for name, rounds in openings.items()},
-        "bars": [{"what": what, "figure": value, "bar": bar} for what, value, bar in bars(lines)],
+        "syncs": {name: asdict(counted) for name, counted in results.syncs.items()},
+        "scale": results.scale,
+        "scale_costs": COSTS,
+        "bars": [{**asdict(this), "met": this.met} for this in found],
     }
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="short rounds, for a look; not for claims")
+    parser.add_argument("--full", action="store_true", help="everything: longer rounds, 1 KiB too, 10 million jobs")
+    parser.add_argument("--only", metavar="PATTERN", help="workloads and measurements whose name has or matches this")
+    parser.add_argument("--peers", metavar="A,B", help=f"of {','.join(PEERS)} (default: all; an empty list: none)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every round to FILE as well")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw plots (SVG) into DIR")
     parser.add_argument("--dir", type=Path, default=Path(), help="measure the disk of this directory (default: here)")
     options = parser.parse_args()
-    settings, started = QUICK if options.quick else FULL, time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="rivetq-bench-", dir=options.dir) as place:
-        directory = Path(place)
-        facts, lines = machine_facts(directory), []
-        print_header(facts, settings)
-        print(HEADINGS)
-        for number, group in enumerate(GROUPS):
-            (directory / str(number)).mkdir()
-            for line in measure_group(group, directory / str(number), settings):
-                print_line(line)
-                lines.append(line)
-            shutil.rmtree(directory / str(number))
-        (directory / "open").mkdir()
-        openings = measure_openings(directory / "open", settings)
-    print_openings(openings, settings.open_jobs)
-    print()
-    for what, value, bar in bars(lines):
-        print(f"{what}: {value:.2f} (bar {bar:g}{'' if value >= bar else '; below it in this run'})")
-    print(f"measured in {time.monotonic() - started:.0f} s")
+    options.peers = list(PEERS) if options.peers is None else [name for name in options.peers.split(",") if name]
+    if unknown := [name for name in options.peers if name not in PEERS]:
+        parser.error(f"no such peer: {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    return options
+
+
+def end_in_order(number: int, frame: FrameType | None) -> None:
+    """A SIGTERM ends the benchmark as a Ctrl-C does: servers stopped, files gone."""
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    options, began, stopped = arguments(), time.monotonic(), False
+    settings = FULL if options.full else QUICK
+    signal.signal(signal.SIGTERM, end_in_order)
+    with tempfile.TemporaryDirectory(prefix="rivetq-bench-", dir=options.dir, ignore_cleanup_errors=True) as place:
+        directory = Path(place).resolve()
+        directory.chmod(0o711)  # a server that runs as another user has to reach its own directory below
+        facts = machine.facts(directory)
+        for name, fact in facts.items():
+            print(f"{name:12}{fact}")
+        kinds = present(options.peers)
+        print(f"{'rounds':12}{settings.rounds} of {settings.round_s} s for each figure, ", end="")
+        print(f"{settings.paced_rounds} of {settings.paced_round_s} s for the paced ones, alternating; medians")
+        print(f"\n{CAVEAT}")
+        results = Results(facts, {RAW: "raw limit"} | {name: kind.title for name, kind in kinds.items()})
+        try:
+            run_workloads(results, kinds, directory, settings, options.only)
+            if wanted("syncs", options.only):
+                run_syncs(results, kinds, directory)
+            if RivetQ.name in kinds:
+                run_scale(results, directory, settings, options.only)
+        except KeyboardInterrupt:
+            stopped = True
+            print("\nstopped; what was measured until then:")
+        finally:
+            servers.stop_all()
+    found = bars(results.lines, results.scale)
+    print_bars(found if options.only is None else [this for this in found if this.figure is not None])
+    print(f"measured in {time.monotonic() - began:.0f} s")
+    written = as_json(results, settings, found)
     if options.json:
-        options.json.write_text(json.dumps(as_json(facts, settings, lines, openings), indent=1) + "\n")
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
+    if options.plots:
+        for path in plots.draw(written, options.plots):
+            print(path)
+    if stopped:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The raw limit: what the disk gives to one thread that appends and syncs, with nothing else to do.
 
-A durable commit cannot be faster than the bytes it writes and the sync that it waits for. So each durable case is
-measured beside a loop that does only that: `pwrite` the same number of bytes at the end of a growing file, `fdatasync`.
+A durable commit of one thread cannot be faster than the bytes it writes and the sync that it waits for. So the durable
+cases are measured beside a loop that does only that: `pwrite` the same number of bytes at the end of a growing file,
+`fdatasync`. Several threads that share a sync can exceed it.
 """
 
 from __future__ import annotations

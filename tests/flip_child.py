@@ -33,13 +33,19 @@ NOWHERE = 2**31
 """The segment of what is not in its new place yet."""
 
 
+_open_indexes: list[Index] = []
+
+
 def opened(directory: Path, clock: ManualClock) -> tuple[Machine, Log]:
     disk = SystemDisk()
-    found = recover(disk, str(directory), Index(disk, str(directory / "index")), clock, Machine)
+    for index in _open_indexes:
+        index.close()  # the process opens each index once
+    _open_indexes[:] = [Index(disk, str(directory / "index"))]
+    found = recover(disk, str(directory), _open_indexes[0], clock, Machine)
     machine = found.machine
     for body in found.surplus:  # the mark is rotten: what it testified is written again
         now_ms, events = decode_record(body)
-        machine.now_ms = max(machine.now_ms, now_ms)
+        machine.advance(max(machine.now_ms, now_ms))
         for event in events:
             machine.apply(event, now_ms, Place(NOWHERE, 0, 0))
     machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
@@ -48,7 +54,7 @@ def opened(directory: Path, clock: ManualClock) -> tuple[Machine, Log]:
 
 
 def payloads(machine: Machine, log: Log) -> dict[int, bytes | None]:
-    jobs = [entry for entry in machine.jobs.values() if entry.segment != NOWHERE]
+    jobs = [entry for entry in machine.everything() if entry.segment != NOWHERE]
     return {e.id: log.read(e.segment, e.offset, e.length, e.crc) for e in jobs}
 
 

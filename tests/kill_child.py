@@ -144,7 +144,8 @@ class _NeverMindError(Exception):
 
 def found(broker: Broker, keys: list[str]) -> dict[str, Any]:
     """All that is there, and what the keys stand for."""
-    broker._engine._machine.check()  # type: ignore[attr-defined]
+    with broker._engine._lock:  # type: ignore[attr-defined]
+        broker._engine._machine.check()  # type: ignore[attr-defined]
     jobs = [(j.id, j.state, j.attempts, key_of(j.payload)) for j in broker.jobs(QUEUE, limit=10_000)]
     stats = broker.stats(QUEUE)
     return {

@@ -26,6 +26,7 @@ from rivetq.codec import (
     seal,
     unseal,
 )
+from rivetq.entry import Entry, Spec
 from rivetq.events import (
     Acked,
     Buried,
@@ -46,7 +47,7 @@ from rivetq.events import (
     SegmentsDropped,
 )
 from rivetq.model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
-from rivetq.state import Entry, Queue, QueueSnapshot, Snapshot, Spec
+from rivetq.state import Queue, QueueSnapshot, Snapshot
 
 NOW = 1_772_366_400_000
 

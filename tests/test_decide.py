@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rivetq import decide
 from rivetq.engine import Ack, Enqueue, Extend, Nack, Operation, Reject, Release
+from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry
 from rivetq.errors import (
     DuplicateJobError,
     JobNotFoundError,
@@ -40,7 +41,7 @@ from rivetq.events import (
 )
 from rivetq.machine import Machine
 from rivetq.model import QueueConfig, RateLimit, RetryPolicy
-from rivetq.state import DEAD, LEASED, READY, SCHEDULED, Place
+from rivetq.state import Place
 
 NOW = 1_000_000
 FLAT = RetryPolicy(max_attempts=3, base=1, factor=2, jitter="none")
@@ -114,7 +115,13 @@ class Bench:
         return job_id, found[job_id]
 
     def state_of(self, job_id: int) -> int:
-        return self.machine.jobs[job_id].state
+        return self.job(job_id).state
+
+    def job(self, job_id: int) -> Entry:
+        """The job, wherever it is; a copy if it is in a run."""
+        entry = self.machine.look(job_id)
+        assert entry is not None, f"no job {job_id}"
+        return entry
 
 
 # Enqueue
@@ -173,7 +180,7 @@ def test_the_policy_of_a_queue_at_the_time_of_the_enqueue_stays_with_the_job() -
     bench = Bench()
     bench.enqueue()
     bench.configure("q", retry=RetryPolicy(max_attempts=99))
-    assert bench.machine.jobs[1].spec.retry == FLAT
+    assert bench.job(1).spec.retry == FLAT
 
 
 def test_a_queue_comes_to_be_with_its_first_enqueue_once_per_commit() -> None:
@@ -517,6 +524,31 @@ def test_a_lease_that_ended_is_said_to_be_settled() -> None:
         assert lost(bench, *held) == "it was settled before, or ended"
 
 
+def test_acks_of_one_queue_that_follow_each_other_are_one_event_alone_and_beside_others() -> None:
+    bench = Bench()
+    bench.enqueue(3)
+    bench.enqueue(2, queue="r")
+    held = bench.lease(3) + bench.lease(2, "r")
+    acks: list[Operation] = [Ack(*held[i]) for i in (0, 1, 3, 4, 2)]
+    expected = [Acked(1, [1, 2]), Acked(2, [4, 5]), Acked(1, [3])]
+    assert bench.plan(*acks) == (expected, [None] * 5)
+    events, answers = bench.plan(*acks, Enqueue("q", [b"p"]))
+    assert (events[:3], len(events), answers) == (expected, 4, [None] * 5 + [[6]])
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_one_lost_lease_among_acks_refuses_all(others: int) -> None:
+    bench = Bench()
+    bench.enqueue(3)
+    held = bench.lease(3)
+    more = [Enqueue("q", [b"p"])] * others
+    with pytest.raises(LeaseLostError, match="no such delivery was made"):
+        bench.plan(Ack(*held[0]), Ack(held[1][0], 99), *more)
+    with pytest.raises(LeaseLostError, match="job 1: lease 1 is settled twice in one call; nothing was changed"):
+        bench.plan(Ack(*held[0]), Ack(*held[1]), Ack(*held[0]), *more)
+    assert len(bench.plan(*(Ack(*each) for each in held))[0]) == 1
+
+
 @pytest.mark.parametrize("second", [Ack, Nack, Release, Reject, lambda i, t: Extend(i, t, 9)])
 def test_a_lease_is_settled_once_per_commit(second: Callable[[int, int], Operation]) -> None:
     bench = Bench()
@@ -576,7 +608,10 @@ def test_deliveries_have_tokens_attempts_and_deadlines() -> None:
     bench.enqueue(2)
     bench.enqueue(visibility_ms=70)
     event, retry_at_ms = bench.ask(decide.lease, ["q"], 3, None, NOW)
-    assert (event, retry_at_ms) == (Leased([1, 2, 3], [1, 2, 3], [1] * 3, [NOW + 30_000] * 2 + [NOW + 70]), None)
+    assert (event, retry_at_ms) == (
+        Leased([1, 2, 3], [1, 2, 3], [1] * 3, [NOW + 30_000] * 2 + [NOW + 70], [(1, 5, 3)]),
+        None,
+    )
     event, _ = bench.ask(decide.lease, ["q"], 3, 5, NOW)
     assert event.deadlines_ms == [NOW + 5] * 3, "the call's timeout wins"
     event, _ = bench.ask(decide.lease, ["q"], 3, 0, NOW)

@@ -84,7 +84,10 @@ def read_event(body: Bytes) -> tuple[Any, ...]:
             return read_enqueued(body)
         case 4:
             (n,) = body.take("I")
-            return "Leased", *(body.take(f"{n}Q") for _ in range(3)), body.take(f"{n}I")
+            columns = *(body.take(f"{n}Q") for _ in range(3)), body.take(f"{n}I")
+            (places,) = body.take("B")
+            assert sum(body.take("IBI")[2] for _ in range(places)) == n
+            return "Leased", *columns
         case 5:
             return "Acked", *body.take("I"), body.ids()
         case 6:
@@ -172,14 +175,18 @@ def unseal(key: bytes, sealed: bytes) -> bytes:
 
 
 def read_index(directory: Path) -> tuple[dict[int, dict[str, Any]], dict[tuple[int, str], int]]:
-    """The jobs by id, and the ids of keys that outlived their job."""
+    """The jobs by id, and the ids that keys stand for."""
     manifest = json.loads(unseal(b"manifest", (directory / "index/manifest").read_bytes()))
     data = (directory / "index/data.mdb").read_bytes()
-    assert (manifest["format"], manifest["size"], manifest["crc"]) == (1, len(data), crc32c(data))
+    assert (manifest["format"], manifest["size"], manifest["crc"]) == (2, len(data), crc32c(data))
     jobs: dict[int, dict[str, Any]] = {}
     keys: dict[tuple[int, str], int] = {}
-    with lmdb.open(str(directory / "index"), readonly=True, lock=False, max_dbs=2) as env, env.begin() as txn:
+    ends: set[bytes] = set()
+    with lmdb.open(str(directory / "index"), readonly=True, lock=False, max_dbs=4) as env, env.begin() as txn:
         json.loads(unseal(b"snapshot", txn.get(b"snapshot")))
+        counts = dict(json.loads(unseal(b"keys per segment", txn.get(b"keys per segment"))))
+        for key, value in txn.cursor(env.open_db(b"runs", txn, create=False)):
+            jobs.update(read_run(directory, key, value))
         for key, sealed in txn.cursor(env.open_db(b"jobs", txn, create=False)):
             value = Bytes(unseal(key, sealed))
             _, state, priority, attempts, _ = value.take("IBBIQ")
@@ -188,18 +195,69 @@ def read_index(directory: Path) -> tuple[dict[int, dict[str, Any]], dict[tuple[i
             segment, offset, length, crc, _, _ = value.take("IQIIIQ")
             last_error, headers, text = (None if n < 0 else value.raw(n).decode() for n in value.take("iii"))
             assert value.at == len(value.data)
-            with (directory / f"log/{segment:016d}.log").open("rb") as file:
-                file.seek(offset)
-                payload = file.read(length)
-            assert crc32c(payload) == crc
+            payload = read_payload(directory, segment, offset, length, crc)
             jobs[int.from_bytes(key, "big")] = {
                 "state": STATES[state], "priority": priority, "attempts": attempts, "last_error": last_error,
                 "headers": json.loads(headers or "{}"), "key": text, "payload": payload,
             }  # fmt: skip
         for key, sealed in txn.cursor(env.open_db(b"keys", txn, create=False)):
-            job_id, _, _ = struct.unpack("<QQI", unseal(key, sealed))
+            job_id, expires_ms, segment = struct.unpack("<QQI", unseal(key, sealed))
             keys[int.from_bytes(key[:4], "big"), key[4:].decode()] = job_id
-    return jobs, keys
+            if expires_ms:
+                counts[segment] -= 1
+                ends.add(expires_ms.to_bytes(8, "big") + key)
+        assert ends == set(txn.cursor(env.open_db(b"ends", txn, create=False)).iternext(values=False))
+        assert not any(counts.values())
+    return dict(sorted(jobs.items())), keys
+
+
+def read_payload(directory: Path, segment: int, offset: int, length: int, crc: int) -> bytes:
+    with (directory / f"log/{segment:016d}.log").open("rb") as file:
+        file.seek(offset)
+        payload = file.read(length)
+    assert crc32c(payload) == crc
+    return payload
+
+
+def read_run(directory: Path, key: bytes, value: bytes) -> dict[int, dict[str, Any]]:
+    """The jobs of one run by id."""
+    (size,) = struct.unpack_from("<I", value)
+    head = Bytes(unseal(key, value[4 : 4 + size]))
+    _, priority, state, n, _, first, _, last, low, high, segments = head.take("IBBIQQQQQQI")
+    weights = dict(head.take("IQ") for _ in range(segments))
+    assert head.at == len(head.data)
+    body = Bytes(unseal(key, value[4 + size :]))
+    columns = []
+    for cell in "QQQIQIII":
+        (form,) = body.take("B")
+        cells = body.take(f"{n}{cell}" if form == 0 else cell)
+        columns.append(cells if form == 0 else [cells[0] + i * (form == 2) for i in range(n)])
+    ids, _, _, places, offsets, lengths, crcs, sizes = columns
+    assert (ids[0], ids[-1], min(ids), max(ids)) == (first, last, low, high)
+    options = []
+    for _ in range(body.take("I")[0]):
+        assert body.take("B") == (priority,)
+        body.take(NUMBERS)
+        (length,) = body.take("i")
+        options.append(json.loads(body.raw(length)) if length >= 0 else {})
+    which = body.take(f"{n}I") if len(options) > 1 else [0] * n
+    has_keys, has_extras = body.take("BB")
+    keys = [body.text() for _ in range(n)] if has_keys else [None] * n
+    extras = {}
+    for _ in range(body.take("I")[0] if has_extras else 0):
+        job_id, attempts, _, _ = body.take("QIQQ")
+        extras[job_id] = attempts, body.text()
+    assert body.at == len(body.data)
+    for segment, weight in weights.items():
+        assert weight == sum(size for size, place in zip(sizes, places, strict=True) if place == segment)
+    return {
+        job_id: {
+            "state": STATES[state], "priority": priority, "attempts": extras.get(job_id, (0, None))[0],
+            "last_error": extras.get(job_id, (0, None))[1], "headers": options[which[i]], "key": keys[i],
+            "payload": read_payload(directory, places[i], offsets[i], lengths[i], crcs[i]),
+        }
+        for i, job_id in enumerate(ids)
+    }  # fmt: skip
 
 
 def a_full_life(directory: Path) -> None:
@@ -235,14 +293,14 @@ def test_a_reader_written_from_the_page_reads_log_and_index(tmp_path: Path) -> N
     with rivetq.Broker(data, clock=ManualClock()) as broker:
         broker.compact()
         jobs = broker.jobs("q") + broker.jobs("other")
-        done = broker.find("q", "k1")
+        done, kept = broker.find("q", "k1"), broker.find("q", "k3")
     seen |= {event[0] for event in read_log(data)}
     assert seen == {
         "QueueCreated", "QueueConfigured", "Enqueued", "Leased", "Acked", "Retried", "Released", "Buried", "Extended",
         "Cancelled", "Purged", "Redriven", "IdsReserved", "Copied", "KeyCopied", "SegmentsDropped",
     }  # fmt: skip
     found, keys = read_index(data)
-    assert keys == {(1, "k1"): done}
+    assert keys == {(1, "k1"): done, (1, "k3"): kept}
     assert [facts.pop("key") for facts in found.values()] == [None, "k3", None]
     assert found == {
         job.id: {

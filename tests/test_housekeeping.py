@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import rivetq.local
+import rivetq.machine
 from rivetq import Broker
 from rivetq.io import SystemDisk
-from rivetq.local import MANY_SEGMENTS
+from rivetq.local import MANY_SEGMENTS, LocalEngine
 from rivetq.testing import ManualClock
 
 
@@ -80,6 +81,9 @@ def test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key(
     clock = ManualClock()
     with Broker(tmp_path / "data", clock=clock, fsync="never") as broker:
         job_id = broker.enqueue("q", b"job", idempotency_key="k")
+        lease = broker.lease("q")
+        assert lease is not None
+        lease.release()  # a job that came back is taken by itself, not in a run
         engine = broker._engine
         take_jobs = engine._take_jobs  # type: ignore[attr-defined]
 
@@ -104,12 +108,45 @@ def test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key(
         assert broker.find("q", "k") is None
 
 
+def test_a_job_that_leaves_its_run_while_a_checkpoint_is_taken_is_in_the_index_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    with Broker(tmp_path / "data", clock=clock, fsync="never") as broker:
+        engine = broker._engine
+        assert isinstance(engine, LocalEngine)
+        broker.enqueue_many("q", [b"job"] * 4)
+        for lease in broker.lease_many("q", 4):
+            lease.release()
+        broker.checkpoint()  # four single jobs, and the index knows them
+        monkeypatch.setattr(rivetq.machine, "FEW_JOBS", 0)
+        monkeypatch.setattr(rivetq.local, "LOOSE_SHARE", 2**30)  # the next one packs them into a run
+        broker.enqueue("q", b"another")
+        lease = broker.lease("q")
+        take_jobs = engine._take_jobs
+        taken: list[rivetq.Lease] = []
+
+        def lease_meanwhile(ids: list[int]) -> object:
+            taken.extend(broker.lease_many("q", 4))
+            return take_jobs(ids)
+
+        monkeypatch.setattr(engine, "_take_jobs", lease_meanwhile)
+        broker.checkpoint()
+        monkeypatch.undo()
+        assert len(taken) == 4
+        state = engine._machine.dump()
+        shutil.copytree(tmp_path / "data", tmp_path / "killed", ignore=shutil.ignore_patterns("spare-*"))
+    with Broker(tmp_path / "killed", clock=clock, release_on_open=False) as broker:
+        broker._engine._machine.check()  # type: ignore[attr-defined]
+        assert broker._engine._machine.dump() == state  # type: ignore[attr-defined]
+
+
 def test_a_checkpoint_that_failed_is_not_tried_again_at_every_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[int] = []
 
-    def fail(*args: object) -> None:
+    def fail(*args: object, **items: object) -> None:
         tried.append(1)
         raise OSError(28, "No space left on device")
 

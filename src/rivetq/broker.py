@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from types import EllipsisType, TracebackType
@@ -211,6 +211,8 @@ class Broker(_Enqueues):
             backoff, dead at max_attempts, with error "owner gone". False: they keep their deadlines.
         max_payload_bytes: the largest payload, as stored.
         cache_bytes: memory for payloads of waiting jobs; what is not there is read from the log.
+        window_jobs: waiting jobs that may have changed in memory before a checkpoint is due, about 64 bytes each. The
+            rest of the backlog is in the index and takes no memory (docs/tuning.md).
         clock: where time comes from; `rivetq.testing.ManualClock` in tests.
 
     Raises:
@@ -229,6 +231,7 @@ class Broker(_Enqueues):
         release_on_open: bool = True,
         max_payload_bytes: int = 16 * 2**20,
         cache_bytes: int = 64 * 2**20,
+        window_jobs: int = 200_000,
         clock: Clock | None = None,
     ) -> None:
         if fsync not in ("always", "interval", "never"):
@@ -242,6 +245,7 @@ class Broker(_Enqueues):
             raise UsageError(f"clock: an object with boot_ms() and wall_ms() expected, got {type(clock).__name__}")
         checked_int(segment_bytes, "segment_bytes", MIN_SEGMENT_BYTES, 2**40)
         checked_int(cache_bytes, "cache_bytes", 0, 2**50)
+        checked_int(window_jobs, "window_jobs", 1024, 2**50)
         self._max_payload_bytes = checked_int(max_payload_bytes, "max_payload_bytes", 1, MAX_PAYLOAD_BYTES)
         self._clock = clock or SystemClock()
         self._watched: dict[int, bool] = {}  # token of an entered lease -> it was settled
@@ -257,6 +261,7 @@ class Broker(_Enqueues):
                 segment_bytes=segment_bytes,
                 release_on_open=release_on_open,
                 cache_bytes=cache_bytes,
+                window_jobs=window_jobs,
                 clock=self._clock,
             )
         # A program that forgets to close still leaves a checkpoint behind, so that its next opening is quick.
@@ -331,9 +336,12 @@ class Broker(_Enqueues):
             None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
             None if wait is None else duration_ms(wait, "wait") / 1000,
         )
-        return [self._lease(delivery) for delivery in deliveries]
+        if len(deliveries) == 1:
+            return [self._lease(deliveries[0], moment)]
+        at = _Moments().__getitem__  # in a batch most moments are the same
+        return [self._lease(delivery, at) for delivery in deliveries]
 
-    def _lease(self, delivery: Delivery) -> Lease:
+    def _lease(self, delivery: Delivery, at: Callable[[int], datetime]) -> Lease:
         return Lease(
             id=delivery.id,
             queue=delivery.queue,
@@ -342,8 +350,8 @@ class Broker(_Enqueues):
             priority=delivery.priority,
             attempt=delivery.attempt,
             token=delivery.token,
-            deadline=moment(delivery.deadline_ms),
-            enqueued_at=moment(delivery.enqueued_at_ms),
+            deadline=at(delivery.deadline_ms),
+            enqueued_at=at(delivery.enqueued_at_ms),
             max_attempts=delivery.max_attempts,
             last_error=delivery.last_error,
             broker=self,
@@ -686,6 +694,14 @@ def _checked_queues(queue: object) -> list[str]:
     if not queue:
         raise UsageError("queue: at least one name expected, got none")
     return list(dict.fromkeys(_checked_text(name, "queue", MAX_QUEUE_BYTES) for name in queue))
+
+
+class _Moments(dict[int, datetime]):
+    """Epoch milliseconds to datetimes, each made once."""
+
+    def __missing__(self, at_ms: int) -> datetime:
+        self[at_ms] = found = moment(at_ms)
+        return found
 
 
 def _checked_lease(lease: object) -> tuple[int, int]:

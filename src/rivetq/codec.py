@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, assert_never
@@ -17,6 +19,7 @@ from typing import Any, assert_never
 import attrs
 from crc32c import crc32c
 
+from .entry import DEAD, READY, SCHEDULED, Entry, Spec
 from .events import (
     Acked,
     Buried,
@@ -37,7 +40,8 @@ from .events import (
     SegmentsDropped,
 )
 from .model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
-from .state import Entry, QueueSnapshot, Snapshot, Spec
+from .run import Columns, Run, Shelf
+from .state import Queue, QueueSnapshot, Snapshot
 
 _TIME = struct.Struct("<Q")
 _ENQUEUED = struct.Struct("<BIQIBQiqidddBIB")
@@ -67,6 +71,7 @@ _RELEASED = struct.Struct("<BQQI")
 _QUEUE = struct.Struct("<BI")
 _QUEUE_ID = struct.Struct("<BIQ")
 _COUNT = struct.Struct("<I")
+_PLACE = struct.Struct("<IBI")
 _LENGTH_CRC = struct.Struct("<II")
 _COPIED = struct.Struct("<BQIBBIQiqidddBQQQQII")
 _KEY_COPIED = struct.Struct("<BIQQ")
@@ -102,7 +107,14 @@ def _encode(event: Event) -> list[bytes]:
         case Leased():
             n = len(event.ids)
             columns = (*event.ids, *event.tokens, *event.deadlines_ms, *event.attempts)
-            return [bytes((tag,)), _COUNT.pack(n), struct.pack(f"<{3 * n}Q{n}I", *columns)]
+            places = [number for place in event.places for number in place]
+            return [
+                bytes((tag,)),
+                _COUNT.pack(n),
+                struct.pack(f"<{3 * n}Q{n}I", *columns),
+                bytes((len(event.places),)) if len(event.places) < 256 else b"\0",
+                struct.pack("<" + "IBI" * len(event.places), *places) if len(event.places) < 256 else b"",
+            ]
         case Acked(queue, ids) | Purged(queue, ids):
             return [_QUEUE.pack(tag, queue), _ids(ids)]
         case Retried():
@@ -283,7 +295,9 @@ def _decode(reader: _Reader) -> Event:
             reader.at += 1
             (n,) = reader.take(_COUNT)
             column = reader.column(f"<{3 * n}Q{n}I")
-            return Leased(column[:n], column[n : 2 * n], column[3 * n :], column[2 * n : 3 * n])
+            known = reader.body[reader.skip(1)]
+            places = [reader.take(_PLACE) for _ in range(known)]
+            return Leased(column[:n], column[n : 2 * n], column[3 * n :], column[2 * n : 3 * n], places)
         case 5:
             return Acked(reader.take(_QUEUE)[1], reader.ids())
         case 6:
@@ -473,6 +487,143 @@ def _spec(
         None if visibility_ms < 0 else visibility_ms,
         read_only(json.loads(headers)) if headers else NO_HEADERS,
     )
+
+
+# Runs: a head that an opening reads, then the columns, which are read when their turn comes. A column whose cells are
+# all the same, and ids without a gap, take one cell.
+
+_RUN = struct.Struct("<IBBIQQQQQQI")
+_LIVE = struct.Struct("<IQ")
+_SPEC = struct.Struct("<BiqidddBi")
+_COLUMNS = ("ids", "times", "dues", "segments", "offsets", "lengths", "crcs", "sizes")
+_FULL, _SAME, _RISING = range(3)
+_KINDS = (READY, SCHEDULED, DEAD)
+
+
+def encode_run(number: int, queue: Queue, priority: int, state: int, columns: Columns) -> bytes:
+    """The index value of a run with these columns."""
+    ids, dues = columns.ids, columns.dues
+    live = columns.live()
+    head = _RUN.pack(
+        queue.number, priority, state, len(ids), dues[0], ids[0], dues[-1], ids[-1], min(ids), max(ids), len(live)
+    ) + b"".join(_LIVE.pack(*item) for item in live.items())
+    key = number.to_bytes(8, "big")
+    head = seal(key, head)
+    return b"".join((_COUNT.pack(len(head)), head, seal(key, _encode_columns(columns))))
+
+
+def _encode_columns(columns: Columns) -> bytes:
+    n = len(columns)
+    parts: list[bytes] = []
+    for name in _COLUMNS:
+        column = getattr(columns, name)
+        if (
+            name == "ids"
+            and column[-1] - column[0] == n - 1
+            and columns.ids == array("Q", range(column[0], column[0] + n))
+        ):
+            parts += [bytes((_RISING,)), _little(column[:1])]
+        elif column[0] == column[-1] and column.count(column[0]) == n:
+            parts += [bytes((_SAME,)), _little(column[:1])]
+        else:
+            parts += [bytes((_FULL,)), _little(column)]
+    table: dict[int, int] = {}
+    distinct: list[Spec] = []
+    numbers = array("I")
+    for spec in columns.specs:
+        if id(spec) not in table:
+            table[id(spec)] = len(distinct)
+            distinct.append(spec)
+        numbers.append(table[id(spec)])
+    parts.append(_COUNT.pack(len(distinct)))
+    for spec in distinct:
+        headers = json.dumps(dict(spec.headers)).encode() if spec.headers else None
+        values = _spec_numbers(spec.max_attempts, spec.visibility_ms, spec.retry)
+        parts.append(_SPEC.pack(spec.priority, *values, -1 if headers is None else len(headers)))
+        parts.append(headers or b"")
+    if len(distinct) > 1:
+        parts.append(_little(numbers))
+    parts.append(bytes((columns.keys is not None, columns.extras is not None)))
+    if columns.keys is not None:
+        parts += [_text(key) for key in columns.keys]
+    if columns.extras is not None:
+        parts.append(_COUNT.pack(len(columns.extras)))
+        for job_id, (attempts, token, died_at_ms, error) in columns.extras.items():
+            parts += [_EXTRA.pack(job_id, attempts, token, died_at_ms), _text(error)]
+    return b"".join(parts)
+
+
+_EXTRA = struct.Struct("<QIQQ")
+
+
+def _little(column: array[int]) -> bytes:
+    if sys.byteorder == "big":
+        column = column[:]
+        column.byteswap()
+    return column.tobytes()
+
+
+def decode_run(
+    key: bytes, value: bytes | memoryview, queues: Mapping[int, Queue], shelf: Shelf
+) -> tuple[Run, list[tuple[int, int]]]:
+    """The run, its columns left where they are, and its bytes per segment. ValueError if it is not whole."""
+    try:
+        (size,) = _COUNT.unpack_from(value)
+        head = unseal(key, bytes(value[4 : 4 + size]))
+        queue, priority, state, left, *rest = _RUN.unpack_from(head)
+        head_due, head_id, last_due, last_id, low, high, live = rest
+        by_due = state == SCHEDULED
+        run = Run.shelved(
+            queues[queue], priority, state, int.from_bytes(key, "big"), left,
+            (head_due, head_id) if by_due else head_id, (last_due, last_id) if by_due else last_id, low, high, shelf,
+        )  # fmt: skip
+        found = [_LIVE.unpack_from(head, _RUN.size + i * _LIVE.size) for i in range(live)]
+    except _NONSENSE as error:
+        raise ValueError(f"no run: {error!r}") from error
+    if state not in _KINDS or not left:
+        raise ValueError(f"no run: state {state}, {left} jobs")
+    return run, [(segment, size) for segment, size in found]
+
+
+def decode_columns(key: bytes, value: bytes) -> Columns:
+    """The columns of a run's value. ValueError if they are not whole."""
+    try:
+        (size,) = _COUNT.unpack_from(value)
+        n = _RUN.unpack_from(value, 8)[3]
+        reader = _Reader(unseal(key, value[4 + size :]))
+        columns = Columns()
+        for name in _COLUMNS:
+            column = getattr(columns, name)
+            form = reader.body[reader.skip(1)]
+            column.frombytes(reader.data(column.itemsize * (n if form == _FULL else 1)))
+            if sys.byteorder == "big":
+                column.byteswap()
+            if form == _SAME:
+                column *= n
+            elif form == _RISING:
+                column.extend(range(column[0] + 1, column[0] + n))
+            setattr(columns, name, column)
+        columns.lsns = array("Q", (0,)) * n  # the index is never ahead of the disk
+        distinct = []
+        for _ in range(reader.take(_COUNT)[0]):
+            priority, *values, size = reader.take(_SPEC)
+            headers = None if size < 0 else reader.data(size).decode()
+            distinct.append(_spec(priority, *values, headers))
+        if len(distinct) > 1:
+            columns.specs = [distinct[i] for i in reader.column(f"<{n}I")]
+        else:
+            columns.specs = distinct * n
+        has_keys, has_extras = reader.data(2)
+        if has_keys:
+            columns.keys = [reader.text() for _ in range(n)]
+        if has_extras:
+            columns.extras = {}
+            for _ in range(reader.take(_COUNT)[0]):
+                job_id, attempts, token, died_at_ms = reader.take(_EXTRA)
+                columns.extras[job_id] = (attempts, token, died_at_ms, reader.text())
+    except _NONSENSE as error:
+        raise ValueError(f"no columns: {error!r}") from error
+    return columns
 
 
 def encode_key_value(key: bytes, job_id: int, expires_ms: int, segment: int) -> bytes:

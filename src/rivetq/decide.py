@@ -7,12 +7,13 @@ events), so that nothing is decided again when the log is replayed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import attrs
 
 from .backoff import retry_delay_ms
 from .engine import Ack, Enqueue, Extend, Nack, Operation, Reject, Release
+from .entry import DEAD, LEASED, READY, SCHEDULED, Entry
 from .errors import DuplicateJobError, JobNotFoundError, LeaseLostError, QueueFullError, RateLimitedError, UsageError
 from .events import (
     Acked,
@@ -32,7 +33,7 @@ from .events import (
 )
 from .machine import Machine
 from .model import QueueConfig, RetryPolicy
-from .state import DEAD, LEASED, READY, SCHEDULED, Entry
+from .state import PRIORITIES
 
 EXPIRY_BATCH = 1000
 """Leases that end in one record, so that a storm of expiries does not become one giant record."""
@@ -42,10 +43,41 @@ OWNER_GONE = "owner gone"
 
 def commit(machine: Machine, operations: Sequence[Operation], now_ms: int) -> tuple[list[Event], list[Any]]:
     """Events and answers of a commit: all of the operations or an error."""
+    if operations and type(operations[0]) is Ack and all(type(operation) is Ack for operation in operations):
+        return _acked(machine, cast(Sequence[Ack], operations), now_ms), [None] * len(operations)
     plan = _Plan(machine, now_ms)
     answers = [plan.decide(operation) for operation in operations]
     plan.check_limits()
     return plan.events, answers
+
+
+def _acked(machine: Machine, operations: Sequence[Ack], now_ms: int) -> list[Event]:
+    """What `_Plan` would decide, for nothing but acks: the end of every job passes here."""
+    events: list[Event] = []
+    seen: set[int] = set()
+    ids: list[int] = []
+    jobs, queue = machine.jobs, None
+    for operation in operations:
+        job_id = operation.id
+        entry = jobs.get(job_id)
+        if entry is None or entry.token != operation.token or entry.state != LEASED or entry.deadline_ms <= now_ms:
+            entry = held(machine, job_id, operation.token, now_ms)
+        if job_id in seen:
+            raise _settled_twice(operation)
+        seen.add(job_id)
+        if entry.queue is not queue:
+            queue, ids = entry.queue, []
+            events.append(Acked(queue.number, ids))
+        ids.append(job_id)
+    return events
+
+
+def _settled_twice(operation: Ack | Nack | Release | Reject | Extend) -> LeaseLostError:
+    return LeaseLostError(
+        f"job {operation.id}: lease {operation.token} is settled twice in one call; nothing was changed",
+        job_id=operation.id,
+        token=operation.token,
+    )
 
 
 def check(machine: Machine, operation: Operation, now_ms: int) -> list[int | None]:
@@ -80,13 +112,16 @@ def lease(
     machine: Machine, names: Sequence[str], max_jobs: int, visibility_ms: int | None, now_ms: int
 ) -> tuple[Leased | None, int | None]:
     """The most urgent jobs of the queues in the order given, and when a rate limit allows the next one if none."""
-    entries: list[Entry] = []
+    ids: list[int] = []
+    attempts: list[int] = []
+    deadlines: list[int] = []
+    places: list[tuple[int, int, int]] = []
     retry_at_ms: int | None = None
     for name in names:
         queue = machine.queues.get(name)
-        if queue is None or queue.config.paused or not queue.ready_count:
+        if queue is None or queue.config.paused or not queue.counts[READY]:
             continue
-        room = max_jobs - len(entries)
+        room = max_jobs - len(ids)
         bucket = queue.bucket
         if bucket is not None and bucket.limit.on == "lease":
             allowed = bucket.available(now_ms)
@@ -94,35 +129,29 @@ def lease(
                 at_ms = bucket.ready_at_ms(1, now_ms)
                 retry_at_ms = at_ms if retry_at_ms is None else min(retry_at_ms, at_ms)
             room = min(room, allowed)
-        for window in reversed(queue.ready):
+        default_ms = now_ms + queue.visibility_ms
+        for priority in range(PRIORITIES - 1, -1, -1):
             if room <= 0:
                 break
-            if len(window):
-                picked = window.head(room)
-                room -= len(picked)
-                entries += [machine.jobs[i] for i in picked]
-        if len(entries) == max_jobs:
+            window = queue.ready[priority]
+            if window is None or not window.count:
+                continue
+            here, before, visibilities = machine.head(window, room)
+            count = len(here)
+            room -= count
+            ids += here
+            attempts += [n + 1 for n in before]
+            if visibility_ms is not None:
+                deadlines += [now_ms + visibility_ms] * count
+            else:
+                deadlines += [default_ms if own is None else now_ms + own for own in visibilities]
+            places.append((queue.number, priority, count))
+        if len(ids) == max_jobs:
             break
-    if not entries:
+    if not ids:
         return None, retry_at_ms
-    deadlines = [now_ms + _visibility(entry, visibility_ms) for entry in entries]
     first = machine.next_token
-    return (
-        Leased(
-            [entry.id for entry in entries],
-            list(range(first, first + len(entries))),
-            [entry.attempts + 1 for entry in entries],
-            deadlines,
-        ),
-        None,
-    )
-
-
-def _visibility(entry: Entry, visibility_ms: int | None) -> int:
-    if visibility_ms is not None:
-        return visibility_ms
-    own = entry.spec.visibility_ms
-    return entry.queue.visibility_ms if own is None else own
+    return Leased(ids, list(range(first, first + len(ids))), attempts, deadlines, places), None
 
 
 def expiry(machine: Machine, now_ms: int) -> list[Event]:
@@ -170,7 +199,7 @@ def purge(machine: Machine, name: str, state: int | None) -> Purged | None:
 
 
 def cancel(machine: Machine, job_id: int) -> Cancelled | None:
-    entry = machine.jobs.get(job_id)
+    entry = machine.look(job_id)
     return None if entry is None or entry.state == LEASED else Cancelled(entry.queue.number, job_id)
 
 
@@ -178,11 +207,11 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
     """Dead letters to bring back, lowest ids first."""
     queue = machine.queues.get(name)
     if job_ids is None:
-        ids = [] if queue is None else queue.dead.head(len(queue.dead) if limit is None else limit)
+        ids = [] if queue is None else queue.ids(DEAD)[:limit]
     else:
         ids = sorted(set(job_ids))
         for job_id in ids:
-            entry = machine.jobs.get(job_id)
+            entry = machine.look(job_id)
             if entry is None or entry.queue is not queue or entry.state != DEAD:
                 raise JobNotFoundError(
                     f"redrive: job {job_id} is no dead letter of queue {name!r}; nothing was changed", job_id=job_id
@@ -392,11 +421,7 @@ class _Plan:
 
     def _held(self, operation: Ack | Nack | Release | Reject | Extend) -> Entry:
         if operation.id in self._settled:
-            raise LeaseLostError(
-                f"job {operation.id}: lease {operation.token} is settled twice in one call; nothing was changed",
-                job_id=operation.id,
-                token=operation.token,
-            )
+            raise _settled_twice(operation)
         return held(self._machine, operation.id, operation.token, self._now_ms)
 
     def _settle(self, operation: Ack | Nack | Release | Reject) -> Entry:

@@ -70,6 +70,8 @@ class Leased:
     tokens: Sequence[int]
     attempts: Sequence[int]
     deadlines_ms: Sequence[int]
+    places: Sequence[tuple[int, int, int]] = ()
+    """Where they waited: (queue, priority, how many), in order of `ids`. Jobs beyond these are searched for."""
 
 
 @attrs.define

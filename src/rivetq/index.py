@@ -6,33 +6,50 @@ compared before LMDB sees the file; and every value carries a CRC over key and v
 manifest (a crash fell between the commit and the writing of the manifest, or something was damaged) is not opened: the
 caller rebuilds from the log.
 
+Four databases: `runs` (the backlog, some thousand jobs a value; an opening reads only their heads), `jobs` (those that
+are not in a run), `keys` (idempotency keys) and `ends` (the keys by the end of their window).
+
 Loading opens the environment read-only, so that a refused opening changes nothing. One thread at a time writes (the
-engine's keeper lock), one process owns the directory, and nobody reads after the loading: LMDB's own lock file is not
-used. It is written through a memory map, and on a full disk that is not an error but a SIGBUS (seen on a tmpfs).
+engine's keeper lock), one process owns the directory, and reads are short and under the engine's lock, so none spans
+two commits: LMDB's own lock file is not used. It is written through a memory map, and on a full disk that is not an
+error but a SIGBUS (seen on a tmpfs).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import lmdb
 from crc32c import crc32c
 
-from .codec import decode_entry, decode_key_value, decode_snapshot, encode_snapshot, seal, unseal
+from .codec import (
+    decode_columns,
+    decode_entry,
+    decode_key_value,
+    decode_run,
+    decode_snapshot,
+    encode_key_value,
+    encode_snapshot,
+    seal,
+    unseal,
+)
+from .errors import StorageError
 from .io import DIRECTORY_MODE, FILE_MODE, Disk, read_file, replace_file
 from .machine import Machine
-from .state import Snapshot
+from .run import Columns
+from .state import Key, Snapshot
 
-FORMAT = 1
+FORMAT = 2
 MAP_BYTES = 2**40  # address space, not memory; halved until the system grants it
 _CHUNK_BYTES = 1 << 22
 _SNAPSHOT_KEY = b"snapshot"
+_COUNTS_KEY = b"keys per segment"
+_NAMES = (b"jobs", b"runs", b"keys", b"ends")
 
 
 class Manifest(NamedTuple):
@@ -53,6 +70,9 @@ class Index:
         self._path = path
         self._data = os.path.join(path, "data.mdb")
         self._env: lmdb.Environment | None = None
+        self._dbs: dict[bytes, Any] = {}
+        self.reads = 0
+        """Runs that were read back; the engine looks at it to know when to put some away again."""
 
     # Reading, at open
 
@@ -70,26 +90,87 @@ class Index:
         return found if self._fingerprint() == (found.size, found.crc) else None
 
     def load(self, machine: Machine) -> None:
-        """Fill an empty machine. Raises ValueError or lmdb.Error if the index is not whole."""
-        env = _open(self._path, readonly=True)
-        # A hundred thousand new objects, none of which is garbage: the collector would look at them again and again.
-        collecting = gc.isenabled()
-        gc.disable()
+        """Fill an empty machine; runs and keys stay here and are read when they are asked for.
+
+        Raises ValueError or lmdb.Error if the index is not whole.
+        """
+        self._env = env = _open(self._path, readonly=True)
         try:
-            with env.begin() as txn:
+            with env.begin(buffers=True) as txn:
                 sealed = txn.get(_SNAPSHOT_KEY)
                 if sealed is None:
                     raise ValueError("the index has no snapshot")
-                machine.load(decode_snapshot(unseal(_SNAPSHOT_KEY, sealed)))
+                machine.load(decode_snapshot(unseal(_SNAPSHOT_KEY, bytes(sealed))))
                 queues = machine.numbers
-                machine.load_entries(decode_entry(key, value, queues) for key, value in _items(env, txn, b"jobs"))
-                for key, value in _items(env, txn, b"keys"):
-                    number, text = int.from_bytes(key[:4], "big"), key[4:].decode()
-                    machine.load_key(number, text, *decode_key_value(key, value))
-        finally:
-            if collecting:
-                gc.enable()
-            env.close()
+                for key, value in _items(env, txn, b"jobs"):
+                    machine.load_entry(*decode_entry(bytes(key), bytes(value), queues))
+                for key, value in _items(env, txn, b"runs"):
+                    machine.load_run(*decode_run(bytes(key), value, queues, self))
+                counts = unseal(_COUNTS_KEY, bytes(txn.get(_COUNTS_KEY) or b""))
+                machine.load_key_counts(json.loads(counts))
+            self._dbs = _handles(env)
+            machine.shelf = self
+        except BaseException:
+            self.close()
+            raise
+
+    # The shelf of the machine (see run.Shelf). The engine's lock is held; no transaction here outlives a call, so none
+    # can meet a page that two commits later is used again.
+
+    def columns(self, number: int) -> Columns:
+        """The columns of a saved run. Raises StorageError if they are damaged: the next opening rebuilds them."""
+        self.reads += 1
+        key = number.to_bytes(8, "big")
+        try:
+            value = self._get(b"runs", key)
+            if value is None:
+                raise ValueError("it is not there")
+            return decode_columns(key, value)
+        except (ValueError, lmdb.Error) as error:
+            raise self._damaged(f"run {number}", error) from error
+
+    def key(self, queue: int, text: str) -> tuple[int, int, int] | None:
+        """Job id, end of the window, segment of a saved key. Raises StorageError if it is damaged."""
+        name = queue.to_bytes(4, "big") + text.encode()
+        try:
+            value = self._get(b"keys", name)
+            return None if value is None else decode_key_value(name, value)
+        except (ValueError, lmdb.Error) as error:
+            raise self._damaged(f"key {text!r}", error) from error
+
+    def key_names(self) -> list[tuple[int, str]]:
+        """All saved keys, for checks."""
+        env = self._env
+        if env is None:
+            return []
+        with env.begin() as txn:
+            return [(int.from_bytes(key[:4], "big"), key[4:].decode()) for key, _ in _items(env, txn, b"keys")]
+
+    def ended_keys(self, now_ms: int, limit: int) -> list[tuple[int, str]]:
+        """Up to `limit` saved keys whose window is over."""
+        env, found = self._env, list[tuple[int, str]]()
+        if env is None:
+            return found
+        with env.begin() as txn:
+            for key, _ in _items(env, txn, b"ends"):
+                if len(found) == limit or int.from_bytes(key[:8], "big") > now_ms:
+                    break
+                found.append((int.from_bytes(key[8:12], "big"), key[12:].decode()))
+        return found
+
+    def _get(self, name: bytes, key: bytes) -> bytes | None:
+        env = self._env
+        db = self._dbs.get(name)
+        if env is None or db is None:
+            return None
+        with env.begin(db=db) as txn:
+            value: bytes | None = txn.get(key)
+        return value
+
+    def _damaged(self, what: str, error: Exception) -> StorageError:
+        return StorageError(
+            f"{self._path}: {what} cannot be read ({error}); open the directory again, that rebuilds the index"
+        )
 
     # Writing, at checkpoints
 
@@ -98,24 +179,52 @@ class Index:
         log_id: bytes,
         applied_lsn: int,
         snapshot: Snapshot,
-        jobs: Iterable[tuple[bytes, bytes | None]],
-        keys: Iterable[tuple[bytes, bytes | None]],
+        *,
+        jobs: Iterable[tuple[bytes, bytes | None]] = (),
+        runs: Iterable[tuple[bytes, bytes | None]] = (),
+        keys: Iterable[tuple[tuple[int, str], Key]] = (),
+        key_counts: Mapping[int, int] | None = None,
     ) -> None:
         """One transaction: put, or delete where the value is None; then the manifest. Raises lmdb.Error, OSError."""
         env = self._writable()
         with env.begin(write=True) as txn:
-            for name, items in ((b"jobs", jobs), (b"keys", keys)):
-                db = env.open_db(name, txn=txn)
+            dbs = {name: env.open_db(name, txn=txn) for name in _NAMES}
+            for db, items in ((dbs[b"jobs"], jobs), (dbs[b"runs"], runs)):
                 for key, value in items:
                     if value is None:
                         txn.delete(key, db=db)
                     else:
                         txn.put(key, value, db=db)
+            for name, held in keys:
+                self._write_key(txn, dbs, *name, held)
             txn.put(_SNAPSHOT_KEY, seal(_SNAPSHOT_KEY, encode_snapshot(snapshot)))
+            counts = json.dumps([item for item in (key_counts or {}).items() if item[1]]).encode()
+            txn.put(_COUNTS_KEY, seal(_COUNTS_KEY, counts))
+        self._dbs = dbs
         size, crc = self._fingerprint()
         manifest = Manifest(FORMAT, log_id.hex(), applied_lsn, size, crc)
         text = json.dumps(manifest._asdict()).encode()
         replace_file(self._disk, os.path.join(self._path, "manifest"), seal(b"manifest", text))
+
+    @staticmethod
+    def _write_key(txn: lmdb.Transaction, dbs: dict[bytes, Any], number: int, text: str, held: Key) -> None:
+        name = number.to_bytes(4, "big") + text.encode()
+        old = txn.get(name, db=dbs[b"keys"])
+        if old is not None and (old_ms := decode_key_value(name, bytes(old))[1]):
+            txn.delete(old_ms.to_bytes(8, "big") + name, db=dbs[b"ends"])
+        if not held.job_id:
+            txn.delete(name, db=dbs[b"keys"])
+            return
+        txn.put(name, encode_key_value(name, held.job_id, held.expires_ms, held.segment), db=dbs[b"keys"])
+        if held.expires_ms:
+            txn.put(held.expires_ms.to_bytes(8, "big") + name, b"", db=dbs[b"ends"])
+
+    def reopen(self) -> None:
+        """After the opening succeeded: from here on the index may be written."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+            self._dbs = _handles(self._writable())
 
     def clear(self) -> None:
         """Remove the index: the next `write` begins an empty one."""
@@ -128,6 +237,7 @@ class Index:
 
     def close(self) -> None:
         env, self._env = self._env, None
+        self._dbs = {}
         if env is not None:
             env.close()
 
@@ -174,7 +284,7 @@ def _open(path: str, *, readonly: bool) -> lmdb.Environment:
             return lmdb.open(
                 path,
                 map_size=map_bytes,
-                max_dbs=2,
+                max_dbs=len(_NAMES),
                 readonly=readonly,
                 lock=False,
                 sync=True,
@@ -191,11 +301,25 @@ def _open(path: str, *, readonly: bool) -> lmdb.Environment:
                 raise
 
 
-def _items(env: lmdb.Environment, txn: lmdb.Transaction, name: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _handles(env: lmdb.Environment) -> dict[bytes, Any]:
+    """For reading later: a handle outlives its transaction only if that is committed, which this does."""
+    found: dict[bytes, Any] = {}
+    for name in _NAMES:
+        with contextlib.suppress(lmdb.NotFoundError):
+            found[name] = env.open_db(name, create=False)
+    return found
+
+
+def _database(env: lmdb.Environment, txn: lmdb.Transaction, name: bytes) -> Any:
     try:
-        db = env.open_db(name, txn=txn, create=False)
+        return env.open_db(name, txn=txn, create=False)
     except lmdb.NotFoundError:
+        return None
+
+
+def _items(env: lmdb.Environment, txn: lmdb.Transaction, name: bytes) -> Iterator[tuple[Any, Any]]:
+    db = _database(env, txn, name)
+    if db is None:
         return
     with txn.cursor(db=db) as cursor:
-        for key, value in cursor:
-            yield bytes(key), bytes(value)
+        yield from cursor

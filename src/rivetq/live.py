@@ -18,13 +18,16 @@ from typing import Any
 from . import decide
 from .clock import Clock
 from .engine import Capabilities, Delivery, Enqueue, Operation
+from .entry import READY, SCHEDULED, STATES, Entry
 from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError
 from .events import Event
 from .machine import NEVER_MS, Machine
 from .model import Job, JobState, QueueConfig, QueueStats, moment
-from .state import SCHEDULED, STATES, Entry, Place
+from .state import Place
 
 _LONGEST_SLEEP_S = 3600.0
+EXPIRY_ROUNDS = 4
+"""Records of ended leases that one call writes at most: a storm of them is shared among the calls and the timer."""
 JOIN_S = 2.0
 """How long close() waits for one of its threads: far longer than a slice of their work takes."""
 
@@ -71,6 +74,7 @@ class LiveEngine:
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
         self._failure: BaseException | None = None
         self._lessees: dict[str, dict[_Lessee, None]] = {}  # by queue, in order of arrival
+        self._behind = False  # the last tick left something for the next
         self._timer_at_ms = NEVER_MS  # when the timer thread wakes by itself, or was told to look
         self._timer_poked = threading.Event()
         self._close_lock = threading.Lock()
@@ -288,7 +292,7 @@ class LiveEngine:
             for name in woken if names is None else names:
                 waiting, queue = self._lessees.get(name), self._machine.queues.get(name)
                 if waiting and queue is not None and not queue.config.paused:
-                    for lessee in list(waiting)[: queue.ready_count]:
+                    for lessee in list(waiting)[: queue.counts[READY]]:
                         lessee.wake()
         woken.clear()
 
@@ -306,7 +310,7 @@ class LiveEngine:
 
     def get(self, job_id: int) -> Job | None:
         def read(now_ms: int) -> list[tuple[Entry, dict[str, Any]]]:
-            entry = self._machine.jobs.get(job_id)
+            entry = self._machine.look(job_id)
             return [] if entry is None else [(entry, _view(entry))]
 
         found = self._with_payloads(self._look(read))
@@ -352,15 +356,20 @@ class LiveEngine:
         idle = now_ms < machine.wake_ms
         machine.advance(now_ms)
         if idle:
+            self._behind = False
             return now_ms
-        at_ms = machine.next_wakeup_ms()
-        while at_ms is not None and at_ms <= now_ms:
+        full = False
+        for _ in range(EXPIRY_ROUNDS):
+            ended = decide.expiry(machine, now_ms)
+            if not ended:
+                break
             try:
-                self._record(decide.expiry(machine, now_ms), now_ms)
+                self._record(ended, now_ms)
             except NeedRoomError:
-                break  # a full disk: these leases end when there is room
+                full = True  # a full disk: these leases end when there is room
+                break
             machine.advance(now_ms)
-            at_ms = machine.next_wakeup_ms()
+        self._behind = machine.wake_ms <= now_ms and not full
         if machine.woken:
             self._wake_lessees()
         return now_ms
@@ -388,15 +397,17 @@ class LiveEngine:
     def _clock_moved(self) -> None:
         """A manual clock jumped: everything due happens now, in the thread that moved it."""
         try:
-            with self._lock:
-                before = self._last_lsn()
-                self._tick()
-                lsn = self._last_lsn()
-                for waiting in self._lessees.values():
-                    for lessee in waiting:
-                        lessee.wake()
-            if lsn != before:
-                self._settle(lsn, sync=False)
+            self._behind = True
+            while self._behind:
+                with self._lock:
+                    before = self._last_lsn()
+                    self._tick()
+                    lsn = self._last_lsn()
+                    for waiting in self._lessees.values():
+                        for lessee in waiting:
+                            lessee.wake()
+                if lsn != before:
+                    self._settle(lsn, sync=False)
         except RivetQError:
             return  # the next call tells its caller
 

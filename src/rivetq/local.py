@@ -12,19 +12,20 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import lmdb
 
 from . import decide
 from .clock import Clock
-from .codec import decode_record, encode_entry, encode_key_value, encode_record, encode_snapshot
+from .codec import decode_record, encode_entry, encode_record, encode_run, encode_snapshot
 from .engine import Capabilities
+from .entry import Entry
 from .errors import DiskFullError, StorageError, UsageError
-from .events import Acked, Copied, Enqueued, Event, IdsReserved, KeyCopied, SegmentsDropped
+from .events import Copied, Enqueued, Event, IdsReserved, KeyCopied, SegmentsDropped
 from .group import GroupCommit
 from .index import Index
 from .io import Disk, SystemDisk
@@ -34,8 +35,9 @@ from .machine import Machine
 from .owner import DirectoryLock
 from .record import MAX_BODY_BYTES, frame_bytes
 from .recovery import Recovered, recover
+from .run import RUN_JOBS, Columns, Run
 from .segment import Record, Scan, corrupt, read_header
-from .state import Changes, Entry, Place
+from .state import Changes, Place
 
 logger = logging.getLogger("rivetq")
 
@@ -50,6 +52,20 @@ SLICE = 50
 BREATH_S = 0.0001
 """A background thread that computes without a pause makes every other thread wait for the interpreter's 5 ms switch
 interval after each of its system calls; one that sleeps for a moment after each slice does not."""
+RUNS_SLICE = 4
+"""Runs that are encoded between two breaths."""
+SWEEP_KEYS = 100_000
+"""Ended keys that one checkpoint removes at most."""
+PACK_SLICE = 128
+"""Loose jobs that are put into a run per hold of the lock."""
+RESIDENT_RUNS = 2
+"""Runs at the head of a window that stay in memory: the one that is leased from, and the next."""
+LOOSE_SHARE = 8
+"""A job or key that is an object weighs some eight times as much as one in a run."""
+LOOK_EVERY = 16
+"""Records after which an append looks whether a checkpoint is due for the sake of memory."""
+RUNS_READ = 64
+"""Runs read back from the index after which those not at a head are put away again."""
 MANY_SEGMENTS = 16
 """Every opening begins a segment: so many small ones are swept up even if they hold little."""
 COPY_JOBS, COPY_BYTES = 64, 256 * 1024
@@ -72,6 +88,7 @@ class LocalEngine(LiveEngine):
         segment_bytes: int,
         release_on_open: bool,
         cache_bytes: int,
+        window_jobs: int,
         clock: Clock,
         disk: Disk | None = None,
     ) -> None:
@@ -81,10 +98,9 @@ class LocalEngine(LiveEngine):
         self._fsync = fsync
         self._fsync_interval = fsync_interval
         self._segment_bytes = segment_bytes
-        # Payloads of waiting jobs by id, oldest first; guarded by _lock. Not a plain dict: finding the first key of one
-        # whose head was deleted scans all that was there.
-        self._cache: OrderedDict[int, bytes] = OrderedDict()
-        self._cache_left = cache_bytes
+        self._cache_bytes = cache_bytes
+        self._window_jobs = window_jobs
+        self._runs_read = 0  # what the index had read back when runs were last put away
         self._must_sync_lsn = 0  # a record that is synced in every mode
         self._keeper_lock = threading.Lock()  # one checkpoint or compaction at a time
         self._keeper_poked = threading.Event()
@@ -103,6 +119,8 @@ class LocalEngine(LiveEngine):
                 super().__init__(found.machine, clock, found.now_ms)
                 self._open_log(found, release_on_open)
             except BaseException:
+                if hasattr(self, "_index"):
+                    self._index.close()
                 self._owner.refuse()
                 raise
         except OSError as error:
@@ -111,7 +129,7 @@ class LocalEngine(LiveEngine):
         self.start()
 
     def _new_machine(self) -> Machine:
-        return Machine(id_block=0 if self._fsync == "always" else RELAXED_ID_BLOCK)
+        return Machine(cache_bytes=self._cache_bytes, id_block=0 if self._fsync == "always" else RELAXED_ID_BLOCK)
 
     def _open_log(self, found: Recovered, release_on_open: bool) -> None:
         """A new segment and epoch; what recovery found but nobody knows to be on disk is written again first."""
@@ -132,7 +150,7 @@ class LocalEngine(LiveEngine):
         machine = self._machine
         for body in found.surplus:
             now_ms, events = decode_record(body)
-            machine.now_ms = max(machine.now_ms, now_ms)
+            machine.advance(max(machine.now_ms, now_ms))
             place = log.append(body)
             for event in events:
                 machine.apply(event, now_ms, place)
@@ -144,7 +162,9 @@ class LocalEngine(LiveEngine):
             if old.size > found.end_offset:
                 old.truncate(found.end_offset)
             log.sizes[found.last_segment] = found.end_offset
-        if not found.applied_lsn:
+        if found.applied_lsn:
+            self._index.reopen()
+        else:
             self._index.clear()
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
@@ -181,7 +201,12 @@ class LocalEngine(LiveEngine):
             self._begin_segment(snapshot, now_ms, len(body))
         place = self._log.append(body)
         self._unsaved_bytes += len(body)
-        if self._unsaved_bytes > self._checkpoint_bytes or self._log.wants_space():
+        # What waits in memory is counted now and then: it grows slowly.
+        if (
+            self._unsaved_bytes > self._checkpoint_bytes
+            or self._log.wants_space()
+            or (place.lsn % LOOK_EVERY == 0 and self._is_due())
+        ):
             self._keeper_poked.set()
         return place
 
@@ -199,12 +224,7 @@ class LocalEngine(LiveEngine):
     def _record(self, events: Sequence[Event], now_ms: int, *, keep_reserve: bool = False) -> int:
         lsn = super()._record(events, now_ms, keep_reserve=keep_reserve)
         for event in events:
-            if type(event) is Enqueued:
-                self._cache_payloads(event.first_id, event.payloads)
-            elif type(event) is Acked:
-                for job_id in event.ids:
-                    self._uncache(job_id)
-            elif type(event) is IdsReserved:
+            if type(event) is IdsReserved:
                 self._must_sync_lsn = lsn
         return lsn
 
@@ -232,25 +252,10 @@ class LocalEngine(LiveEngine):
         super()._fail(error)
         self._group.fail(error)
 
-    def _cache_payloads(self, first_id: int, payloads: Sequence[bytes]) -> None:
-        # Caller holds self._lock.
-        cache = self._cache
-        for job_id, payload in enumerate(payloads, first_id):
-            cache[job_id] = payload
-            self._cache_left -= len(payload)
-        while self._cache_left < 0 and cache:
-            self._cache_left += len(cache.popitem(last=False)[1])
-
-    def _uncache(self, job_id: int) -> None:
-        payload = self._cache.pop(job_id, None)
-        if payload is not None:
-            self._cache_left += len(payload)
-
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        cache = self._cache
         payloads: list[bytes | None] = []
         for entry in entries:
-            payload = cache.get(entry.id)
+            payload, entry.payload = entry.payload, None  # a later delivery reads it from the log
             payloads.append(self._read(entry) if payload is None else payload)
         return payloads
 
@@ -264,7 +269,7 @@ class LocalEngine(LiveEngine):
                     return payload
                 with self._lock:  # the job was copied and its segment dropped since
                     self._check()
-                    entry = self._machine.jobs.get(entry.id)
+                    entry = self._machine.look(entry.id)
         except (StorageError, OSError) as error:
             self._check()  # closed meanwhile: that is the reason
             self._fail(error)
@@ -301,10 +306,22 @@ class LocalEngine(LiveEngine):
             self._log.refill()  # first: somebody may soon wait for it
         finally:  # on a full disk too: a compaction makes room
             with self._keeper_lock:
-                wanted = self._unsaved_bytes > self._checkpoint_bytes or (overdue and self._unsaved_bytes)
+                wanted = self._is_due() or (overdue and self._unsaved_bytes)
                 if wanted and time.monotonic() >= self._not_before_s:
                     self._checkpoint()
+                elif self._index.reads - self._runs_read > RUNS_READ:
+                    self._put_away_all()
                 self._compact(self._garbage_upto())
+
+    def _is_due(self) -> bool:
+        """A checkpoint: the log to replay, or what waits in memory for one, got long."""
+        machine = self._machine
+        changes = machine.changes
+        return changes is not None and (
+            self._unsaved_bytes > self._checkpoint_bytes
+            or len(changes.runs) > self._window_jobs // RUN_JOBS
+            or len(changes.jobs) + len(machine.keys) > self._window_jobs // LOOSE_SHARE
+        )
 
     def _run_sync(self) -> None:
         while self._ended is None:
@@ -375,38 +392,102 @@ class LocalEngine(LiveEngine):
     def _checkpoint(self, *, last: bool = False) -> None:
         """Write what changed since the last one into the index. Caller holds _keeper_lock, not _lock.
 
-        The jobs are taken in slices while calls go on; replay from `lsn` makes them whole (see events).
+        Runs are written as they were at `lsn`: their columns are shared, nobody changes what was taken. Loose jobs and
+        keys are taken in slices while calls go on; replay from `lsn` makes them whole (see events).
         """
         if not last:
             self._check()  # whoever waited for _keeper_lock while close() had it comes too late
         machine = self._machine
+        self._tidy()
         with self._lock:
             taken = machine.changes
             assert taken is not None
             machine.changes = Changes()
             snapshot, lsn = machine.snapshot(), self._last_lsn()
             unsaved, self._unsaved_bytes = self._unsaved_bytes, 0
+            runs = [self._take_run(run) for run in taken.runs]
+            # What is in a run now is written with it, whoever takes it out before its slice.
+            loose = taken.jobs & machine.jobs.keys()
         try:
-            jobs = [item for part in _slices(sorted(taken.jobs)) for item in self._take_jobs(part)]
+            jobs = [item for part in _slices(sorted(loose)) for item in self._take_jobs(part)]
+            jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs - loose]
             with self._lock:
-                # A job that ended after `lsn` and before its slice is gone from the index, and replay skips the end of
-                # a job that it does not know: the key that it left behind must be in the index as well.
-                ended = taken.keys | machine.changes.keys
-            keys = [item for part in _slices(sorted(ended)) for item in self._take_keys(part)]
-            with self._lock:
+                # Last: a job that ended after `lsn` and before its slice is gone from the index, and replay skips the
+                # end of a job that it does not know: the key that it left behind must be in the index as well.
+                keys = machine.freeze_keys()
+                key_counts = dict(machine.key_counts)
                 last_lsn = self._last_lsn()
             self._wait_durable(last_lsn)  # the index is never ahead of the disk
             try:
-                self._index.write(self._log_id, lsn, snapshot, _paced(jobs), _paced(keys))
+                self._index.write(
+                    self._log_id,
+                    lsn,
+                    snapshot,
+                    jobs=_paced(jobs),
+                    runs=chain(
+                        _paced([(number.to_bytes(8, "big"), None) for number in sorted(taken.gone)]),
+                        map(_encode_run, _paced(runs, RUNS_SLICE)),
+                    ),
+                    keys=_paced(list(keys.items())),
+                    key_counts=key_counts,
+                )
                 self._checkpoints += 1
-            except (lmdb.Error, OSError) as error:
-                logger.warning("rivetq: %s: the index is dropped and will be rebuilt: %s", self._path, error)
-                self._index.clear()
-                self._take_back(Changes(), unsaved, everything=True)
+            except (lmdb.Error, OSError, ValueError) as error:
+                # The transaction did not happen; what the index holds is as it was, and still needed.
+                logger.warning("rivetq: %s: the index could not be written, it is tried again: %s", self._path, error)
                 self._not_before_s = time.monotonic() + CHECKPOINT_S
+                self._take_back(taken, unsaved)
+                return
         except BaseException:
-            self._take_back(taken, unsaved, everything=False)
+            self._take_back(taken, unsaved)
             raise
+        with self._lock:
+            machine.frozen = {}
+            machine.shelf = self._index
+        self._put_away_all()
+
+    def _tidy(self) -> None:
+        """Before a checkpoint: ended keys go, and what lies about loose is put into runs."""
+        machine = self._machine
+        for part in _slices(self._index.ended_keys(machine.now_ms, SWEEP_KEYS)):
+            with self._lock:
+                machine.sweep_keys(part, machine.now_ms)
+        with self._lock:
+            crowded = machine.crowded(self._window_jobs // LOOSE_SHARE)
+        for state, window in crowded:
+            more = True
+            while more:
+                time.sleep(BREATH_S)
+                with self._lock:
+                    more = machine.pack(state, window, PACK_SLICE)
+
+    def _take_run(self, run: Run) -> _TakenRun:
+        # Caller holds self._lock.
+        if not run.number:
+            run.number, self._machine.next_run = self._machine.next_run, self._machine.next_run + 1
+        columns = run.load()
+        return _TakenRun(run, run.state, columns, run.at, len(columns))
+
+    def _put_away_all(self) -> None:
+        """Let go of the columns of runs that are in the index as they are: not of the head of a window, nor of one
+        that still grows or has payloads in memory."""
+        machine = self._machine
+        with self._lock:
+            loaded = [
+                run
+                for queue in machine.queues.values()
+                for _, window in queue.waiting()
+                for run in window.runs[RESIDENT_RUNS:]
+                if run.columns is not None and run.columns.payloads is None and run not in window.opens
+            ]
+        for part in _slices(loaded):
+            with self._lock:
+                changes = machine.changes
+                assert changes is not None
+                for run in part:
+                    if run.left and run.number and run not in changes.runs:
+                        run.put_away(self._index)
+        self._runs_read = self._index.reads
 
     def _take_jobs(self, ids: list[int]) -> list[tuple[bytes, bytes | None]]:
         items: list[tuple[bytes, bytes | None]] = []
@@ -418,20 +499,7 @@ class LocalEngine(LiveEngine):
                 items.append((job_id.to_bytes(8, "big"), None if entry is None else encode_entry(entry)))
         return items
 
-    def _take_keys(self, keys: list[tuple[int, str]]) -> list[tuple[bytes, bytes | None]]:
-        items: list[tuple[bytes, bytes | None]] = []
-        with self._lock:
-            for number, text in keys:
-                key = self._machine.numbers[number].keys.get(text)
-                name, value = number.to_bytes(4, "big") + text.encode(), None
-                if key is not None:
-                    key.indexed = key.expires_ms > 0  # the key of a living job is found with the job
-                    if key.indexed:
-                        value = encode_key_value(name, key.job_id, key.expires_ms, key.segment)
-                items.append((name, value))
-        return items
-
-    def _take_back(self, taken: Changes, unsaved: int, *, everything: bool) -> None:
+    def _take_back(self, taken: Changes, unsaved: int) -> None:
         """The checkpoint did not happen: what it took is still to be written."""
         machine = self._machine
         with self._lock:
@@ -439,12 +507,11 @@ class LocalEngine(LiveEngine):
             assert changes is not None
             self._unsaved_bytes += unsaved
             changes.jobs |= taken.jobs
-            changes.keys |= taken.keys
-            if everything:
-                changes.jobs.update(machine.jobs)
-                changes.keys.update(
-                    (q.number, t) for q in machine.queues.values() for t, k in q.keys.items() if k.expires_ms
-                )
+            changes.packed |= taken.packed
+            changes.gone |= taken.gone
+            for run in taken.runs:
+                (changes.runs.add if run.left else changes.runs.discard)(run)
+            machine.thaw_keys()
 
     def _garbage_upto(self) -> int:
         """The last segment that is worth dropping now, 0 if none: oldest first, until half of the log is live.
@@ -479,6 +546,9 @@ class LocalEngine(LiveEngine):
         self._flush()  # the successor's header must be in its file
         for segment in [s for s in sorted(self._log.sizes) if s <= upto]:
             self._copy_segment(segment)
+            if self._is_due():
+                self._checkpoint()  # so that memory stays bounded
+            self._put_away_all()
         self._checkpoint()  # which syncs the copies; the index now points at them
         self._change(lambda now_ms: ([SegmentsDropped(upto)], None), sync=False)
         self._sync_all()
@@ -513,7 +583,7 @@ class LocalEngine(LiveEngine):
 
     def _copies(self, segment: int, item: _Live) -> Iterator[Event]:
         # Caller holds self._lock.
-        entry = self._machine.jobs.get(item.job_id)
+        entry = self._machine.look(item.job_id, item.queue, item.priority)
         if entry is not None and entry.segment == segment:
             spec = entry.spec
             yield Copied(
@@ -523,7 +593,7 @@ class LocalEngine(LiveEngine):
                 entry.crc, item.payload,
             )  # fmt: skip
         elif item.key is not None:
-            key = self._machine.numbers[item.queue].keys.get(item.key)
+            key = self._machine.key(item.queue, item.key)
             if key is not None and key.expires_ms and key.segment == segment and key.job_id == item.job_id:
                 yield KeyCopied(item.queue, item.key, key.job_id, key.expires_ms)
 
@@ -534,9 +604,30 @@ class LocalEngine(LiveEngine):
         upto_lsn = read_header(successor).first_lsn - 1
         scan = Scan(data, read_header(file))
         for record in scan.records(upto_lsn):
-            yield from _live_in(record)
+            yield from self._live_in(record)
         if scan.next_lsn <= upto_lsn:
             raise corrupt(file.path, scan.end_in_file, f"record {scan.next_lsn} cannot be read")
+
+    def _live_in(self, record: Record) -> Iterator[_Live]:
+        _, events = decode_record(record.body)
+        for event in events:
+            if isinstance(event, Enqueued):
+                first_id, at = event.first_id, event.payload_at
+                with self._lock:
+                    alive = self._machine.alive(
+                        event.queue, event.priority, first_id, first_id + len(event.lengths) - 1
+                    )
+                for i, length in enumerate(event.lengths):
+                    key = event.keys[i] if event.keys is not None else None
+                    if first_id + i in alive or key is not None:
+                        payload = record.body[at : at + length]
+                        yield _Live(first_id + i, event.queue, event.priority, key, payload)
+                    at += length
+            elif isinstance(event, Copied):
+                payload = record.body[event.payload_at : event.payload_at + event.length]
+                yield _Live(event.id, event.queue, event.priority, event.key, payload)
+            elif isinstance(event, KeyCopied):
+                yield _Live(event.job_id, event.queue, 0, event.key, b"")
 
     # Ending
 
@@ -598,37 +689,38 @@ class LocalEngine(LiveEngine):
             return self._machine.dump()
 
 
+class _TakenRun(NamedTuple):
+    """A run as it was when a checkpoint began: cells `start` to `stop` of its columns."""
+
+    run: Run
+    state: int
+    columns: Columns
+    start: int
+    stop: int
+
+
 class _Live(NamedTuple):
     """A job or key written in a segment that may live there still."""
 
     job_id: int
     queue: int
+    priority: int
     key: str | None
     payload: bytes
 
 
-def _live_in(record: Record) -> Iterator[_Live]:
-    _, events = decode_record(record.body)
-    for event in events:
-        if isinstance(event, Enqueued):
-            at = event.payload_at
-            for i, length in enumerate(event.lengths):
-                key = event.keys[i] if event.keys is not None else None
-                yield _Live(event.first_id + i, event.queue, key, record.body[at : at + length])
-                at += length
-        elif isinstance(event, Copied):
-            payload = record.body[event.payload_at : event.payload_at + event.length]
-            yield _Live(event.id, event.queue, event.key, payload)
-        elif isinstance(event, KeyCopied):
-            yield _Live(event.job_id, event.queue, event.key, b"")
-
-
-def _slices(items: list[Any]) -> Iterator[list[Any]]:
-    for start in range(0, len(items), SLICE):
-        yield items[start : start + SLICE]
+def _slices(items: list[Any], size: int = SLICE) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
         time.sleep(BREATH_S)
 
 
-def _paced(items: list[Any]) -> Iterator[Any]:
-    for part in _slices(items):
+def _paced(items: list[Any], size: int = SLICE) -> Iterator[Any]:
+    for part in _slices(items, size):
         yield from part
+
+
+def _encode_run(taken: _TakenRun) -> tuple[bytes, bytes]:
+    run, state, columns, start, stop = taken
+    columns = columns.picked(slice(start, stop))  # others may append to it meanwhile
+    return run.number.to_bytes(8, "big"), encode_run(run.number, run.queue, run.priority, state, columns)

@@ -15,10 +15,15 @@ States of a job, and what moves it::
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, assert_never
 
+from sortedcontainers import SortedList
+
 from .engine import Delivery
+from .entry import DEAD, LEASED, READY, SCHEDULED, STATES, Entry, Spec
 from .events import (
     Acked,
     Buried,
@@ -40,51 +45,63 @@ from .events import (
 )
 from .model import QueueStats
 from .ratelimit import TokenBucket
+from .run import PAYLOAD_BYTES, RUN_JOBS, Columns, Run, Shelf
 from .state import (
     COPY_BYTES,
-    DEAD,
     JOB_BYTES,
     KEY_BYTES,
-    LEASED,
-    READY,
     RECORD_BYTES,
-    SCHEDULED,
-    STATES,
     Changes,
-    Entry,
     Key,
     Place,
     Queue,
     QueueSnapshot,
     Snapshot,
-    Spec,
 )
 from .window import Window
 
 NEVER_MS = 2**62
+RIPE_JOBS = 5000
+"""Loose jobs that one call to `advance` moves at most, so that no caller pays for a storm; the rest is moved next."""
+FEW_JOBS = 64
+"""Batches below this size that come out of order are not worth a run of their own."""
 
 
 class Machine:
-    """All queues. Not thread-safe: the engine's lock is around every call."""
+    """All queues. Not thread-safe: the engine's lock is around every call.
 
-    def __init__(self, *, keep_payloads: bool = False, id_block: int = 0) -> None:
-        self.jobs: dict[int, Entry] = {}
+    Args:
+        keep_payloads: nothing is on a disk: payloads stay here, and no changes are noted for a checkpoint.
+        cache_bytes: memory for payloads of waiting jobs, if there is a disk to read the others from.
+        id_block: ids that are written down as told at a time; 0: none need be.
+    """
+
+    def __init__(self, *, keep_payloads: bool = False, cache_bytes: int = 0, id_block: int = 0) -> None:
+        self.jobs: dict[int, Entry] = {}  # the loose ones: leased, come back, or otherwise not in a run
         self.queues: dict[str, Queue] = {}
         self.numbers: dict[int, Queue] = {}
-        self.due = Window()  # (due_ms, id) of scheduled jobs over all queues
-        self.expiring = Window()  # (expires_ms, queue number, key) of keys that outlived their job
+        self.keys: dict[tuple[int, str], Key] = {}  # changed since the last checkpoint; without a shelf: all
+        self.frozen: dict[tuple[int, str], Key] = {}  # those that a checkpoint is writing now
+        self.expiring: SortedList[Any] = SortedList()  # (expires_ms, queue number, text) of `keys`
+        self.shelf: Shelf | None = None  # runs and keys that are not in memory
         self.next_id = 1
         self.reserved_id = 1
         self.next_token = 1
+        self.next_run = 1
         self.oldest_segment = 1
         self.now_ms = 0  # the latest moment that the state has seen: the time line never steps back
         self.wake_ms = NEVER_MS  # nothing happens by the clock alone before this; may be earlier than what does happen
         self.live: dict[int, int] = {}  # bytes per segment that are still needed
+        self.key_counts: dict[int, int] = {}  # keys that outlived their job, per segment; their bytes are in `live`
         self.changes: Changes | None = None if keep_payloads else Changes()
         self.woken: set[str] = set()  # queues in which something became ready since the engine last looked
+        self._due: list[tuple[int, int, int]] = []  # heap of (due_ms, queue number, priority); stale ones are skipped
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ms, id); stale pairs are skipped
         self._leased = 0
         self._keep_payloads = keep_payloads
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self._cached: deque[Columns] = deque()  # those with payloads, oldest first
         self.id_block = id_block
 
     def take_ids(self, count: int) -> int:
@@ -96,30 +113,92 @@ class Machine:
     # Time
 
     def advance(self, now_ms: int) -> None:
-        """Let the clock act: due jobs become ready, ended keys are forgotten. Not logged: the clock says it again."""
+        """Let the clock act: due jobs become ready, ended keys are forgotten. Not logged: the clock says it again.
+
+        A storm is taken in parts: then `wake_ms` stays at or below `now_ms`, and the next call goes on.
+        """
         assert now_ms >= self.now_ms, f"time line stepped back: {self.now_ms} -> {now_ms}"
         self.now_ms = now_ms
         if now_ms < self.wake_ms:
             return
-        while (first := self.due.first()) is not None and first[0] <= now_ms:
-            entry = self.jobs[first[1]]
-            self._leave(entry)
-            self._enter_ready(entry)
-        while (oldest := self.expiring.first()) is not None and oldest[0] <= now_ms:
-            _, number, text = oldest
-            self._forget_key(self.numbers[number], text)
+        room = RIPE_JOBS
+        due = self._due
+        while due and due[0][0] <= now_ms and room > 0:
+            _, number, priority = heapq.heappop(due)
+            room -= self._ripen(self.numbers[number], priority, now_ms, room)
+        expiring = self.expiring
+        while expiring and expiring[0][0] <= now_ms and room > 0:
+            _, number, text = expiring[0]
+            self._forget_key(number, text)
+            room -= 1
         self.next_wakeup_ms()
+
+    def _ripen(self, queue: Queue, priority: int, now_ms: int, room: int) -> int:
+        """Make the due jobs of one window ready; whole runs at a time where that goes. How many single ones moved."""
+        window = queue.scheduled[priority]
+        if window is None:
+            return 0
+        ready = queue.window(READY, priority)
+        moved = before = window.count
+        while window.runs and window.runs[0].head[0] <= now_ms:  # in any order: all of them go
+            run = window.runs[0]
+            if run.last[0] > now_ms:
+                count = run.below((now_ms + 1, 0), run.at) - run.at
+                part = run.split(count)
+                window.popped(run, count)
+                self._touch(run)
+                run = part
+                self._touch(part)
+            else:
+                window.remove(run)
+            if run.order_by_id():
+                self._touch(run)
+            ready.insert(run)
+        loose = window.loose
+        keys = list(loose.islice(0, min(room, loose.bisect_left((now_ms + 1, 0)))))
+        for key in keys:
+            entry = self.jobs[key[1]]
+            entry.state = READY
+            ready.add(entry.id)
+        del loose[: len(keys)]
+        window.count -= len(keys)
+        moved = before - window.count
+        queue.counts[SCHEDULED] -= moved
+        queue.counts[READY] += moved
+        self._wake(queue)
+        if (first := window.first()) is not None:
+            heapq.heappush(self._due, (first[0], queue.number, priority))
+        return len(keys)
 
     def next_wakeup_ms(self) -> int | None:
         """When the clock acts next: a delay falls due or a lease ends."""
-        first, lease, key = self.due.first(), self._first_deadline(), self.expiring.first()
-        at_ms = min(NEVER_MS if first is None else int(first[0]), NEVER_MS if lease is None else lease[0])
-        self.wake_ms = at_ms if key is None else min(at_ms, int(key[0]))
+        lease = self._first_deadline()
+        at_ms = min(self._first_due_ms(), NEVER_MS if lease is None else lease[0])
+        self.wake_ms = min(at_ms, self.expiring[0][0]) if self.expiring else at_ms
         return None if at_ms == NEVER_MS else at_ms
+
+    def _first_due_ms(self) -> int:
+        due = self._due
+        while due:
+            due_ms, number, priority = due[0]
+            window = self.numbers[number].scheduled[priority]
+            first = None if window is None else window.first()
+            if first is not None and first[0] == due_ms:
+                return due_ms
+            heapq.heappop(due)
+            if first is not None and first[0] > due_ms:
+                heapq.heappush(due, (first[0], number, priority))
+        return NEVER_MS
 
     def _expect(self, at_ms: int) -> None:
         if at_ms < self.wake_ms:
             self.wake_ms = at_ms
+
+    def _expect_due(self, window: Window, key: tuple[int, int], queue: Queue, priority: int) -> None:
+        """A scheduled job was added."""
+        if window.first() == key:
+            heapq.heappush(self._due, (key[0], queue.number, priority))
+            self._expect(key[0])
 
     def ended_leases(self, now_ms: int, limit: int) -> list[tuple[int, int]]:
         """(deadline_ms, id) of up to `limit` leases whose deadline has come, earliest first."""
@@ -150,8 +229,7 @@ class Machine:
             case Leased():
                 self._apply_leased(event, now_ms)
             case Acked():
-                queue = self.numbers[event.queue]
-                queue.acked += len(event.ids)
+                self.numbers[event.queue].acked += len(event.ids)
                 self._remove(event.ids, now_ms)
             case Retried():
                 if (entry := self._known(event.id)) is not None:
@@ -166,21 +244,23 @@ class Machine:
                     self._leave(entry)
                     entry.last_error = event.error
                     entry.died_at_ms = event.died_at_ms
-                    entry.state = DEAD
-                    entry.queue.dead.add(entry.id)
+                    self._enter(entry, DEAD)
             case Extended():
                 if (entry := self._known(event.id)) is not None and entry.state == LEASED:
                     entry.deadline_ms = event.deadline_ms
                     self._push_deadline(entry)
             case Cancelled():
-                self.numbers[event.queue].cancelled += 1
-                self._remove((event.id,), now_ms)
+                queue = self.numbers[event.queue]
+                queue.cancelled += 1
+                if self._loosen(event.id, (queue,)) is not None:
+                    self._remove((event.id,), now_ms)
             case Purged():
-                self.numbers[event.queue].purged += len(event.ids)
-                self._remove(event.ids, now_ms)
+                queue = self.numbers[event.queue]
+                queue.purged += len(event.ids)
+                self._apply_purged(queue, event.ids, now_ms)
             case Redriven():
                 for job_id in event.ids:
-                    if (entry := self._known(job_id)) is not None:
+                    if (entry := self._loosen(job_id, self.queues.values(), DEAD)) is not None:
                         entry.attempts = entry.died_at_ms = 0
                         self._wait(entry, 0, now_ms)
             case QueueCreated():
@@ -195,157 +275,388 @@ class Machine:
             case Copied():
                 self._apply_copied(event, now_ms, place)
             case KeyCopied():
-                self._apply_key_copied(event, place)
+                self._hold_key(event.queue, event.key, Key(event.job_id, place.segment, event.expires_ms))
             case SegmentsDropped():
                 self.oldest_segment = max(self.oldest_segment, event.upto + 1)
-                for segment in [s for s in self.live if s <= event.upto]:
-                    del self.live[segment]
+                for counted in (self.live, self.key_counts):
+                    for segment in [s for s in counted if s <= event.upto]:
+                        del counted[segment]
             case _:
                 assert_never(event)
 
     def _apply_enqueued(self, event: Enqueued, now_ms: int, place: Place) -> None:
         queue = self.numbers[event.queue]
-        spec = Spec(event.priority, event.max_attempts, event.retry, event.visibility_ms, event.headers)
-        count = len(event.lengths)
-        first_id, keys, crcs, payloads = event.first_id, event.keys, event.crcs, event.payloads
-        offset = place.body_offset + event.payload_at
+        count, first_id, lengths = len(event.lengths), event.first_id, event.lengths
+        state = SCHEDULED if event.due_ms > now_ms else READY
+        window = queue.window(state, event.priority)
         overhead = RECORD_BYTES // count + JOB_BYTES
-        segment, lsn, jobs = place.segment, place.lsn, self.jobs
-        for i, length in enumerate(event.lengths):
-            job_id = first_id + i
-            entry = Entry(job_id, queue, spec, now_ms, event.due_ms, keys[i] if keys else None)
-            if job_id in jobs:  # a checkpoint took the job while the log went on
-                entry.indexed = jobs[job_id].indexed
-                self._drop(jobs[job_id])
-            entry.length = length
-            if segment:
-                entry.segment, entry.offset, entry.crc, entry.lsn = segment, offset, crcs[i], lsn
-                entry.size = length + overhead
-                offset += length
+        offset, segment = place.body_offset + event.payload_at, place.segment
+        keep = self._keep_payloads or (self._cache_bytes > 0 and bool(event.payloads))
+        if first_id < self.next_id:
+            for job_id in range(first_id, first_id + count):
+                if (known := self._known(job_id)) is not None:  # a checkpoint took the job while the log went on
+                    if known.indexed and self.changes is not None:
+                        self.changes.packed.add(job_id)
+                    self._drop(known)
+        if event.keys is not None:
+            for job_id, text in enumerate(event.keys, first_id):
+                if text is not None:
+                    self._hold_key(event.queue, text, Key(job_id, segment))
+        at = 0
+        while at < count:
+            job_id = first_id + at
+            run = window.open_for((event.due_ms, job_id) if window.by_due else job_id)
+            if run is None and count - at < FEW_JOBS and len(window.opens) > 1 and not window.opens[0].is_full:
+                self._enqueue_loose(event, at, queue, now_ms, place, overhead)
+                break
+            columns = Columns() if run is None else run.load()
+            stop = min(count, at + RUN_JOBS - len(columns))
+            part = slice(at, stop)
+            whole = stop - at == count
+            columns.add_batch(
+                job_id,
+                lengths if whole else lengths[part],
+                event.crcs if whole else event.crcs[part],
+                self._spec(event, columns),
+                now_ms,
+                event.due_ms,
+                (segment, offset, place.lsn),
+                overhead,
+                None if event.keys is None else event.keys[part],
+                (event.payloads if whole else event.payloads[part]) if keep else None,
+            )
+            if not whole:
+                offset += sum(lengths[part])
+            if run is None:
+                run = Run(queue, event.priority, columns, state)
+                window.insert(run, is_open=True)
+                if window.by_due:
+                    self._expect_due(window, run.head, queue, event.priority)
             else:
-                entry.payload = payloads[i]
-            jobs[job_id] = entry
-            if entry.key is not None:
-                self._hold_key(queue, entry.key, job_id, segment)
-        ids = range(first_id, first_id + count)
-        if event.due_ms > now_ms:
-            for job_id in ids:
-                jobs[job_id].state = SCHEDULED
-            queue.scheduled.update(ids)
-            self.due.update([(event.due_ms, job_id) for job_id in ids])
-            self._expect(event.due_ms)
-        else:
-            if count == 1:
-                queue.ready[event.priority].add(first_id)
-            else:
-                queue.ready[event.priority].update(ids)
-            queue.ready_count += count
-            self._wake(queue)
+                window.grown(run, stop - at)
+            if keep and not self._keep_payloads:
+                self._cache(columns)
+            self._touch(run)
+            at = stop
+        size = sum(lengths) + overhead * count if count > 1 else lengths[0] + overhead
         if segment:
-            self.live[segment] = self.live.get(segment, 0) + sum(event.lengths) + overhead * count
-        if self.changes is not None:
-            self.changes.jobs.update(ids)
+            self.live[segment] = self.live.get(segment, 0) + size
+            if keep:
+                self._cached_bytes += size + PAYLOAD_BYTES * count
+                if self._cached_bytes > self._cache_bytes:
+                    self._trim_cache()
+        queue.counts[state] += count
+        if state == READY:
+            self._wake(queue)
         if queue.bucket is not None and queue.bucket.limit.on == "enqueue":
             queue.bucket.take(count, now_ms)
         queue.enqueued += count
-        self.next_id = max(self.next_id, first_id + count)
+        if first_id + count > self.next_id:
+            self.next_id = first_id + count
+
+    @staticmethod
+    def _spec(event: Enqueued, columns: Columns) -> Spec:
+        """What the jobs of the event share; the one object of the jobs before them if that is the same."""
+        last = columns.specs[-1] if columns.specs else None
+        if (
+            last is not None
+            and last.retry is event.retry
+            and last.max_attempts == event.max_attempts
+            and last.visibility_ms == event.visibility_ms
+            and (last.headers is event.headers or last.headers == event.headers)
+        ):
+            return last
+        return Spec(event.priority, event.max_attempts, event.retry, event.visibility_ms, event.headers)
+
+    def _enqueue_loose(self, event: Enqueued, at: int, queue: Queue, now_ms: int, place: Place, overhead: int) -> None:
+        """Jobs whose ids were told long before (by transactions): they find their place among the others."""
+        columns = Columns()
+        for i in range(at, len(event.lengths)):
+            offset = place.body_offset + event.payload_at + sum(event.lengths[:i])
+            columns.add_batch(
+                event.first_id + i, event.lengths[i : i + 1], event.crcs[i : i + 1], self._spec(event, columns), now_ms,
+                event.due_ms, (place.segment, offset, place.lsn), overhead,
+                None if event.keys is None else event.keys[i : i + 1],
+                event.payloads[i : i + 1] if self._keep_payloads else None,
+            )  # fmt: skip
+        state = SCHEDULED if event.due_ms > now_ms else READY
+        for i in range(len(columns)):
+            entry = columns.entry(i, queue, state)
+            self.jobs[entry.id] = entry
+            self._note(entry)
+            self._line_up(entry)
+
+    def _cache(self, columns: Columns) -> None:
+        if not self._cached or self._cached[-1] is not columns:
+            self._cached.append(columns)
+
+    def _trim_cache(self) -> None:
+        """Count anew what is cached, and let go of the oldest until there is room again for some time."""
+        sizes = [(columns, columns.payload_bytes()) for columns in dict.fromkeys(self._cached)]
+        self._cached = deque(columns for columns, size in sizes if size)
+        left = sum(size for _, size in sizes)
+        for columns, size in sizes:
+            if left <= self._cache_bytes // 4 * 3:
+                break
+            if size:
+                columns.payloads = None
+                self._cached.popleft()
+                left -= size
+        self._cached_bytes = left
 
     def _apply_leased(self, event: Leased, now_ms: int) -> None:
-        for i, job_id in enumerate(event.ids):
-            entry = self._known(job_id)
+        entries: list[Entry | None] = []
+        ids = event.ids
+        for number, priority, count in event.places:
+            at = len(entries)
+            self._lease_from(self.numbers[number], priority, ids[at : at + count], entries)
+        entries += [self._loosen(job_id, self.queues.values()) for job_id in ids[len(entries) :]]
+        deadlines = self._deadlines
+        least_ms = NEVER_MS
+        changes = self.changes
+        for entry, token, attempts, deadline_ms in zip(
+            entries, event.tokens, event.attempts, event.deadlines_ms, strict=True
+        ):
             if entry is None:
                 continue
+            queue, job_id = entry.queue, entry.id
             if entry.state != LEASED:
                 self._leave(entry)
                 entry.state = LEASED
-                entry.queue.leased.add(job_id)
+                queue.counts[LEASED] += 1
+                queue.leased.add(job_id)
                 self._leased += 1
-            entry.token = event.tokens[i]
-            entry.attempts = event.attempts[i]
-            entry.deadline_ms = event.deadlines_ms[i]
-            self._push_deadline(entry)
-            bucket = entry.queue.bucket
-            if bucket is not None and bucket.limit.on == "lease":
-                bucket.take(1, now_ms)
+            entry.token = token
+            entry.attempts = attempts
+            entry.deadline_ms = deadline_ms
+            heapq.heappush(deadlines, (deadline_ms, job_id))
+            if deadline_ms < least_ms:
+                least_ms = deadline_ms
+            if changes is not None:
+                changes.jobs.add(job_id)
+            if queue.bucket is not None and queue.bucket.limit.on == "lease":
+                queue.bucket.take(1, now_ms)
+        self._expect(least_ms)
+        self._trim_deadlines()
         self.next_token = max(self.next_token, event.tokens[-1] + 1)
 
+    def _lease_from(self, queue: Queue, priority: int, ids: Sequence[int], entries: list[Entry | None]) -> None:
+        """Add the jobs of these ids to `entries`; those in a run become objects. Usually they are the head of one."""
+        window = queue.window(READY, priority)
+        jobs, at, n = self.jobs, 0, len(ids)
+        while at < n:
+            job_id = ids[at]
+            entry = jobs.get(job_id)
+            if entry is not None:
+                entries.append(entry)
+                at += 1
+                continue
+            run = window.runs[0] if window.runs else None
+            if run is None or run.head != job_id:
+                entries.append(self._loosen(job_id, (queue,)))
+                at += 1
+                continue
+            column, first = run.load().ids, run.at
+            count = min(n - at, run.left)
+            if count > 1 and column[first : first + count] != array("Q", ids[at : at + count]):
+                count = next(i for i in range(1, n - at + 1) if i == count or column[first + i] != ids[at + i])
+            popped = run.pop(count, LEASED)
+            window.popped(run, count)
+            self._touch(run)
+            for entry in popped:
+                jobs[entry.id] = entry
+            queue.leased.update(column[first : first + count])
+            queue.counts[READY] -= count
+            queue.counts[LEASED] += count
+            self._leased += count
+            entries += popped
+            at += count
+
     def _push_deadline(self, entry: Entry) -> None:
-        heap = self._deadlines
-        heapq.heappush(heap, (entry.deadline_ms, entry.id))
+        heapq.heappush(self._deadlines, (entry.deadline_ms, entry.id))
         self._expect(entry.deadline_ms)
-        if len(heap) > 64 + 2 * self._leased:
+        self._trim_deadlines()
+
+    def _trim_deadlines(self) -> None:
+        if len(self._deadlines) > 64 + 2 * self._leased:
             # Acked leases leave their pair behind; without this a fast consumer would fill memory until the deadlines.
             self._deadlines = [
                 (e.deadline_ms, e.id) for q in self.queues.values() for e in map(self.jobs.__getitem__, q.leased)
             ]
             heapq.heapify(self._deadlines)
 
+    def _apply_purged(self, queue: Queue, ids: Sequence[int], now_ms: int) -> None:
+        self._remove([i for i in ids if i in self.jobs], now_ms)
+        if len(ids) == 1:
+            if self._loosen(ids[0], (queue,)) is not None:
+                self._remove(ids, now_ms)
+            return
+        doomed = set(ids)
+        low, high = min(ids), max(ids)
+        for state, window in list(queue.waiting()):
+            for run in [run for run in window.runs if run.low <= high and run.high >= low]:
+                columns, at = run.peek()
+                here = doomed.intersection(columns.ids[at:])
+                if not here:
+                    continue
+                cells = range(at, len(columns))
+                gone = columns.picked([i for i in cells if columns.ids[i] in here])
+                window.remove(run)
+                run.keep([i for i in cells if columns.ids[i] not in here])
+                if run.left:
+                    window.insert(run)
+                self._touch(run)
+                queue.counts[state] -= len(gone)
+                for segment, size in gone.live().items():
+                    if segment in self.live:
+                        self.live[segment] -= size
+                for i, text in enumerate(gone.keys or ()):
+                    if text is not None:
+                        self._end_key(queue, text, gone.ids[i], gone.segments[i], now_ms)
+
     def _apply_copied(self, event: Copied, now_ms: int, place: Place) -> None:
+        queue = self.numbers[event.queue]
+        size = event.length + COPY_BYTES
         old = self.jobs.get(event.id)
+        self.next_id = max(self.next_id, event.id + 1)
+        self.next_token = max(self.next_token, event.token + 1)
+        found = self._locate(event.id, (queue,), priority=event.priority) if old is None else None
+        if found is not None:  # it goes on waiting where it is; only its place in the log is new
+            _, _, run, i = found
+            columns = run.load()
+            segment = columns.segments[i]
+            if segment in self.live:
+                self.live[segment] -= columns.sizes[i]
+            columns.segments[i], columns.offsets[i] = place.segment, place.body_offset + event.payload_at
+            columns.sizes[i], columns.lsns[i] = size, place.lsn
+            self.live[place.segment] = self.live.get(place.segment, 0) + size
+            self._touch(run)
+            return
         if old is not None:
             self._drop(old)
-        queue = self.numbers[event.queue]
         spec = Spec(event.priority, event.max_attempts, event.retry, event.visibility_ms, event.headers)
         entry = Entry(event.id, queue, spec, event.enqueued_at_ms, event.due_ms, event.key)
         entry.attempts, entry.token, entry.last_error = event.attempts, event.token, event.last_error
         entry.deadline_ms, entry.died_at_ms = event.deadline_ms, event.died_at_ms
         entry.segment, entry.offset = place.segment, place.body_offset + event.payload_at
         entry.length, entry.crc, entry.lsn = event.length, event.crc, place.lsn
-        entry.size = event.length + COPY_BYTES
+        entry.size = size
         entry.indexed = old is not None and old.indexed
-        self.next_id = max(self.next_id, event.id + 1)
-        self.next_token = max(self.next_token, event.token + 1)
+        if old is None and event.key is not None:
+            self._hold_key(event.queue, event.key, Key(event.id, place.segment))
         self._insert(entry, event.state, now_ms)
-        if self.changes is not None:
-            self.changes.jobs.add(event.id)
-
-    def _apply_key_copied(self, event: KeyCopied, place: Place) -> None:
-        queue = self.numbers[event.queue]
-        key = self._hold_key(queue, event.key, event.job_id, place.segment)
-        self._keep_key(queue, event.key, key, event.expires_ms)
 
     # State changes that several events share
 
     def _known(self, job_id: int) -> Entry | None:
+        """A loose job, which is about to change. What ends a delivery speaks of leased jobs, and these are loose."""
         entry = self.jobs.get(job_id)
         if entry is not None and self.changes is not None:
             self.changes.jobs.add(job_id)
         return entry
 
+    def _note(self, entry: Entry) -> None:
+        if self.changes is not None:
+            self.changes.jobs.add(entry.id)
+
+    def _touch(self, run: Run) -> None:
+        """A run changed, or was used up."""
+        changes = self.changes
+        if changes is None:
+            return
+        if run.left:
+            changes.runs.add(run)
+        else:
+            changes.runs.discard(run)
+            if run.number:
+                changes.gone.add(run.number)
+
+    def _locate(
+        self, job_id: int, queues: Iterable[Queue], state: int | None = None, priority: int | None = None
+    ) -> tuple[int, Window, Run, int] | None:
+        """State, window, run and cell of a job that is in a run of one of these queues."""
+        for queue in queues:
+            for each, window in queue.waiting(priority):
+                if window.runs and (state is None or state == each) and (found := window.find(job_id)) is not None:
+                    return each, window, *found
+        return None
+
+    def _loosen(self, job_id: int, queues: Iterable[Queue], state: int | None = None) -> Entry | None:
+        """A job as an object, taken out of its run if it is in one; it is about to change."""
+        entry = self._known(job_id)
+        if entry is not None:
+            return entry
+        found = self._locate(job_id, queues, state)
+        if found is None:
+            return None
+        _, window, run, i = found
+        window.remove(run)
+        entry = run.pluck(i)
+        if run.left:
+            window.insert(run)
+        self._touch(run)
+        self.jobs[job_id] = entry
+        window.add((entry.due_ms, job_id) if window.by_due else job_id)
+        self._note(entry)
+        return entry
+
+    def look(self, job_id: int, number: int = 0, priority: int | None = None) -> Entry | None:
+        """A job, wherever it is, for looking only. Queue and priority make it quicker, if they are known."""
+        entry = self.jobs.get(job_id)
+        if entry is not None:
+            return entry
+        queues = (self.numbers[number],) if number else self.queues.values()
+        found = self._locate(job_id, queues, priority=priority)
+        if found is None:
+            return None
+        state, _, run, i = found
+        return run.load().entry(i, run.queue, state)
+
+    def alive(self, number: int, priority: int, first_id: int, last_id: int) -> set[int]:
+        """Which jobs of a queue and priority with ids in this range there still are."""
+        found = {i for i in range(first_id, last_id + 1) if i in self.jobs}
+        for _, window in self.numbers[number].waiting(priority):
+            for run in window.around(first_id, last_id):
+                ids = run.load().ids
+                found.update(i for i in ids[run.at :] if first_id <= i <= last_id)
+        return found
+
     def _wait(self, entry: Entry, due_ms: int, now_ms: int) -> None:
         """Back to its place: ready, or scheduled until `due_ms`."""
         self._leave(entry)
         entry.due_ms = due_ms
-        if due_ms > now_ms:
-            entry.state = SCHEDULED
-            entry.queue.scheduled.add(entry.id)
-            self.due.add((due_ms, entry.id))
-            self._expect(due_ms)
-        else:
-            self._enter_ready(entry)
+        self._enter(entry, SCHEDULED if due_ms > now_ms else READY)
 
-    def _enter_ready(self, entry: Entry) -> None:
-        entry.state = READY
-        queue = entry.queue
-        queue.ready[entry.spec.priority].add(entry.id)
-        queue.ready_count += 1
-        self._wake(queue)
+    def _enter(self, entry: Entry, state: int) -> None:
+        """Into the set of its state; not for a lease."""
+        entry.state = state
+        entry.queue.counts[state] += 1
+        self._line_up(entry)
+        if state == READY:
+            self._wake(entry.queue)
+
+    def _line_up(self, entry: Entry) -> None:
+        queue, priority = entry.queue, entry.spec.priority
+        window = queue.window(entry.state, priority)
+        if window.by_due:
+            key = (entry.due_ms, entry.id)
+            window.add(key)
+            self._expect_due(window, key, queue, priority)
+        else:
+            window.add(entry.id)
 
     def _leave(self, entry: Entry) -> None:
         """Out of the set of its state."""
         queue = entry.queue
         state = entry.state
-        if state == READY:
-            queue.ready[entry.spec.priority].discard(entry.id)
-            queue.ready_count -= 1
-        elif state == LEASED:
+        queue.counts[state] -= 1
+        if state == LEASED:
             queue.leased.discard(entry.id)
             self._leased -= 1
-        elif state == SCHEDULED:
-            queue.scheduled.discard(entry.id)
-            self.due.discard((entry.due_ms, entry.id))
         else:
-            queue.dead.discard(entry.id)
+            queue.window(state, entry.spec.priority).discard(
+                (entry.due_ms, entry.id) if state == SCHEDULED else entry.id
+            )
 
     def _drop(self, entry: Entry) -> None:
         """Out of all structures but its key."""
@@ -355,47 +666,74 @@ class Machine:
             self.live[entry.segment] -= entry.size
 
     def _remove(self, ids: Iterable[int], now_ms: int) -> None:
-        """Gone for good; its key stays for the queue's window."""
+        """Loose jobs are gone for good; their keys stay for the queue's window."""
+        changed = set[int]() if self.changes is None else self.changes.jobs
+        live, jobs = self.live, self.jobs
         for job_id in ids:
-            entry = self.jobs.get(job_id)
+            entry = jobs.pop(job_id, None)
             if entry is None:
                 continue
-            self._drop(entry)
-            if self.changes is not None:
-                (self.changes.jobs.add if entry.indexed else self.changes.jobs.discard)(job_id)
+            if entry.state == LEASED:  # as it is after nearly every delivery
+                queue = entry.queue
+                queue.counts[LEASED] -= 1
+                queue.leased.discard(job_id)
+                self._leased -= 1
+            else:
+                self._leave(entry)
+            if entry.segment in live:
+                live[entry.segment] -= entry.size
+            if entry.indexed or (self.changes is not None and job_id in self.changes.packed):
+                changed.add(job_id)
+            else:
+                changed.discard(job_id)
             if entry.key is not None:
-                self._end_key(entry, now_ms)
+                self._end_key(entry.queue, entry.key, job_id, entry.segment, now_ms)
 
     def _insert(self, entry: Entry, state: int, now_ms: int) -> None:
         """A whole job from the index or a copy, into the structures of its state."""
-        self.jobs[entry.id] = entry
-        queue = entry.queue
         if entry.segment:
             self.live[entry.segment] = self.live.get(entry.segment, 0) + entry.size
-        if entry.key is not None:
-            self._hold_key(queue, entry.key, entry.id, entry.segment)
         if state == LEASED:
+            self.jobs[entry.id] = entry
             entry.state = LEASED
-            queue.leased.add(entry.id)
+            entry.queue.counts[LEASED] += 1
+            entry.queue.leased.add(entry.id)
             self._leased += 1
+            self._note(entry)
             self._push_deadline(entry)
-        elif state == DEAD:
-            entry.state = DEAD
-            queue.dead.add(entry.id)
-        elif entry.due_ms > now_ms:
-            entry.state = SCHEDULED
-            queue.scheduled.add(entry.id)
-            self.due.add((entry.due_ms, entry.id))
-            self._expect(entry.due_ms)
+            return
+        if state != DEAD:
+            state = SCHEDULED if entry.due_ms > now_ms else READY
+        window = entry.queue.window(state, entry.spec.priority)
+        key = (entry.due_ms, entry.id) if window.by_due else entry.id
+        run = None if entry.indexed else window.open_for(key)
+        if entry.indexed or (run is None and len(window.opens) > 1 and not window.opens[0].is_full):
+            self.jobs[entry.id] = entry
+            self._note(entry)
+            self._enter(entry, state)
+            return
+        # Copies come in ascending order too: many of them, when the log is all there is, become runs again.
+        entry.queue.counts[state] += 1
+        if run is None:
+            columns = Columns()
+            columns.add(entry)
+            run = Run(entry.queue, entry.spec.priority, columns, state)
+            window.insert(run, is_open=True)
+            if window.by_due:
+                self._expect_due(window, run.head, entry.queue, entry.spec.priority)
         else:
-            self._enter_ready(entry)
+            run.load().add(entry)
+            window.grown(run, 1)
+        self._touch(run)
+        if state == READY:
+            self._wake(entry.queue)
 
     def _add_queue(self, queue: Queue) -> None:
         self.queues[queue.name] = queue
         self.numbers[queue.number] = queue
 
     def _wake(self, queue: Queue) -> None:
-        if queue.ready_count and not queue.config.paused:
+        if queue.counts[READY] and not queue.config.paused:
             self.woken.add(queue.name)
 
     # Keys
@@ -403,48 +741,106 @@ class Machine:
     def find(self, name: str, text: str, now_ms: int) -> int | None:
         """The id that an idempotency key stands for now."""
         queue = self.queues.get(name)
-        key = None if queue is None else queue.keys.get(text)
+        key = None if queue is None else self.key(queue.number, text)
         return None if key is None or (key.expires_ms and key.expires_ms <= now_ms) else key.job_id
 
-    def _hold_key(self, queue: Queue, text: str, job_id: int, segment: int) -> Key:
-        old = queue.keys.get(text)
-        key = Key(job_id, segment)
-        if old is not None:
-            key.indexed = old.indexed
-            if old.expires_ms:
-                self._forget_key(queue, text)
-        queue.keys[text] = key
-        return key
+    def key(self, number: int, text: str) -> Key | None:
+        """A key as it was last changed. Not to be changed itself: a checkpoint may be writing it."""
+        name = (number, text)
+        key = self.keys.get(name) or self.frozen.get(name)
+        if key is None and self.shelf is not None and (found := self.shelf.key(number, text)) is not None:
+            job_id, expires_ms, segment = found
+            key = Key(job_id, segment, expires_ms)
+        return None if key is None or not key.job_id else key
 
-    def _end_key(self, entry: Entry, now_ms: int) -> None:
+    def _hold_key(self, number: int, text: str, key: Key) -> None:
+        """The key stands for another job, or for the same one in another way."""
+        old = self.key(number, text)
+        if old is not None and old.expires_ms:
+            self.expiring.discard((old.expires_ms, number, text))
+            self._count_key(old.segment, -1)
+        self.keys[number, text] = key
+        if key.expires_ms:
+            self.expiring.add((key.expires_ms, number, text))
+            self._expect(key.expires_ms)
+            self._count_key(key.segment, 1)
+
+    def _count_key(self, segment: int, change: int) -> None:
+        if segment >= self.oldest_segment:
+            self.key_counts[segment] = self.key_counts.get(segment, 0) + change
+            self.live[segment] = self.live.get(segment, 0) + KEY_BYTES * change
+
+    def _end_key(self, queue: Queue, text: str, job_id: int, segment: int, now_ms: int) -> None:
         """The job ended: its key stands for it until the window is over."""
-        queue, text = entry.queue, entry.key
-        key = queue.keys.get(text) if text is not None else None
-        if text is None or key is None or key.job_id != entry.id:
+        key = self.key(queue.number, text)
+        if key is None or key.job_id != job_id:
             return  # a replay that met the key's next job first
         if queue.ttl_ms:
-            key.segment = entry.segment
-            self._keep_key(queue, text, key, now_ms + queue.ttl_ms)
+            self._hold_key(queue.number, text, Key(job_id, segment, now_ms + queue.ttl_ms))
         else:
-            self._forget_key(queue, text)
+            self._forget_key(queue.number, text)
 
-    def _keep_key(self, queue: Queue, text: str, key: Key, expires_ms: int) -> None:
-        key.expires_ms = expires_ms
-        self.expiring.add((expires_ms, queue.number, text))
-        self._expect(expires_ms)
-        if key.segment:
-            self.live[key.segment] = self.live.get(key.segment, 0) + KEY_BYTES
-        if self.changes is not None:
-            self.changes.keys.add((queue.number, text))
+    def _forget_key(self, number: int, text: str) -> None:
+        self._hold_key(number, text, Key(0, 0))
+        if self.shelf is None and not self.frozen:
+            del self.keys[number, text]  # nobody else knows it
 
-    def _forget_key(self, queue: Queue, text: str) -> None:
-        key = queue.keys.pop(text)
-        if key.expires_ms:
-            self.expiring.discard((key.expires_ms, queue.number, text))
-            if key.segment in self.live:
-                self.live[key.segment] -= KEY_BYTES
-        if self.changes is not None:
-            (self.changes.keys.add if key.indexed else self.changes.keys.discard)((queue.number, text))
+    def freeze_keys(self) -> dict[tuple[int, str], Key]:
+        """The changed keys, for a checkpoint to write; looked up there until `thaw_keys` or the shelf has them."""
+        assert not self.frozen, "one checkpoint at a time"
+        self.frozen, self.keys = self.keys, {}
+        self.expiring = SortedList()
+        return self.frozen
+
+    def thaw_keys(self) -> None:
+        """The checkpoint did not happen: these keys are still to be written."""
+        for name, key in self.frozen.items():
+            if name not in self.keys:
+                self.keys[name] = key
+                if key.expires_ms:
+                    self.expiring.add((key.expires_ms, *name))
+                    self._expect(key.expires_ms)
+        self.frozen = {}
+
+    def sweep_keys(self, ended: Iterable[tuple[int, str]], now_ms: int) -> None:
+        """Forget keys of the shelf whose window is over."""
+        for number, text in ended:
+            key = self.key(number, text)
+            if key is not None and key.expires_ms and key.expires_ms <= now_ms:
+                self._forget_key(number, text)
+
+    # Memory
+
+    def crowded(self, limit: int) -> list[tuple[int, Window]]:
+        """Windows with loose jobs to put into runs, each with its state, if there are more than `limit` in all."""
+        if len(self.jobs) - self._leased <= limit:
+            return []
+        return [
+            (state, window)
+            for queue in self.queues.values()
+            for state, window in queue.waiting()
+            if len(window.loose) > FEW_JOBS
+        ]
+
+    def pack(self, state: int, window: Window, count: int) -> bool:
+        """Put the last `count` loose jobs of a window into a run, all but the head; False if there are no more."""
+        count = min(count, RUN_JOBS, len(window.loose) - FEW_JOBS)
+        if count <= 0:
+            return False
+        columns, changes = Columns(), self.changes
+        for key in window.loose[-count:]:
+            entry = self.jobs.pop(key[1] if window.by_due else key)
+            columns.add(entry)
+            if changes is not None:
+                if entry.indexed:
+                    changes.packed.add(entry.id)
+                (changes.jobs.add if entry.id in changes.packed else changes.jobs.discard)(entry.id)
+        del window.loose[-count:]
+        window.count -= count
+        run = Run(entry.queue, entry.spec.priority, columns, state)
+        window.insert(run)
+        self._touch(run)
+        return True
 
     # Loading and saving
 
@@ -470,37 +866,31 @@ class Machine:
             queue.cancelled, queue.purged = saved.cancelled, saved.purged
             self._add_queue(queue)
 
-    def load_entries(self, entries: Iterable[tuple[Entry, int]]) -> None:
-        """The jobs of the index, each with its state, by id."""
-        ready: dict[Window, list[int]] = {}  # a window takes many ids at once far quicker than one by one
-        for entry, state in entries:
-            entry.indexed = True
-            if entry.token >= self.next_token:
-                self.next_token = entry.token + 1
-            if state in (LEASED, DEAD) or entry.key is not None or entry.due_ms > self.now_ms:
-                self._insert(entry, state, self.now_ms)
-                continue
-            queue, segment = entry.queue, entry.segment
-            self.jobs[entry.id] = entry
-            self.live[segment] = self.live.get(segment, 0) + entry.size
-            ready.setdefault(queue.ready[entry.spec.priority], []).append(entry.id)
-            queue.ready_count += 1
-        for window, ids in ready.items():
-            window.update(ids)
-        for queue in self.queues.values():
-            self._wake(queue)
-
-    def load_key(self, number: int, text: str, job_id: int, expires_ms: int, segment: int) -> None:
-        """A key from the index that outlived its job."""
-        queue = self.numbers[number]
-        if text in queue.keys:  # the job was saved before it ended, the key after: its end is in the log and comes next
-            queue.keys[text].indexed = True
-            return
-        key = self._hold_key(queue, text, job_id, segment)
-        key.indexed = True
-        self._keep_key(queue, text, key, expires_ms)
+    def load_entry(self, entry: Entry, state: int) -> None:
+        """A loose job of the index."""
+        entry.indexed = True
+        self.next_token = max(self.next_token, entry.token + 1)
+        self._insert(entry, state, self.now_ms)
         if self.changes is not None:
-            self.changes.keys.discard((number, text))
+            self.changes.jobs.discard(entry.id)
+
+    def load_run(self, run: Run, live: Iterable[tuple[int, int]]) -> None:
+        """A run of the index, its columns still there; `live`: bytes per segment."""
+        self.next_run = max(self.next_run, run.number + 1)
+        run.queue.counts[run.state] += run.left
+        window = run.queue.window(run.state, run.priority)
+        window.insert(run)
+        if window.by_due:
+            self._expect_due(window, run.head, run.queue, run.priority)
+        for segment, size in live:
+            self.live[segment] = self.live.get(segment, 0) + size
+        if run.state == READY:
+            self._wake(run.queue)
+
+    def load_key_counts(self, counts: Iterable[tuple[int, int]]) -> None:
+        """Keys of the index that outlived their job, per segment."""
+        for segment, count in counts:
+            self._count_key(segment, count)
 
     def start(self, now_ms: int, first_token: int) -> None:
         """After a recovery: told ids are not told again, tokens go on above all former ones, buckets are full."""
@@ -513,15 +903,39 @@ class Machine:
 
     # Looking
 
+    def head(self, window: Window, count: int) -> tuple[list[int], list[int], list[int | None]]:
+        """The first jobs of a window: ids, attempts so far, visibility timeouts of their own."""
+        ids: list[int] = []
+        attempts: list[int] = []
+        visibilities: list[int | None] = []
+        for run, start, stop in window.walk():
+            room = count - len(ids)
+            stop = min(stop, start + room)
+            if run is None:
+                for entry in map(self.jobs.__getitem__, window.loose[start:stop]):
+                    ids.append(entry.id)
+                    attempts.append(entry.attempts)
+                    visibilities.append(entry.spec.visibility_ms)
+            else:
+                columns = run.load()
+                here, extras = columns.ids[start:stop], columns.extras
+                ids += here
+                attempts += [0] * len(here) if extras is None else [extras[i][0] if i in extras else 0 for i in here]
+                visibilities += [spec.visibility_ms for spec in columns.specs[start:stop]]
+            if len(ids) == count:
+                break
+        return ids, attempts, visibilities
+
     def stats(self, name: str | None, now_ms: int) -> QueueStats:
         """Counts of one queue, or of all together."""
         queues = [q for q in self.queues.values() if name is None] or [q for q in [self.queues.get(name or "")] if q]
-        ages = [now_ms - at for queue in queues if (at := queue.oldest_ready_ms(self.jobs)) is not None]
+        ages = [now_ms - at for queue in queues if (at := self._oldest_ready_ms(queue)) is not None]
+        ready, scheduled, leased, dead = (sum(q.counts[state] for q in queues) for state in range(len(STATES)))
         return QueueStats(
-            ready=sum(q.ready_count for q in queues),
-            scheduled=sum(len(q.scheduled) for q in queues),
-            leased=sum(len(q.leased) for q in queues),
-            dead=sum(len(q.dead) for q in queues),
+            ready=ready,
+            scheduled=scheduled,
+            leased=leased,
+            dead=dead,
             enqueued=sum(q.enqueued for q in queues),
             acked=sum(q.acked for q in queues),
             cancelled=sum(q.cancelled for q in queues),
@@ -529,18 +943,56 @@ class Machine:
             oldest_age=max(ages) / 1000 if ages else None,
         )
 
+    def _oldest_ready_ms(self, queue: Queue) -> int | None:
+        firsts: list[int] = []
+        for window in queue.windows(READY):
+            run, start, _ = next(window.walk())
+            firsts.append(self.jobs[window.loose[start]].enqueued_at_ms if run is None else run.load().times[start])
+        return min(firsts, default=None)
+
     def listing(self, name: str, state: int | None, after: int, limit: int) -> list[Entry]:
         """Up to `limit` jobs of a queue with ids above `after`, ascending."""
         queue = self.queues.get(name)
         if queue is None:
             return []
-        wanted = range(len(STATES)) if state is None else (state,)
         found: list[Entry] = []
-        for job_id in heapq.merge(*(queue.ids_after(each, after) for each in wanted)):
+        if state is None or state == LEASED:
+            ids = heapq.nsmallest(limit, (i for i in queue.leased if i > after))
+            found += map(self.jobs.__getitem__, ids)
+        for each, window in queue.waiting():
+            if state is None or state == each:
+                cells = self._by_due(window, after, limit) if window.by_due else window.walk(after)
+                found += self._stretch(queue, each, window, cells, limit)
+        found.sort(key=lambda entry: entry.id)
+        return found[:limit]
+
+    def _stretch(
+        self, queue: Queue, state: int, window: Window, cells: Iterable[tuple[Run | None, int, int]], limit: int
+    ) -> list[Entry]:
+        found: list[Entry] = []
+        for run, start, stop in cells:
+            stop = min(stop, start + limit - len(found))
+            if run is None:
+                keys = window.loose[start:stop]
+                found += [self.jobs[key[1] if window.by_due else key] for key in keys]
+            else:
+                columns = run.load()
+                found += [columns.entry(i, queue, state) for i in range(start, stop)]
             if len(found) == limit:
                 break
-            found.append(self.jobs[job_id])
         return found
+
+    @staticmethod
+    def _by_due(window: Window, after: int, limit: int) -> list[tuple[Run | None, int, int]]:
+        """The jobs with the least ids above `after` of a window in order of due moments: it looks at all of them."""
+        found: list[tuple[int, Run | None, int]] = []
+        for run in window.runs:
+            if run.high > after and (not found or len(found) < limit or run.low < found[-1][0]):
+                columns, at = run.peek()
+                found += [(i, run, cell) for cell, i in enumerate(columns.ids[at:], at) if i > after]
+                found = heapq.nsmallest(limit, found, key=lambda each: each[0])
+        found += [(key[1], None, at) for at, key in enumerate(window.loose) if key[1] > after]
+        return [(run, cell, cell + 1) for _, run, cell in heapq.nsmallest(limit, found, key=lambda each: each[0])]
 
     def delivery(self, entry: Entry, payload: bytes) -> Delivery:
         """What a lease hands out for a leased job."""
@@ -550,6 +1002,21 @@ class Machine:
             entry.deadline_ms, entry.enqueued_at_ms, spec.max_attempts, entry.last_error,
         )  # fmt: skip
 
+    def everything(self) -> Iterator[Entry]:
+        """All jobs, in no order; for dumps and checks."""
+        yield from list(self.jobs.values())
+        for queue in self.queues.values():
+            for state, window in queue.waiting():
+                for run in window.runs:
+                    columns, at = run.peek()
+                    for i in range(at, len(columns)):
+                        yield columns.entry(i, queue, state)
+
+    def all_keys(self) -> dict[tuple[int, str], Key]:
+        """All keys, those of the shelf included; for dumps and checks."""
+        names = {*self.keys, *self.frozen, *(self.shelf.key_names() if self.shelf is not None else ())}
+        return {name: key for name in names if (key := self.key(*name)) is not None}
+
     def dump(self) -> dict[str, Any]:
         """The whole state in canonical order, for comparing two machines."""
         jobs = [
@@ -557,10 +1024,12 @@ class Machine:
              e.spec.retry, e.spec.visibility_ms, e.enqueued_at_ms, e.due_ms if e.state == SCHEDULED else 0,
              e.deadline_ms if e.state == LEASED else 0, e.died_at_ms, e.last_error, dict(e.spec.headers), e.key,
              e.length, e.crc)
-            for _, e in sorted(self.jobs.items())
+            for e in sorted(self.everything(), key=lambda entry: entry.id)
         ]  # fmt: skip
         keys = sorted(
-            (q.name, text, key.job_id, key.expires_ms) for q in self.queues.values() for text, key in q.keys.items()
+            (self.numbers[number].name, text, key.job_id, key.expires_ms)
+            for (number, text), key in self.all_keys().items()
+            if not key.expires_ms or key.expires_ms > self.now_ms
         )
         queues = sorted(
             (q.name, q.config, q.config.paused, q.enqueued, q.acked, q.cancelled, q.purged)
@@ -570,40 +1039,58 @@ class Machine:
 
     def check(self) -> None:
         """Assert every relation between the structures; for tests, it looks at everything."""
-        self.due.check()
-        self.expiring.check()
-        states: dict[int, int] = {}
+        jobs = {entry.id: entry for entry in self.everything()}
+        present: dict[int, list[int]] = {number: [0, 0, 0, 0] for number in self.numbers}
+        total = 0
+        for entry in self.everything():
+            total += 1
+            present[entry.queue.number][entry.state] += 1
+            assert entry.id < self.next_id, f"job {entry.id} is not below the next id {self.next_id}"
+        assert total == len(jobs), "a job is in two places"
+        loose: dict[int, int] = {}
+        first_due = NEVER_MS
         for queue in self.queues.values():
             assert self.numbers[queue.number] is queue, f"queue {queue.name!r}: number {queue.number} is another's"
-            for window in [*queue.ready, queue.scheduled, queue.dead]:
-                window.check()
-            assert queue.ready_count == sum(map(len, queue.ready)), f"queue {queue.name!r}: ready count is off"
-            for state in range(len(STATES)):
-                for job_id in queue.ids(state):
-                    assert job_id not in states, f"job {job_id} is in two sets"
-                    states[job_id] = state
-                    assert self.jobs[job_id].queue is queue, f"job {job_id} is in another queue's set"
-            present = sum(1 for e in self.jobs.values() if e.queue is queue)
-            total = present + queue.acked + queue.cancelled + queue.purged
-            assert queue.enqueued == total, f"queue {queue.name!r}: enqueued {queue.enqueued}, accounted for {total}"
-            for text, key in queue.keys.items():
-                job = self.jobs.get(key.job_id)
-                if key.expires_ms:
-                    assert job is None, f"key {text!r}: its job {key.job_id} lives and it has an end"
-                else:
-                    assert job is not None, f"key {text!r} stands for no living job"
-                    assert job.key == text, f"key {text!r} stands for job {job.id}, which has {job.key!r}"
-        assert states == {i: e.state for i, e in self.jobs.items()}, "the sets and the jobs' states differ"
-        due = {(e.due_ms, e.id) for e in self.jobs.values() if e.state == SCHEDULED}
-        assert due == set(self.due.after((0, 0))), "the order by due moment and the scheduled jobs differ"
+            assert queue.counts == present[queue.number], f"queue {queue.name!r}: counts {queue.counts} are off"
+            assert queue.counts[LEASED] == len(queue.leased), f"queue {queue.name!r}: leased count is off"
+            ended = queue.acked + queue.cancelled + queue.purged
+            accounted = sum(queue.counts) + ended
+            assert queue.enqueued == accounted, f"queue {queue.name!r}: {queue.enqueued} in, {accounted} accounted for"
+            loose.update(dict.fromkeys(queue.leased, LEASED))
+            for state, windows in ((READY, queue.ready), (SCHEDULED, queue.scheduled), (DEAD, queue.dead)):
+                for priority, window in enumerate(windows):
+                    if window is None:
+                        continue
+                    window.check()
+                    for key in window.loose:
+                        entry = self.jobs[key[1] if window.by_due else key]
+                        assert entry.id not in loose, f"job {entry.id} is in two sets"
+                        loose[entry.id] = state
+                        assert (entry.queue, entry.spec.priority) == (queue, priority), f"job {entry.id} is misplaced"
+                        assert not window.by_due or key[0] == entry.due_ms, f"job {entry.id} is due at another moment"
+                    if state == SCHEDULED and window.count:
+                        first_due = min(first_due, window.first()[0])
+                        waits = {(number, each) for _, number, each in self._due}
+                        assert (queue.number, priority) in waits, f"queue {queue.name!r}: nobody waits for its due jobs"
+        assert loose == {i: e.state for i, e in self.jobs.items()}, "the sets and the jobs' states differ"
+        assert not self._due or self._due[0][0] <= first_due, "a due moment would be missed"
         live: dict[int, int] = {}
-        for e in self.jobs.values():
-            live[e.segment] = live.get(e.segment, 0) + e.size
-            assert e.id < self.next_id, f"job {e.id} is not below the next id {self.next_id}"
-        for queue in self.queues.values():
-            for key in queue.keys.values():
-                if key.expires_ms:
-                    live[key.segment] = live.get(key.segment, 0) + KEY_BYTES
-        live.pop(0, None)
-        counted = {s: n for s, n in self.live.items() if n}
+        for entry in jobs.values():
+            live[entry.segment] = live.get(entry.segment, 0) + entry.size
+        counts: dict[int, int] = {}
+        for (number, text), key in self.all_keys().items():
+            job = jobs.get(key.job_id)
+            if key.expires_ms:
+                assert job is None, f"key {text!r}: its job {key.job_id} lives and it has an end"
+                counts[key.segment] = counts.get(key.segment, 0) + 1
+                live[key.segment] = live.get(key.segment, 0) + KEY_BYTES
+            else:
+                assert job is not None, f"key {text!r} stands for no living job"
+                assert job.key == text, f"key {text!r} stands for job {job.id}, which has {job.key!r}"
+                assert job.queue.number == number, f"key {text!r} stands for a job of another queue"
+        for kept in (live, counts):
+            kept.pop(0, None)
+        counted = {s: n for s, n in self.live.items() if n and s}
         assert {s: n for s, n in live.items() if n} == counted, f"live bytes: counted {counted}, found {live}"
+        counted = {s: n for s, n in self.key_counts.items() if n and s}
+        assert counts == counted, f"keys per segment: counted {counted}, found {counts}"

@@ -214,7 +214,7 @@ def _dropped_upto(path: str, record: Record) -> int:
 def apply_record(machine: Machine, path: str, record: Record, segment: int) -> None:
     """Replay one record. Raises CorruptLogError if its checksum is right and its content makes no sense."""
     now_ms, events = _decoded(path, record)
-    machine.now_ms = max(machine.now_ms, now_ms)
+    machine.advance(max(machine.now_ms, now_ms))  # as it was in the call that wrote it
     place = Place(segment, record.body_offset, record.frame.lsn)
     try:
         for event in events:

@@ -1,107 +1,51 @@
-"""What the machine's state is made of: a job, a key, a queue, and what is saved of them. Written by apply alone."""
+"""What the machine's state is made of: a key, a queue, and what is saved of them. Written by apply alone."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 
 import attrs
 
-from .model import JobState, QueueConfig, RetryPolicy
+from .entry import DEAD, LEASED, READY, SCHEDULED
+from .model import QueueConfig
 from .ratelimit import TokenBucket
+from .run import Run
 from .window import Window
 
-READY, SCHEDULED, LEASED, DEAD = range(4)
-STATES = (JobState.READY, JobState.SCHEDULED, JobState.LEASED, JobState.DEAD)
 PRIORITIES = 10
 RECORD_BYTES, JOB_BYTES, COPY_BYTES, KEY_BYTES = 112, 8, 176, 64
 """What a record, a job in it, a copied job and a key weigh in the log besides payloads, about: for the garbage ratio
 only, so keys and headers of the caller are not counted."""
 
 
-class Spec:
-    """What all jobs of one enqueue share; never changes."""
-
-    __slots__ = ("headers", "max_attempts", "priority", "retry", "visibility_ms")
-
-    def __init__(
-        self,
-        priority: int,
-        max_attempts: int | None,
-        retry: RetryPolicy,
-        visibility_ms: int | None,
-        headers: Mapping[str, str],
-    ) -> None:
-        self.priority = priority
-        self.max_attempts = max_attempts
-        self.retry = retry
-        self.visibility_ms = visibility_ms
-        self.headers = headers
-
-
-class Entry:
-    """One live job. Written by apply alone."""
-
-    __slots__ = (
-        "attempts", "crc", "deadline_ms", "died_at_ms", "due_ms", "enqueued_at_ms", "id", "indexed", "key",
-        "last_error", "length", "lsn", "offset", "payload", "queue", "segment", "size", "spec", "state", "token",
-    )  # fmt: skip
-
-    def __init__(
-        self, job_id: int, queue: Queue, spec: Spec, enqueued_at_ms: int, due_ms: int, key: str | None
-    ) -> None:
-        self.id = job_id
-        self.queue = queue
-        self.spec = spec
-        self.state = READY
-        self.attempts = 0
-        self.token = 0
-        self.enqueued_at_ms = enqueued_at_ms
-        self.due_ms = due_ms
-        self.deadline_ms = 0
-        self.died_at_ms = 0
-        self.last_error: str | None = None
-        self.key = key
-        # Where the payload is. The machine carries these for the engine and sums `size` per segment.
-        self.segment = 0
-        self.offset = 0
-        self.length = 0
-        self.crc = 0
-        self.size = 0
-        self.lsn = 0
-        self.payload: bytes | None = None
-        self.indexed = False
-
-
 class Key:
-    """An idempotency key in force: `expires_ms` 0 while its job lives."""
+    """An idempotency key: `expires_ms` 0 while its job lives. Job 0: it is free, but the shelf knows an old one."""
 
-    __slots__ = ("expires_ms", "indexed", "job_id", "segment")
+    __slots__ = ("expires_ms", "job_id", "segment")
 
-    def __init__(self, job_id: int, segment: int) -> None:
+    def __init__(self, job_id: int, segment: int, expires_ms: int = 0) -> None:
         self.job_id = job_id
         self.segment = segment
-        self.expires_ms = 0
-        self.indexed = False
+        self.expires_ms = expires_ms
 
 
 class Queue:
     """One queue: its configuration, its jobs by state, its totals."""
 
     __slots__ = (
-        "acked", "bucket", "cancelled", "config", "dead", "enqueued", "keys", "leased", "name", "number", "purged",
-        "ready", "ready_count", "scheduled", "ttl_ms", "visibility_ms",
+        "acked", "bucket", "cancelled", "config", "counts", "dead", "enqueued", "leased", "name", "number", "purged",
+        "ready", "scheduled", "ttl_ms", "visibility_ms",
     )  # fmt: skip
 
     def __init__(self, number: int, name: str) -> None:
         self.number = number
         self.name = name
-        self.ready = [Window() for _ in range(PRIORITIES)]  # ids, one window per priority
-        self.ready_count = 0
-        self.scheduled = Window()  # ids; the order by due moment is the machine's, over all queues
+        # One window per priority, made when it is first needed.
+        self.ready: list[Window | None] = [None] * PRIORITIES
+        self.scheduled: list[Window | None] = [None] * PRIORITIES
+        self.dead: list[Window | None] = [None] * PRIORITIES
         self.leased: set[int] = set()
-        self.dead = Window()  # ids
-        self.keys: dict[str, Key] = {}
+        self.counts = [0, 0, 0, 0]  # jobs by state
         self.enqueued = self.acked = self.cancelled = self.purged = 0
         self.bucket: TokenBucket | None = None
         self.configure(QueueConfig(), 0)
@@ -117,27 +61,40 @@ class Queue:
 
     def occupied(self) -> int:
         """Jobs that count against max_jobs: dead letters do not."""
-        return self.ready_count + len(self.scheduled) + len(self.leased)
+        counts = self.counts
+        return counts[READY] + counts[SCHEDULED] + counts[LEASED]
+
+    def window(self, state: int, priority: int) -> Window:
+        """The window of a waiting state and a priority."""
+        windows = self.ready if state == READY else self.scheduled if state == SCHEDULED else self.dead
+        found = windows[priority]
+        if found is None:
+            found = windows[priority] = Window(by_due=state == SCHEDULED)
+        return found
+
+    def windows(self, state: int) -> list[Window]:
+        """The windows of a waiting state that hold something."""
+        windows = self.ready if state == READY else self.scheduled if state == SCHEDULED else self.dead
+        return [window for window in windows if window is not None and window.count]
+
+    def waiting(self, priority: int | None = None) -> Iterator[tuple[int, Window]]:
+        """The windows that hold something, all or those of one priority, each with its state."""
+        for state, windows in ((READY, self.ready), (SCHEDULED, self.scheduled), (DEAD, self.dead)):
+            for window in windows if priority is None else windows[priority : priority + 1]:
+                if window is not None and window.count:
+                    yield state, window
 
     def ids(self, state: int) -> list[int]:
         """Ids in one state, ascending."""
-        if state == READY:
-            return sorted(i for window in self.ready for i in window.after(0))
         if state == LEASED:
             return sorted(self.leased)
-        return list((self.scheduled if state == SCHEDULED else self.dead).after(0))
-
-    def ids_after(self, state: int, after: int) -> Iterable[int]:
-        """Ids in one state above `after`, ascending, lazily."""
-        if state == READY:
-            return heapq.merge(*(window.after(after) for window in self.ready if len(window)))
-        if state == LEASED:
-            return sorted(i for i in self.leased if i > after)
-        return (self.scheduled if state == SCHEDULED else self.dead).after(after)
-
-    def oldest_ready_ms(self, jobs: Mapping[int, Entry]) -> int | None:
-        firsts = [window.first() for window in self.ready if len(window)]
-        return min((jobs[i].enqueued_at_ms for i in firsts), default=None)
+        found: list[int] = []
+        for window in self.windows(state):
+            found += [key[1] for key in window.loose] if window.by_due else window.loose
+            for run in window.runs:
+                columns, at = run.peek()
+                found += columns.ids[at:]
+        return sorted(found)
 
 
 @attrs.define
@@ -174,8 +131,10 @@ class Snapshot:
 class Changes:
     """What a checkpoint has to write: filled by apply, swapped out by the engine."""
 
-    __slots__ = ("jobs", "keys")
+    __slots__ = ("gone", "jobs", "packed", "runs")
 
     def __init__(self) -> None:
-        self.jobs: set[int] = set()
-        self.keys: set[tuple[int, str]] = set()
+        self.jobs: set[int] = set()  # loose jobs
+        self.runs: set[Run] = set()
+        self.packed: set[int] = set()  # loose jobs that the index knows and that were put into a run since
+        self.gone: set[int] = set()  # numbers of saved runs that are used up

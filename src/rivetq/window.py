@@ -1,56 +1,184 @@
-"""An ordered set of which only the head needs to be in memory.
+"""The jobs of one queue and priority that wait in one state, in order; only the head needs to be in memory.
 
-Today every key is resident. The machine reads its ordered sets only through these few verbs, none of which asks for
-all keys at once or for a position, so that a horizon and a refill from the index can be put behind them without a
-change to the rules (DESIGN: no key outside memory is below the horizon).
+Some are objects of the machine ("loose": their sort keys are here), the others are in runs. Runs may overlap: the
+order is merged when somebody reads it, from the head of each. A run is loaded when its head comes up, so what must be
+in memory does not grow with the backlog.
+
+Sort keys are ids (ready and dead jobs) or (due_ms, id) (scheduled ones).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterator
+from heapq import heappop, heappush
 from itertools import pairwise
 from typing import Any
 
 from sortedcontainers import SortedList
 
+from .run import Run
+
+OPEN_RUNS = 2
+"""Runs that still grow: new jobs have the highest ids, but copies of old jobs come in ascending order as well."""
+
 
 class Window:
     """Keys in order, each at most once."""
 
-    __slots__ = ("_keys",)
+    __slots__ = ("by_due", "count", "loose", "opens", "runs", "span")
 
-    def __init__(self) -> None:
-        self._keys: SortedList[Any] = SortedList()
+    def __init__(self, *, by_due: bool = False) -> None:
+        self.by_due = by_due
+        self.count = 0
+        self.loose: SortedList[Any] = SortedList()
+        self.runs: list[Run] = []  # by head
+        self.span = 0  # no run has ids further apart than this
+        self.opens: list[Run] = []  # those of them that take more jobs, the one with the highest end first
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return self.count
 
     def add(self, key: Any) -> None:
-        """Add a key that is not there."""
-        self._keys.add(key)
-
-    def update(self, keys: Iterable[Any]) -> None:
-        """Add many keys that are not there."""
-        self._keys.update(keys)
+        """Add a loose key that is not there."""
+        self.loose.add(key)
+        self.count += 1
 
     def discard(self, key: Any) -> None:
-        """Remove a key that may be there."""
-        self._keys.discard(key)
+        """Remove a loose key that may be there."""
+        before = len(self.loose)
+        self.loose.discard(key)
+        self.count -= before - len(self.loose)
 
     def first(self) -> Any:
         """The least key, or None."""
-        return self._keys[0] if self._keys else None
+        runs, loose = self.runs, self.loose
+        if runs and (not loose or runs[0].head < loose[0]):
+            return runs[0].head
+        return loose[0] if loose else None
 
-    def head(self, count: int) -> list[Any]:
-        """The `count` least keys, fewer if there are fewer."""
-        return list(self._keys.islice(0, count))
+    # Runs
 
-    def after(self, key: Any) -> Iterator[Any]:
-        """Keys greater than `key`, in order; the set must not change meanwhile."""
-        return iter(self._keys.irange(minimum=key, inclusive=(False, True)))
+    def open_for(self, key: Any) -> Run | None:
+        """A run that a job with this key can be appended to; its caller calls `grown`."""
+        for run in self.opens:
+            if run.takes(key):
+                return run
+        return None
+
+    def grown(self, run: Run, count: int) -> None:
+        """`count` jobs were appended to one of the runs."""
+        run.grown()
+        self.count += count
+        if run.high - run.low > self.span:
+            self.span = run.high - run.low
+        opens = self.opens
+        if opens[0] is not run and opens[0].last < run.last:
+            opens.sort(key=lambda each: each.last, reverse=True)
+
+    def insert(self, run: Run, *, is_open: bool = False) -> None:
+        """Add a whole run; if it is open, others may follow it."""
+        self.runs.insert(bisect_left(self.runs, run.head, key=lambda each: each.head), run)
+        self.count += run.left
+        self.span = max(self.span, run.high - run.low)
+        if is_open:
+            # The one with the lowest end goes: what comes is usually higher.
+            self.opens = sorted([run, *self.opens], key=lambda each: each.last, reverse=True)[:OPEN_RUNS]
+
+    def remove(self, run: Run) -> None:
+        """Take a whole run out."""
+        self.runs.remove(run)
+        self.count -= run.left
+        self._close(run)
+
+    def _close(self, run: Run) -> None:
+        if run in self.opens:
+            self.opens.remove(run)
+
+    def popped(self, run: Run, count: int) -> None:
+        """`count` jobs left this run: it finds its new place, or goes when it is used up."""
+        self.count -= count
+        runs = self.runs
+        if run.left and (len(runs) == 1 or (runs[0] is run and run.head < runs[1].head)):
+            return
+        runs.remove(run)
+        if run.left:
+            runs.insert(bisect_left(runs, run.head, key=lambda each: each.head), run)
+        else:
+            self._close(run)
+
+    def find(self, job_id: int) -> tuple[Run, int] | None:
+        """The run and the cell of a job."""
+        for run in self.around(job_id, job_id):
+            if (i := run.find(job_id)) >= 0:
+                return run, i
+        return None
+
+    def around(self, first_id: int, last_id: int) -> list[Run]:
+        """The runs that may have ids in this range: not many, however many there are."""
+        runs = self.runs
+        if not self.by_due:  # in order of ids, and none is wider than `span`
+            start = bisect_left(runs, first_id - self.span, key=lambda each: each.head)
+            stop = bisect_left(runs, last_id + 1, key=lambda each: each.head)
+            runs = runs[start:stop]
+        return [run for run in runs if run.low <= last_id and run.high >= first_id]
+
+    # Reading in order
+
+    def walk(self, after: int | None = None) -> Iterator[tuple[Run | None, int, int]]:
+        """Stretches in order: (run, first cell, end), or (None, first position among the loose keys, end).
+
+        Args:
+            after: only ids above this one; for a window in order of ids. The window must not change meanwhile.
+        """
+        runs, loose = self.runs, self.loose
+        active: list[tuple[Any, int, int]] = []  # heap of (key, index of the run, cell)
+        coming, at = 0, 0
+        if after is not None:
+            at = loose.bisect_right(after)
+            coming = bisect_left(runs, after + 1, key=lambda each: each.head)
+            for index in range(coming):
+                if runs[index].last > after:
+                    cell = runs[index].after(after)
+                    heappush(active, (runs[index].key(cell), index, cell))
+        while True:
+            while coming < len(runs) and (not active or runs[coming].head < active[0][0]):
+                heappush(active, (runs[coming].head, coming, runs[coming].at))
+                coming += 1
+            key = loose[at] if at < len(loose) else None
+            if not active:
+                if key is not None:
+                    yield None, at, len(loose)
+                return
+            head, index, cell = active[0]
+            if key is not None and key < head:
+                end = loose.bisect_left(head)
+                yield None, at, end
+                at = end
+                continue
+            heappop(active)
+            limits = [limit for limit in (key, active[0][0] if active else None) if limit is not None]
+            if coming < len(runs):
+                limits.append(runs[coming].head)
+            run = runs[index]
+            columns = run.load()
+            # A run that went to the shelf and came back between two steps would count its cells anew: it cannot, the
+            # window does not change under a walk.
+            limit = min(limits, default=None)
+            end = len(columns) if limit is None or run.last < limit else run.below(limit, cell)
+            yield run, cell, end
+            if end < len(columns):
+                heappush(active, (run.key(end), index, end))
 
     def check(self) -> None:
-        """Assert the order and that no key is there twice."""
-        self._keys._check()
-        keys = list(self._keys)
+        """Assert the order, the count, and that no key is there twice."""
+        self.loose._check()
+        keys = list(self.loose)
         assert all(a < b for a, b in pairwise(keys)), "window: keys out of order or twice"
+        assert all(a.head <= b.head for a, b in pairwise(self.runs)), "window: runs out of order"
+        assert set(self.opens) <= set(self.runs), "window: an open run is not among its runs"
+        assert self.count == len(keys) + sum(run.left for run in self.runs), f"window: the count {self.count} is off"
+        for run in self.runs:
+            assert run.high - run.low <= self.span, f"window: run {run.number} is wider than {self.span}"
+            assert run.by_due == self.by_due, f"window: run {run.number} is in another order"
+            run.check()

@@ -1,0 +1,451 @@
+"""Jobs in columns, and runs of them: what they say is what a plain list of jobs would say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.model import NO_HEADERS, RetryPolicy
+from rivetq.run import PAYLOAD_BYTES, Columns, Run
+from rivetq.state import Queue
+
+QUEUE = Queue(1, "mail")
+SPECS = [Spec(5, None, RetryPolicy(), visibility_ms, NO_HEADERS) for visibility_ms in (None, 7)]
+FIELDS = tuple(name for name in Entry.__slots__ if name != "indexed")
+
+
+def job(job_id: int, due_ms: int = 0, **fields: Any) -> Entry:
+    entry = Entry(job_id, QUEUE, SPECS[0], 1000 + job_id, due_ms, None)
+    entry.state = SCHEDULED if due_ms else READY
+    entry.segment, entry.offset, entry.length, entry.crc = 1, 100 * job_id, 10, job_id
+    entry.size, entry.lsn = 90, job_id
+    for name, value in fields.items():
+        setattr(entry, name, value)
+    return entry
+
+
+def columns_of(jobs: Sequence[Entry]) -> Columns:
+    columns = Columns()
+    for entry in jobs:
+        columns.add(entry)
+    return columns
+
+
+def run_of(*keys: int | tuple[int, int]) -> Run:
+    """A run of jobs with these ids, or with these due moments and ids."""
+    jobs = [job(key) if isinstance(key, int) else job(key[1], key[0]) for key in keys]
+    run = Run(QUEUE, 5, columns_of(jobs), jobs[0].state)
+    run.check()
+    return run
+
+
+def fields(entry: Entry) -> dict[str, Any]:
+    return {name: getattr(entry, name) for name in FIELDS}
+
+
+def keys_of(run: Run) -> list[Any]:
+    columns, at = run.peek()
+    ids = columns.ids[at:]
+    return list(zip(columns.dues[at:], ids, strict=True)) if run.by_due else list(ids)
+
+
+class Shelf:
+    """What stands for an index: columns by the number of their run."""
+
+    def __init__(self) -> None:
+        self.saved: dict[int, Columns] = {}
+        self.reads = 0
+
+    def save(self, run: Run, number: int) -> None:
+        run.number = number
+        self.saved[number] = run.load().picked(slice(run.at, None))
+
+    def columns(self, number: int) -> Columns:
+        self.reads += 1
+        return self.saved[number].picked(slice(None))
+
+    def key(self, queue: int, text: str) -> tuple[int, int, int] | None:
+        return None
+
+    def key_names(self) -> list[tuple[int, str]]:
+        return []
+
+
+def away(run: Run) -> Shelf:
+    """Put the run away; the shelf that has it."""
+    shelf = Shelf()
+    shelf.save(run, 7)
+    run.put_away(shelf)
+    return shelf
+
+
+# Columns
+
+numbers = st.integers(0, 2**31)
+texts = st.one_of(st.none(), st.text(max_size=3))
+
+
+@st.composite
+def entries(draw: st.DrawFn, job_id: int = 1, due_ms: int | None = None) -> Entry:
+    values = {name: draw(numbers) for name in ("segment", "offset", "length", "crc", "lsn")}
+    return job(
+        job_id,
+        draw(numbers) if due_ms is None else due_ms,
+        **values,
+        size=values["length"] + draw(st.integers(0, 1000)),
+        enqueued_at_ms=draw(numbers),
+        spec=draw(st.sampled_from(SPECS)),
+        key=draw(texts),
+        payload=draw(st.one_of(st.none(), st.binary(max_size=3))),
+        attempts=draw(st.sampled_from([0, 0, 3])),
+        token=draw(st.sampled_from([0, 0, 4])),
+        died_at_ms=draw(st.sampled_from([0, 0, 5])),
+        last_error=draw(texts),
+        state=draw(st.sampled_from([READY, SCHEDULED, DEAD])),
+    )
+
+
+@given(st.lists(st.integers(1, 50), unique=True, max_size=8).flatmap(lambda ids: st.tuples(*map(entries, ids))))
+def test_a_job_comes_back_from_its_cell_as_it_went_in(jobs: tuple[Entry, ...]) -> None:
+    columns = columns_of(jobs)
+    assert len(columns) == len(jobs)
+    for i, entry in enumerate(jobs):
+        again = columns.entry(i, QUEUE, entry.state)
+        assert fields(again) == fields(entry)
+        assert again is not entry
+        assert not again.indexed
+        assert again.deadline_ms == 0
+    live: dict[int, int] = {}
+    for entry in jobs:
+        live[entry.segment] = live.get(entry.segment, 0) + entry.size
+    assert columns.live() == live
+    assert columns.payload_bytes() == sum(len(e.payload) + PAYLOAD_BYTES for e in jobs if e.payload is not None)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[dict[str, Any]]:
+    found, first_id = [], 1
+    for _ in range(draw(st.integers(0, 4))):
+        n = draw(st.integers(1, 4))
+        found.append(
+            {
+                "first_id": first_id,
+                "lengths": draw(st.lists(st.integers(0, 99), min_size=n, max_size=n)),
+                "crcs": draw(st.sampled_from([[], list(range(50, 50 + n))])),
+                "spec": draw(st.sampled_from(SPECS)),
+                "now_ms": draw(numbers),
+                "due_ms": draw(numbers),
+                "place": (draw(st.integers(1, 2)), draw(numbers), draw(numbers)),
+                "overhead": draw(st.integers(0, 200)),
+                "keys": draw(st.one_of(st.none(), st.lists(texts, min_size=n, max_size=n))),
+                "payloads": draw(st.one_of(st.none(), st.lists(st.binary(max_size=2), min_size=n, max_size=n))),
+            }
+        )
+        first_id += n
+    return found
+
+
+@given(batches())
+def test_a_batch_in_columns_is_the_same_as_its_jobs_one_by_one(found: list[dict[str, Any]]) -> None:
+    together, single, expected = Columns(), Columns(), list[Entry]()
+    for batch in found:
+        together.add_batch(**batch)
+        segment, offset, lsn = batch["place"]
+        for i, length in enumerate(batch["lengths"]):
+            key, payload = batch["keys"] and batch["keys"][i], batch["payloads"] and batch["payloads"][i]
+            crc = batch["crcs"][i] if batch["crcs"] else 0
+            one = {
+                "first_id": batch["first_id"] + i,
+                "lengths": [length],
+                "crcs": [crc],
+                "place": (segment, offset, lsn),
+            }
+            lists = {"keys": [key], "payloads": None if payload is None else [payload]}
+            single.add_batch(**{**batch, **one, **lists})
+            entry = job(
+                batch["first_id"] + i, batch["due_ms"], state=READY, spec=batch["spec"], enqueued_at_ms=batch["now_ms"],
+                segment=segment, offset=offset, lsn=lsn, length=length, size=length + batch["overhead"], crc=crc,
+                key=key, payload=payload,
+            )  # fmt: skip
+            expected.append(entry)
+            offset += length
+    for columns in (together, single):
+        assert [fields(columns.entry(i, QUEUE, READY)) for i in range(len(columns))] == [*map(fields, expected)]
+        assert columns.extras is None
+
+
+def test_columns_that_no_job_needs_are_not_there() -> None:
+    columns = columns_of([job(1), job(2)])
+    assert (columns.keys, columns.payloads, columns.extras) == (None, None, None)
+    columns.add_batch(3, [1, 1], [], SPECS[0], 0, 0, (1, 0, 0), 0, [None, None], None)
+    assert columns.keys is None
+
+
+def test_a_copy_of_some_cells_has_them_in_the_order_asked_for_and_leaves_the_others_alone() -> None:
+    jobs = [
+        job(i, key=f"k{i}", payload=b"x" * i, attempts=i % 2, last_error=f"e{i}" if i % 2 else None)
+        for i in range(1, 7)
+    ]
+    columns = columns_of(jobs)
+    part = columns.picked([4, 0, 2])
+    assert [fields(part.entry(i, QUEUE, READY)) for i in range(3)] == [fields(jobs[i]) for i in (4, 0, 2)]
+    assert part.extras is not None
+    assert part.extras.keys() == {5, 1, 3}
+    rest = columns.picked(slice(1, 4))
+    assert [fields(rest.entry(i, QUEUE, READY)) for i in range(3)] == [fields(each) for each in jobs[1:4]]
+    assert columns.picked([1]).extras is None
+    part.add(job(9))
+    assert len(columns) == 6
+
+
+# Runs
+
+
+def test_a_run_knows_its_ends() -> None:
+    run = run_of(3, 5, 9)
+    assert (run.head, run.last, run.low, run.high, run.left, run.by_due) == (3, 9, 3, 9, 3, False)
+    run = run_of((10, 5), (10, 6), (20, 1))
+    assert (run.head, run.last, run.low, run.high, run.left, run.by_due) == ((10, 5), (20, 1), 1, 6, 3, True)
+
+
+def test_a_run_takes_higher_keys_until_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.run.RUN_JOBS", 4)
+    run = run_of(3, 5)
+    assert [run.takes(key) for key in (4, 5, 6)] == [False, False, True]
+    run.load().add(job(7))
+    run.grown()
+    run.check()
+    assert (run.last, run.high, run.left, run.is_full) == (7, 7, 3, False)
+    run.skip(1)
+    run.load().add(job(8))
+    run.grown()
+    run.check()
+    assert (run.left, run.is_full, run.takes(9)) == (3, True, False)
+
+
+def test_a_run_that_is_away_takes_nothing() -> None:
+    run = run_of(3, 5)
+    away(run)
+    assert run.is_full
+    assert not run.takes(9)
+
+
+def test_a_scheduled_run_that_grows_by_several_at_once_knows_its_lowest_and_highest_id() -> None:
+    run = run_of((10, 5), (10, 9))
+    columns = run.load()
+    columns.add_batch(1, [1, 1, 1], [], SPECS[0], 0, 20, (1, 0, 0), 0, None, None)
+    run.grown()
+    run.check()
+    assert (run.low, run.high, run.last) == (1, 9, (20, 3))
+    columns.add_batch(30, [1, 1], [], SPECS[0], 0, 20, (1, 0, 0), 0, None, None)
+    run.grown()
+    run.check()
+    assert (run.low, run.high, run.last) == (1, 31, (20, 31))
+
+
+def test_what_was_taken_of_a_run_stays_as_it_was() -> None:
+    run = run_of(*range(1, 9))
+    columns, at, stop = run.load(), run.at, len(run.load())
+    before = [fields(columns.entry(i, QUEUE, READY)) for i in range(stop)]
+    run.pop(2, LEASED)
+    run.pluck(4)
+    run.load().add(job(20))
+    run.grown()
+    run.split(2)
+    run.check()
+    assert [fields(columns.entry(i, QUEUE, READY)) for i in range(at, stop)] == before
+
+
+def test_payloads_go_with_the_jobs_that_are_popped() -> None:
+    jobs = [job(i, payload=bytes([i])) for i in (1, 2, 3)]
+    run = Run(QUEUE, 5, columns_of(jobs), READY)
+    assert [entry.payload for entry in run.pop(2, LEASED)] == [b"\1", b"\2"]
+    assert run.load().payloads == [None, None, b"\3"]
+
+
+def test_a_run_of_one_moment_is_in_order_of_ids_already_and_may_be_away() -> None:
+    run = run_of((10, 2), (10, 5), (10, 6))
+    shelf = away(run)
+    assert run.order_by_id() is False
+    assert (run.columns, shelf.reads) == (None, 0)
+    assert (run.head, run.last, run.low, run.high, run.state, run.by_due) == (2, 6, 2, 6, READY, False)
+    run.check()
+
+
+def test_a_run_of_several_moments_is_put_in_order_of_ids() -> None:
+    run = run_of((10, 5), (11, 2), (12, 6), (13, 1))
+    run.skip(1)
+    columns = run.load()
+    assert run.order_by_id() is True
+    run.check()
+    assert (keys_of(run), run.state) == ([1, 2, 6], READY)
+    assert list(columns.ids) == [5, 2, 6, 1]
+
+
+def test_a_run_that_is_away_is_read_when_it_is_needed_and_once() -> None:
+    run = run_of(1, 2, 4, 5)
+    run.skip(1)
+    shelf = away(run)
+    assert (run.columns, run.at, run.left, run.head, run.last) == (None, 0, 3, 2, 5)
+    run.check()
+    assert (run.columns, shelf.reads) == (None, 1), "to look at it brings nothing into memory"
+    assert (run.find(9), shelf.reads) == (-1, 1)
+    assert run.find(4) == 1
+    assert (run.find(5), run.find(3), run.below(4, 0), run.after(4)) == (2, -1, 1, 2)
+    assert shelf.reads == 2
+    run.put_away(shelf)
+    assert [entry.id for entry in run.pop(2, LEASED)] == [2, 4]
+    run.check()
+
+
+def test_a_run_that_was_never_saved_cannot_be_put_away() -> None:
+    with pytest.raises(AssertionError, match="a run that was never saved is put away"):
+        run_of(1).put_away(Shelf())
+
+
+def test_a_run_without_columns_and_shelf_says_so() -> None:
+    run = run_of(1)
+    away(run)
+    run.shelf = None
+    for question in (run.load, run.peek):
+        with pytest.raises(AssertionError, match="run 7 has neither columns nor a shelf"):
+            question()
+
+
+def test_a_shelf_with_another_number_of_jobs_is_found_out() -> None:
+    run = run_of(1, 2, 3)
+    shelf = away(run)
+    shelf.saved[7] = columns_of([job(1)])
+    with pytest.raises(AssertionError, match="run 7: 1 jobs on the shelf, 3 known"):
+        run.load()
+
+
+def test_a_run_can_be_made_of_what_is_known_of_it() -> None:
+    shelf = Shelf()
+    shelf.saved[3] = columns_of([job(5, 10), job(2, 20)])
+    run = Run.shelved(QUEUE, 5, SCHEDULED, 3, 2, (10, 5), (20, 2), 2, 5, shelf)
+    run.check()
+    assert shelf.reads == 1
+    assert (keys_of(run), run.priority, run.by_due) == ([(10, 5), (20, 2)], 5, True)
+    run = Run.shelved(QUEUE, 5, DEAD, 3, 2, 5, 2, 2, 5, shelf)
+    assert not run.by_due
+
+
+steps = st.one_of(
+    st.tuples(st.just("pop"), st.integers(1, 4)),
+    st.tuples(st.just("pluck"), st.integers(0, 30)),
+    st.tuples(st.just("keep"), st.sets(st.integers(0, 15))),
+    st.tuples(st.just("split"), st.integers(1, 4)),
+    st.tuples(st.just("add"), st.integers(1, 5)),
+    st.tuples(st.just("away"), st.none()),
+)
+
+
+@given(
+    st.booleans(),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=12, unique_by=lambda key: key[1]),
+    st.lists(steps, max_size=12),
+    st.booleans(),
+)
+def test_a_run_is_a_sorted_list_of_jobs(
+    by_due: bool, keys: list[tuple[int, int]], actions: list[tuple[str, Any]], ordered: bool
+) -> None:
+    model: list[Any] = sorted(keys) if by_due else sorted(key[1] for key in keys)
+    run = run_of(*model)
+    for name, value in actions:
+        if not model:
+            assert run.left == 0
+            return
+        if name == "pop":
+            count = min(value, len(model))
+            popped = run.pop(count, LEASED)
+            assert [entry.id for entry in popped] == [key[1] if by_due else key for key in model[:count]]
+            assert all(entry.state == LEASED for entry in popped)
+            del model[:count]
+        elif name == "pluck":
+            key = model.pop(value % len(model))
+            entry = run.pluck(run.find(key[1] if by_due else key))
+            assert ((entry.due_ms, entry.id) if by_due else entry.id) == key
+            assert entry.state == run.state
+        elif name == "keep":
+            model = [key for i, key in enumerate(model) if i in value]
+            run.keep([run.at + i for i in sorted(value) if i < run.left])
+        elif name == "split" and len(model) > 1:
+            count = min(value, len(model) - 1)
+            part = run.split(count)
+            part.check()
+            assert (keys_of(part), part.number, part.queue, part.priority) == (model[:count], 0, QUEUE, 5)
+            del model[:count]
+        elif name == "add":
+            for i in range(value):
+                fresh: Any = (model[-1][0] + i % 2, 100 - len(model)) if by_due else model[-1] + 1 + i
+                if run.load() and run.takes(fresh) and (not by_due or all(fresh[1] != key[1] for key in model)):
+                    run.load().add(job(fresh[1], fresh[0]) if by_due else job(fresh))
+                    run.grown()
+                    model.append(fresh)
+        elif name == "away":
+            away(run)
+        if not model:
+            assert run.left == 0
+            return
+        run.check()
+        assert keys_of(run) == model
+    ids = [key[1] if by_due else key for key in model]
+    for i in range(45):
+        cell = run.find(i)
+        assert (cell >= 0) == (i in ids)
+        assert cell < 0 or run.load().ids[cell] == i
+        limit = (i // 10, i) if by_due else i
+        assert run.below(limit, run.at) - run.at == len([key for key in model if key < limit])
+        if not by_due:
+            assert run.after(i) - run.at == len([key for key in model if key <= i])
+    if by_due and ordered:
+        run.order_by_id()
+        run.check()
+        assert keys_of(run) == sorted(ids)
+
+
+def lose_a_job(run: Run) -> None:
+    run.left -= 1
+
+
+def swap(run: Run) -> None:
+    ids = run.load().ids
+    ids[1], ids[2] = ids[2], ids[1]
+
+
+def forget_the_head(run: Run) -> None:
+    run.head = 2
+
+
+def forget_the_end(run: Run) -> None:
+    run.last = 9
+
+
+def raise_the_lowest(run: Run) -> None:
+    run.low = 4
+
+
+def lower_the_highest(run: Run) -> None:
+    run.high = 5
+
+
+def shorten(run: Run) -> None:
+    run.load().specs.pop()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lose_a_job, swap, forget_the_head, forget_the_end, raise_the_lowest, lower_the_highest, shorten],
+    ids=lambda f: f.__name__,
+)
+def test_check_finds(damage: Any) -> None:
+    run = run_of(3, 5, 6)
+    damage(run)
+    with pytest.raises(AssertionError):
+        run.check()

@@ -1690,7 +1690,7 @@ def test_a_single_payload_that_is_too_much_does_not_stay() -> None:
 
 
 def test_columns_whose_jobs_are_all_gone_do_not_count_when_others_have_to_go() -> None:
-    counted = 2 * (100 + JOB_BYTES + PAYLOAD_BYTES) + 8 * (400 + JOB_BYTES + PAYLOAD_BYTES) + 5 * RECORD_BYTES
+    counted = 2 * (100 + PAYLOAD_BYTES) + 8 * (400 + PAYLOAD_BYTES)
     with small(2):
         bench = Bench()
         bench.machine = Machine(cache_bytes=counted - 1)

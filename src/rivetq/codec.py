@@ -530,7 +530,8 @@ def _encode_columns(columns: Columns) -> bytes:
     table: dict[int, int] = {}
     distinct: list[Spec] = []
     numbers = array("I")
-    for spec in columns.specs:
+    specs = columns.specs
+    for spec in specs[:1] if specs.count(specs[0]) == n else specs:  # usually one for all
         if id(spec) not in table:
             table[id(spec)] = len(distinct)
             distinct.append(spec)

@@ -335,14 +335,13 @@ class Machine:
             else:
                 window.grown(run, stop - at)
             if keep and not self._keep_payloads:
-                self._cache(columns)
+                self._cache(columns, sum(lengths[part]) + PAYLOAD_BYTES * (stop - at))
             self._touch(run)
             at = stop
         size = sum(lengths) + overhead * count if count > 1 else lengths[0] + overhead
         if segment:
             self.live[segment] = self.live.get(segment, 0) + size
             if keep:
-                self._cached_bytes += size + PAYLOAD_BYTES * count
                 if self._cached_bytes > self._cache_bytes:
                     self._trim_cache()
         queue.counts[state] += count
@@ -386,20 +385,22 @@ class Machine:
             self._note(entry)
             self._line_up(entry)
 
-    def _cache(self, columns: Columns) -> None:
+    def _cache(self, columns: Columns, size: int) -> None:
+        columns.cached_bytes += size
+        self._cached_bytes += size
         if not self._cached or self._cached[-1] is not columns:
             self._cached.append(columns)
 
     def _trim_cache(self) -> None:
         """Count anew what is cached, and let go of the oldest until there is room again for some time."""
-        sizes = [(columns, columns.payload_bytes()) for columns in dict.fromkeys(self._cached)]
+        sizes = [(columns, columns.cached_bytes) for columns in dict.fromkeys(self._cached)]
         self._cached = deque(columns for columns, size in sizes if size)
         left = sum(size for _, size in sizes)
         for columns, size in sizes:
             if left <= self._cache_bytes // 4 * 3:
                 break
             if size:
-                columns.payloads = None
+                columns.payloads, columns.cached_bytes = None, 0
                 self._cached.popleft()
                 left -= size
         self._cached_bytes = left

@@ -47,8 +47,8 @@ class Columns:
     """The jobs of a run, one cell each in every column."""
 
     __slots__ = (
-        "crcs", "dues", "extras", "ids", "keys", "lengths", "lsns", "offsets", "payloads", "segments", "sizes", "specs",
-        "times",
+        "cached_bytes", "crcs", "dues", "extras", "ids", "keys", "lengths", "lsns", "offsets", "payloads", "segments",
+        "sizes", "specs", "times",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -64,6 +64,7 @@ class Columns:
         self.specs: list[Spec] = []
         self.keys: list[str | None] | None = None  # None: no job has one
         self.payloads: list[bytes | None] | None = None
+        self.cached_bytes = 0  # of payloads that are also on disk; 0 where these are all there is of them
         self.extras: dict[int, tuple[int, int, int, str | None]] | None = None
         """By id, of jobs that were delivered before: attempts, token, died_at_ms, last_error."""
 
@@ -156,7 +157,8 @@ class Columns:
                 name,
                 column[cells] if isinstance(cells, slice) else array(column.typecode, map(column.__getitem__, cells)),
             )
-        for name in ("specs", "keys", "payloads"):
+        # Cached payloads stay behind: a copy of them would be counted nowhere.
+        for name in ("specs", "keys") if self.cached_bytes else ("specs", "keys", "payloads"):
             values = getattr(self, name)
             if values is not None:
                 setattr(found, name, values[cells] if isinstance(cells, slice) else [values[i] for i in cells])
@@ -295,6 +297,9 @@ class Run:
         entries = [columns.entry(i, queue, state) for i in range(at, at + count)]
         if columns.payloads is not None:
             columns.payloads[at : at + count] = [None] * count
+            if columns.cached_bytes:
+                gone = [entry.length + PAYLOAD_BYTES for entry in entries if entry.payload is not None]
+                columns.cached_bytes -= sum(gone)
         self.skip(count)
         return entries
 

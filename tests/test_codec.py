@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import struct
+import sys
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +17,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rivetq.codec import (
+    decode_columns,
     decode_entry,
     decode_key_value,
     decode_record,
+    decode_run,
     decode_snapshot,
     encode_entry,
     encode_key_value,
     encode_record,
+    encode_run,
     encode_snapshot,
     seal,
     unseal,
 )
-from rivetq.entry import Entry, Spec
+from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
 from rivetq.events import (
     Acked,
     Buried,
@@ -47,6 +52,7 @@ from rivetq.events import (
     SegmentsDropped,
 )
 from rivetq.model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
+from rivetq.run import Columns, Run
 from rivetq.state import Queue, QueueSnapshot, Snapshot
 
 NOW = 1_772_366_400_000
@@ -97,8 +103,8 @@ def enqueueds(draw: st.DrawFn) -> Enqueued:
 @st.composite
 def leaseds(draw: st.DrawFn) -> Leased:
     n = draw(count)
-    columns = [draw(st.lists(kind, min_size=n, max_size=n)) for kind in (u64, u64, u32, u64)]
-    return Leased(*columns)
+    ids, tokens, attempts, deadlines = (draw(st.lists(kind, min_size=n, max_size=n)) for kind in (u64, u64, u32, u64))
+    return Leased(ids, tokens, attempts, deadlines, draw(st.lists(st.tuples(u32, st.integers(0, 9), u32), max_size=3)))
 
 
 @st.composite
@@ -209,6 +215,18 @@ def test_a_batch_of_no_keys_is_told_from_one_with_keys() -> None:
         assert found.keys == keys
 
 
+@pytest.mark.parametrize(("n", "kept"), [(0, 0), (1, 1), (255, 255), (256, 0), (300, 0)])
+def test_places_of_leased_jobs_are_left_out_where_a_byte_cannot_count_them(n: int, kept: int) -> None:
+    places = [(i, i % 10, 1) for i in range(n)]
+    many = range(1, n + 2)
+    body = encode_record([Leased(many, many, many, many, places), Acked(1, [2])], NOW)
+    leased, acked = decode_record(body)[1]
+    assert isinstance(leased, Leased)
+    assert [list(leased.ids), list(leased.tokens), list(leased.attempts), list(leased.deadlines_ms)] == [[*many]] * 4
+    assert list(leased.places) == places[:kept]
+    assert acked == Acked(1, [2])
+
+
 def test_payloads_are_written_once_and_found_by_their_offset() -> None:
     payloads = [b"first-payload", b"", b"third-payload"]
     event = Enqueued(1, 1, 5, 0, 5, RetryPolicy(), None, [len(p) for p in payloads], payloads)
@@ -233,7 +251,7 @@ def test_headers_that_are_read_back_are_read_only_and_absent_ones_are_shared() -
         assert found.headers == given_headers
         with pytest.raises(TypeError):
             found.headers["x"] = "y"  # type: ignore[index]
-    assert found.headers is NO_HEADERS
+        assert given_headers or found.headers is NO_HEADERS
 
 
 def test_policies_that_are_read_back_are_shared() -> None:
@@ -253,6 +271,7 @@ SAMPLES: list[Event] = [
     Enqueued(1, 1, 5, 7, 5, RetryPolicy(), None, [3, 2], [b"abc", b"de"], {"h": "1"}, ["k", None]),
     Enqueued(1, 3, 5, 0, None, RetryPolicy(jitter="none"), 30, [1], [b"z"]),
     Leased([1, 2], [3, 4], [5, 6], [7, 8]),
+    Leased([1, 2, 3], [3, 4, 5], [5, 6, 7], [7, 8, 9], [(1, 5, 1), (2, 9, 2)]),
     Acked(1, [1, 2]),
     Retried(1, 2, "boom"),
     Released(1, 2, 3),
@@ -487,12 +506,262 @@ def refuse_every_flip(key: bytes, value: bytes, decode: Callable[[bytes, bytes],
         decode(key, value + b"\0")
 
 
+# Runs
+
+ARRAYS = ("ids", "times", "dues", "segments", "offsets", "lengths", "crcs", "sizes")
+
+
+def cells(draw: st.DrawFn, cell: st.SearchStrategy[int], n: int) -> list[int]:
+    """A column: all different, all the same, or rising by one."""
+    match draw(st.sampled_from(["any", "same", "rising"])):
+        case "any":
+            return draw(st.lists(cell, min_size=n, max_size=n))
+        case "same":
+            return [draw(cell)] * n
+        case _:
+            first = min(draw(cell), 2**32 - n)
+            return list(range(first, first + n))
+
+
+specs = st.builds(Spec, st.integers(0, 9), maxima, policies, visibilities, headers)
+extras_of_one = st.tuples(u32, u64, u64, errors)
+
+
+@st.composite
+def column_sets(draw: st.DrawFn) -> Columns:
+    """Any columns, in any order: what the codec writes does not depend on it."""
+    n = draw(st.integers(1, 6))
+    columns = Columns()
+    for name in ARRAYS:
+        column = getattr(columns, name)
+        column.extend(cells(draw, u64 if column.itemsize == 8 else u32, n))
+    columns.lsns.extend(draw(st.lists(u64, min_size=n, max_size=n)))
+    pool = draw(st.lists(specs, min_size=1, max_size=3))
+    columns.specs = draw(st.lists(st.sampled_from(pool), min_size=n, max_size=n))
+    columns.keys = draw(st.none() | st.lists(st.none() | key_texts, min_size=n, max_size=n))
+    columns.extras = draw(st.none() | st.dictionaries(st.sampled_from(columns.ids), extras_of_one))
+    columns.payloads = [b"in memory only"] * n if draw(st.booleans()) else None
+    return columns
+
+
+class NoShelf:
+    """A run that is only decoded asks for nothing."""
+
+    def columns(self, number: int) -> Columns:
+        raise AssertionError(f"the columns of run {number} are read")
+
+    def key(self, queue: int, text: str) -> tuple[int, int, int] | None:
+        raise AssertionError(f"key {text!r} of queue {queue} is read")
+
+    def key_names(self) -> list[tuple[int, str]]:
+        raise AssertionError("all keys are read")
+
+
+SHELF = NoShelf()
+MAIL = Queue(3, "mail")
+
+
+def number_key(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def facts_of_columns(columns: Columns) -> dict[str, Any]:
+    """All that an index value keeps."""
+    facts: dict[str, Any] = {name: list(getattr(columns, name)) for name in ARRAYS}
+    facts["specs"] = [[getattr(spec, name) for name in Spec.__slots__] for spec in columns.specs]
+    return {**facts, "keys": columns.keys, "extras": columns.extras}
+
+
+def run_of(value: bytes, number: int = 7) -> tuple[Run, list[tuple[int, int]]]:
+    return decode_run(number_key(number), value, {MAIL.number: MAIL}, SHELF)
+
+
+@settings(max_examples=150, deadline=None)
+@given(column_sets(), st.sampled_from([READY, SCHEDULED, DEAD]), st.integers(0, 9), u64)
+def test_a_run_comes_back_from_the_index_as_it_was(columns: Columns, state: int, priority: int, number: int) -> None:
+    before = facts_of_columns(columns)
+    value = encode_run(number, MAIL, priority, state, columns)
+    assert facts_of_columns(columns) == before
+    found = decode_columns(number_key(number), value)
+    assert facts_of_columns(found) == before
+    assert (list(found.lsns), found.payloads) == ([0] * len(columns), None), "it is on disk, and not in memory"
+    for name in Columns.__slots__:
+        column = getattr(found, name)
+        assert type(column) is type(getattr(Columns(), name)) or name in ("keys", "extras")
+        assert getattr(column, "typecode", "") == getattr(getattr(columns, name), "typecode", "")
+
+    run, live = run_of(value, number)
+    ids, dues = columns.ids, columns.dues
+    assert (run.queue, run.priority, run.state, run.number, run.left) == (MAIL, priority, state, number, len(ids))
+    ends = ((dues[0], ids[0]), (dues[-1], ids[-1])) if state == SCHEDULED else (ids[0], ids[-1])
+    assert (run.head, run.last, run.low, run.high) == (*ends, min(ids), max(ids))
+    assert (run.columns, run.shelf, run.at, run.by_due) == (None, SHELF, 0, state == SCHEDULED)
+    assert dict(live) == columns.live()
+    assert len(live) == len(set(columns.segments))
+
+
+def test_the_head_of_a_run_is_read_from_a_view_of_the_value_as_well() -> None:
+    run, live = decode_run(number_key(7), memoryview(full_run()), {3: MAIL}, SHELF)
+    assert (run.left, live) == (3, [(1, 60), (2, 30)])
+
+
+def test_options_that_jobs_of_a_run_share_are_one_object_again() -> None:
+    columns = full_columns()
+    columns.specs = [columns.specs[0], columns.specs[2], columns.specs[0]]
+    found = decode_columns(number_key(7), encode_run(7, MAIL, 5, READY, columns)).specs
+    assert found[0] is found[2] is not found[1]
+    assert found[1].headers is NO_HEADERS
+
+
+def plain_columns(n: int) -> Columns:
+    """As one call enqueues them: only payloads differ."""
+    columns = Columns()
+    spec = Spec(5, 5, RetryPolicy(), None, NO_HEADERS)
+    columns.add_batch(1, [3] * n, [9] * n, spec, NOW, 0, (1, 400, 5), 8, None, None)
+    return columns
+
+
+def full_columns() -> Columns:
+    columns = Columns()
+    policy = RetryPolicy(jitter="none")
+    for i, text in enumerate(("k", None, "ü")):
+        spec = Spec(5, None, policy, i, read_only({"h": str(i)}) if i < 2 else NO_HEADERS)
+        entry = Entry(9 + 2 * i, MAIL, spec, NOW + i * i, NOW + 7 * i, text)
+        entry.segment, entry.offset, entry.length, entry.crc, entry.size = 1 + i // 2, 100 * i * i, 20 + i, i * i, 30
+        if i != 1:
+            entry.attempts, entry.token, entry.died_at_ms, entry.last_error = i, 2, 3, "boom" if i else ""
+        columns.add(entry)
+    return columns
+
+
+def full_run(number: int = 7) -> bytes:
+    return encode_run(number, MAIL, 5, SCHEDULED, full_columns())
+
+
+def test_what_all_jobs_of_a_run_have_in_common_is_written_once() -> None:
+    """Of a batch of equal payloads nothing but their places depends on how many there are."""
+
+    def size(n: int) -> int:
+        return len(encode_run(7, MAIL, 5, READY, plain_columns(n)))
+
+    assert size(1000) - size(2) == 998 * 8
+
+
+def test_a_column_is_written_once_only_if_every_cell_has_the_value() -> None:
+    """Ends that fit a short form prove nothing about what is between them."""
+    for ids, times in (([1, 5, 3], [4, 9, 4]), ([3, 1, 5], [4, 4, 9]), ([1, 1, 3], [9, 4, 4])):
+        columns = plain_columns(3)
+        columns.ids, columns.times = array("Q", ids), array("Q", times)
+        found = decode_columns(number_key(7), encode_run(7, MAIL, 5, READY, columns))
+        assert (list(found.ids), list(found.times)) == (ids, times)
+
+
+@pytest.mark.parametrize("columns", [plain_columns(3), full_columns()], ids=["plain", "full"])
+def test_where_numbers_in_memory_begin_at_the_other_end_they_are_turned_around(
+    columns: Columns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns.specs = columns.specs[:1] * 3
+    before, usual = facts_of_columns(columns), encode_run(7, MAIL, 5, SCHEDULED, columns)
+    monkeypatch.setattr(sys, "byteorder", "big" if sys.byteorder == "little" else "little")
+    value = encode_run(7, MAIL, 5, SCHEDULED, columns)
+    assert facts_of_columns(columns) == before
+    for name in ARRAYS:
+        column = getattr(columns, name)[:1]
+        assert column.tobytes() in usual
+        column.byteswap()
+        assert column.tobytes() in value
+    assert facts_of_columns(decode_columns(number_key(7), value)) == before
+
+
+@pytest.mark.parametrize("columns", [plain_columns(1), plain_columns(4), full_columns()], ids=["one", "plain", "full"])
+def test_a_flipped_bit_in_the_index_value_of_a_run_is_a_value_error(columns: Columns) -> None:
+    """In its head for the opening that reads heads, in its columns for whoever reads these."""
+    key, value = number_key(7), encode_run(7, MAIL, 5, SCHEDULED, columns)
+    head = 4 + int.from_bytes(value[:4], "little")
+    run_of(value)
+    for at in range(len(value) * 8):
+        flipped = bytearray(value)
+        flipped[at // 8] ^= 1 << at % 8
+        if at // 8 < head:
+            with pytest.raises(ValueError):
+                run_of(bytes(flipped))
+        else:
+            assert run_of(bytes(flipped))[0].left == len(columns), "columns are not looked at"
+            with pytest.raises(ValueError, match="checksum of the index value of key 0000000000000007 does not match"):
+                decode_columns(key, bytes(flipped))
+
+
+def test_a_run_under_another_number_is_a_value_error() -> None:
+    for number in (0, 6, 8, 7 << 8, 2**64 - 1):
+        with pytest.raises(ValueError, match="checksum"):
+            run_of(full_run(), number)
+        with pytest.raises(ValueError, match="checksum"):
+            decode_columns(number_key(number), full_run())
+
+
+def test_a_run_that_ends_too_early_or_too_late_is_a_value_error() -> None:
+    value = full_run()
+    head = 4 + int.from_bytes(value[:4], "little")
+    for size in range(len(value)):
+        with pytest.raises(ValueError):
+            decode_columns(number_key(7), value[:size])
+        if size < head:
+            with pytest.raises(ValueError):
+                run_of(value[:size])
+    with pytest.raises(ValueError, match="checksum"):
+        decode_columns(number_key(7), value + b"\0")
+
+
+def sealed_run(head: bytes, columns: bytes) -> bytes:
+    """A run's value whose checksums are right, whatever it says."""
+    key = number_key(7)
+    return struct.pack("<I", len(head) + 4) + seal(key, head) + seal(key, columns)
+
+
+def run_head(queue: int = 3, state: int = READY, n: int = 2, live: int = 0) -> bytes:
+    return struct.pack("<IBBIQQQQQQI", queue, 5, state, n, 0, 1, 0, 2, 1, 2, live)
+
+
+@pytest.mark.parametrize(
+    "head", [
+        b"", run_head()[:-1], run_head(queue=4), run_head(state=LEASED), run_head(state=4), run_head(n=0),
+        run_head(live=1), run_head(live=2) + bytes(12),
+    ],
+    ids=lambda head: head.hex()[-24:],
+)  # fmt: skip
+def test_a_head_that_is_whole_and_no_run_s_is_a_value_error(head: bytes) -> None:
+    with pytest.raises(ValueError, match="no run"):
+        run_of(sealed_run(head, b""))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200))
+@example(b"\2" + bytes(8))
+def test_any_columns_at_all_are_at_worst_a_value_error(body: bytes) -> None:
+    with pytest.raises(ValueError):
+        decode_columns(number_key(7), sealed_run(run_head(n=40), body))
+
+
+@settings(max_examples=100, deadline=None)
+@given(column_sets(), st.data())
+def test_columns_that_are_whole_and_end_too_early_are_a_value_error(columns: Columns, data: st.DataObject) -> None:
+    value = encode_run(7, MAIL, 5, READY, columns)
+    body = unseal(number_key(7), value[4 + int.from_bytes(value[:4], "little") :])
+    size = data.draw(st.integers(0, len(body) - 1))
+    with pytest.raises(ValueError):
+        decode_columns(number_key(7), sealed_run(run_head(n=len(columns)), body[:size]))
+
+
 @pytest.mark.parametrize("value", [b"", b"\0", b"\0\0\0\0", b"xyz" * 5])
 def test_a_sealed_value_that_is_whole_but_of_another_kind_is_a_value_error(value: bytes) -> None:
     with pytest.raises(ValueError):
         decode_key_value(b"k", seal(b"k", value))
     with pytest.raises(ValueError):
         decode_entry(bytes(8), seal(bytes(8), value), {})
+    with pytest.raises(ValueError):
+        decode_run(bytes(8), seal(bytes(8), value), {}, SHELF)
+    with pytest.raises(ValueError):
+        decode_columns(bytes(8), seal(bytes(8), value))
 
 
 @settings(max_examples=60, deadline=None)

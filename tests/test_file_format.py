@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,8 @@ def read_event(body: Bytes) -> tuple[Any, ...]:
             (n,) = body.take("I")
             columns = *(body.take(f"{n}Q") for _ in range(3)), body.take(f"{n}I")
             (places,) = body.take("B")
-            assert sum(body.take("IBI")[2] for _ in range(places)) == n
+            counts = [body.take("IBI")[2] for _ in range(places)]
+            assert not counts or sum(counts) == n, "every job has its place, or there were too many places to tell"
             return "Leased", *columns
         case 5:
             return "Acked", *body.take("I"), body.ids()
@@ -169,13 +171,16 @@ def read_log(directory: Path) -> list[tuple[Any, ...]]:
     return events
 
 
-def unseal(key: bytes, sealed: bytes) -> bytes:
+def unseal(key: bytes, sealed: bytes | None) -> bytes:
+    assert sealed is not None
     assert int.from_bytes(sealed[:4], "little") == crc32c(key + sealed[4:])
     return sealed[4:]
 
 
-def read_index(directory: Path) -> tuple[dict[int, dict[str, Any]], dict[tuple[int, str], int]]:
-    """The jobs by id, and the ids that keys stand for."""
+def read_index(
+    directory: Path, seen: set[str] | None = None
+) -> tuple[dict[int, dict[str, Any]], dict[tuple[int, str], int]]:
+    """The jobs by id, and the ids that keys stand for. `seen` gets what there was in runs."""
     manifest = json.loads(unseal(b"manifest", (directory / "index/manifest").read_bytes()))
     data = (directory / "index/data.mdb").read_bytes()
     assert (manifest["format"], manifest["size"], manifest["crc"]) == (2, len(data), crc32c(data))
@@ -186,15 +191,15 @@ def read_index(directory: Path) -> tuple[dict[int, dict[str, Any]], dict[tuple[i
         json.loads(unseal(b"snapshot", txn.get(b"snapshot")))
         counts = dict(json.loads(unseal(b"keys per segment", txn.get(b"keys per segment"))))
         for key, value in txn.cursor(env.open_db(b"runs", txn, create=False)):
-            jobs.update(read_run(directory, key, value))
+            jobs.update(read_run(directory, key, value, set() if seen is None else seen))
         for key, sealed in txn.cursor(env.open_db(b"jobs", txn, create=False)):
-            value = Bytes(unseal(key, sealed))
-            _, state, priority, attempts, _ = value.take("IBBIQ")
-            value.take(NUMBERS)
-            value.take("4Q")
-            segment, offset, length, crc, _, _ = value.take("IQIIIQ")
-            last_error, headers, text = (None if n < 0 else value.raw(n).decode() for n in value.take("iii"))
-            assert value.at == len(value.data)
+            job = Bytes(unseal(key, sealed))
+            _, state, priority, attempts, _ = job.take("IBBIQ")
+            job.take(NUMBERS)
+            job.take("4Q")
+            segment, offset, length, crc, _, _ = job.take("IQIIIQ")
+            last_error, headers, text = (None if n < 0 else job.raw(n).decode() for n in job.take("iii"))
+            assert job.at == len(job.data)
             payload = read_payload(directory, segment, offset, length, crc)
             jobs[int.from_bytes(key, "big")] = {
                 "state": STATES[state], "priority": priority, "attempts": attempts, "last_error": last_error,
@@ -219,21 +224,26 @@ def read_payload(directory: Path, segment: int, offset: int, length: int, crc: i
     return payload
 
 
-def read_run(directory: Path, key: bytes, value: bytes) -> dict[int, dict[str, Any]]:
+def read_run(directory: Path, key: bytes, value: bytes, seen: set[str]) -> dict[int, dict[str, Any]]:
     """The jobs of one run by id."""
     (size,) = struct.unpack_from("<I", value)
     head = Bytes(unseal(key, value[4 : 4 + size]))
-    _, priority, state, n, _, first, _, last, low, high, segments = head.take("IBBIQQQQQQI")
-    weights = dict(head.take("IQ") for _ in range(segments))
+    _, priority, state, n, first_due_ms, first, last_due_ms, last, low, high, segments = head.take("IBBIQQQQQQI")
+    weights = dict[int, int](head.take("IQ") for _ in range(segments))
     assert head.at == len(head.data)
     body = Bytes(unseal(key, value[4 + size :]))
-    columns = []
+    columns: list[Sequence[int]] = []
     for cell in "QQQIQIII":
         (form,) = body.take("B")
+        assert form in (0, 1, 2)
+        seen.add(f"form {form} of {cell}")
         cells = body.take(f"{n}{cell}" if form == 0 else cell)
         columns.append(cells if form == 0 else [cells[0] + i * (form == 2) for i in range(n)])
-    ids, _, _, places, offsets, lengths, crcs, sizes = columns
+    ids, _, dues_ms, places, offsets, lengths, crcs, sizes = columns
     assert (ids[0], ids[-1], min(ids), max(ids)) == (first, last, low, high)
+    assert (dues_ms[0], dues_ms[-1]) == (first_due_ms, last_due_ms)
+    order = list(zip(dues_ms, ids, strict=True)) if STATES[state] == "scheduled" else list(ids)
+    assert order == sorted(order)
     options = []
     for _ in range(body.take("I")[0]):
         assert body.take("B") == (priority,)
@@ -248,6 +258,8 @@ def read_run(directory: Path, key: bytes, value: bytes) -> dict[int, dict[str, A
         job_id, attempts, _, _ = body.take("QIQQ")
         extras[job_id] = attempts, body.text()
     assert body.at == len(body.data)
+    seen |= {STATES[state], f"options {len(options) > 1}", f"keys {has_keys}", f"extras {has_extras}"}
+    assert set(weights) == set(places)
     for segment, weight in weights.items():
         assert weight == sum(size for size, place in zip(sizes, places, strict=True) if place == segment)
     return {
@@ -258,6 +270,12 @@ def read_run(directory: Path, key: bytes, value: bytes) -> dict[int, dict[str, A
         }
         for i, job_id in enumerate(ids)
     }  # fmt: skip
+
+
+def reject_one(broker: rivetq.Broker, error: str) -> None:
+    job = broker.lease("q")
+    assert job is not None
+    job.reject(error=error)
 
 
 def a_full_life(directory: Path) -> None:
@@ -271,7 +289,7 @@ def a_full_life(directory: Path) -> None:
         second.extend(60)
         second.nack(error="no", delay=5)
         third.release()
-        broker.lease("q").reject(error="never")
+        reject_one(broker, error="never")
         broker.redrive("q")
         broker.enqueue("q", "later", delay=60, priority=9)
         broker.cancel(broker.enqueue("q", "not at all"))
@@ -282,7 +300,7 @@ def a_full_life(directory: Path) -> None:
         for _ in range(20):
             broker.enqueue("other", b"x" * 1000)  # garbage, so that a compaction has something to do
         broker.purge("other")
-        broker.lease("q").reject(error="dead")
+        reject_one(broker, error="dead")
         broker.pause("other")
 
 
@@ -302,10 +320,44 @@ def test_a_reader_written_from_the_page_reads_log_and_index(tmp_path: Path) -> N
     found, keys = read_index(data)
     assert keys == {(1, "k1"): done, (1, "k3"): kept}
     assert [facts.pop("key") for facts in found.values()] == [None, "k3", None]
-    assert found == {
+    assert found == known(jobs)
+
+
+def known(jobs: list[rivetq.Job]) -> dict[int, dict[str, Any]]:
+    return {
         job.id: {
             "state": job.state, "priority": job.priority, "attempts": job.attempts, "last_error": job.last_error,
             "headers": job.headers, "payload": job.payload,
         }
         for job in jobs
+    }  # fmt: skip
+
+
+def test_a_reader_written_from_the_page_reads_runs_of_every_kind(tmp_path: Path) -> None:
+    data, clock = tmp_path / "data", ManualClock()
+    with rivetq.Broker(data, clock=clock, window_jobs=1024) as broker:
+        broker.enqueue_many("plain", [b"x"] * 1500)
+        broker.enqueue_many("keys", [b"y" * n for n in range(300)], idempotency_keys=[f"ü{n}" for n in range(300)])
+        for n in range(6):
+            broker.enqueue_many("options", [b"z"] * 3, headers={"n": "ä" * n} if n else {}, max_attempts=n // 2 + 1)
+            broker.enqueue_many("later", [b"soon"] * 3, delay=60 - n)
+        broker.enqueue_many("again", [b"%d" % n for n in range(400)], max_attempts=2)
+        for n, job in enumerate(broker.lease_many("again", 400)):
+            job.nack(error=f"é {n}" if n % 2 else None, delay=0)
+        broker.enqueue_many("dead", [b"bad"] * 300, max_attempts=1)
+        for job in broker.lease_many("dead", 300):
+            job.nack(error="no")
+        clock.advance(0.001)
+        broker.checkpoint()
+        jobs = [job for queue in broker.queues() for job in broker.jobs(queue, limit=2000)]
+    seen: set[str] = set()
+    found, keys = read_index(data, seen)
+    texts = [facts.pop("key") for facts in found.values()]
+    assert found == known(sorted(jobs, key=lambda job: job.id))
+    assert len(found) == 1500 + 300 + 18 + 18 + 400 + 300
+    assert [text for text in texts if text] == [f"ü{n}" for n in range(300)]
+    assert len(keys) == 300
+    assert seen >= {
+        "ready", "scheduled", "dead", "options True", "options False", "keys 0", "keys 1", "extras 0", "extras 1",
+        "form 0 of Q", "form 1 of Q", "form 2 of Q", "form 0 of I", "form 1 of I",
     }  # fmt: skip

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rivetq import QueueConfig, RateLimit, RetryPolicy, StorageError
 from rivetq.codec import encode_entry, encode_run, seal
-from rivetq.events import Acked, Enqueued, Leased, QueueConfigured, QueueCreated
+from rivetq.entry import READY
+from rivetq.events import Acked, Enqueued, Event, Leased, QueueConfigured, QueueCreated
 from rivetq.index import MAP_BYTES, Index
 from rivetq.io import SystemDisk
 from rivetq.machine import Machine
@@ -28,15 +32,15 @@ def machine_of(count: int = 5) -> Machine:
     machine = Machine()
     retry = RetryPolicy(max_attempts=3, base=2, jitter="equal")
     config = QueueConfig(retry=retry, rate_limit=RateLimit(per_second=5, burst=5), max_jobs=100, paused=True)
-    events = [QueueCreated(1, "q"), QueueConfigured(1, config)]
+    events: list[Event] = [QueueCreated(1, "q"), QueueConfigured(1, config)]
     for n in range(count):
         keys = ["spent" if n == 0 else None if n == 1 else f"kéy {n}"]
         event = Enqueued(1, n + 1, n % 10, 5_000 * (n % 2), n or None, retry, 70 if n else None, [3], [b"abc"])
         event.headers, event.keys, event.crcs = {"n": str(n)} if n > 1 else {}, keys, [7]
         events.append(event)
     events += [Leased([1, 3], [8, 9], [1, 1], [90, 95]), Acked(1, [1])]
-    for lsn, event in enumerate(events, 1):
-        machine.apply(event, 10, Place(1, 64 * lsn, lsn))
+    for lsn, each in enumerate(events, 1):
+        machine.apply(each, 10, Place(1, 64 * lsn, lsn))
     machine.now_ms = 10
     return machine
 
@@ -253,6 +257,105 @@ def test_keys_are_told_in_the_order_in_which_they_end(desk: Desk) -> None:
     desk.index.write(LOG_ID, 2, Machine().snapshot(), keys=again.items())
     assert desk.index.ended_keys(1000, 10) == [(1, "soon")]
     assert [desk.index.key(*name) for name in keys] == [(5, 0, 1), (9, 400, 1), None, (4, 0, 1)]
+
+
+key_steps = st.lists(
+    st.dictionaries(
+        st.tuples(st.integers(1, 2), st.sampled_from(["", "a", "ä", "b", "bb"])),
+        st.just((0, 0, 0)) | st.tuples(st.integers(1, 9), st.integers(1, 3), st.sampled_from([0, 1, 255, 256, 2**40])),
+        max_size=5,
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(key_steps, st.integers(0, 12), st.sampled_from([0, 1, 255, 2**41]))
+def test_keys_that_change_in_any_way_are_known_as_they_were_last_and_end_once(
+    steps: list[dict[tuple[int, str], tuple[int, int, int]]], limit: int, now_ms: int
+) -> None:
+    known: dict[tuple[int, str], tuple[int, int, int]] = {}
+    with tempfile.TemporaryDirectory() as path:
+        index = Desk(Path(path) / "index").index
+        for lsn, changed in enumerate(steps, 1):
+            keys = {name: Key(*facts) for name, facts in changed.items()}
+            index.write(LOG_ID, lsn, Machine().snapshot(), keys=keys.items())
+            known |= changed
+            for name, (job_id, segment, expires_ms) in known.items():
+                assert index.key(*name) == ((job_id, expires_ms, segment) if job_id else None)
+        living = {name: facts for name, facts in known.items() if facts[0]}
+        assert sorted(index.key_names()) == sorted(living)
+        ends = sorted((ms, number, text.encode()) for (number, text), (_, _, ms) in living.items() if 0 < ms <= now_ms)
+        assert index.ended_keys(now_ms, limit) == [(number, text.decode()) for _, number, text in ends[:limit]]
+        index.close()
+
+
+def test_a_closed_index_knows_no_keys_and_no_runs(saved: Desk) -> None:
+    saved.loaded()
+    saved.index.close()
+    assert (saved.index.key(1, "spent"), saved.index.key_names(), saved.index.ended_keys(2**60, 9)) == (None, [], [])
+    with pytest.raises(StorageError, match="run 1 cannot be read"):
+        saved.index.columns(1)
+
+
+def test_an_error_of_lmdb_while_a_run_or_a_key_is_read_is_a_storage_error(
+    saved: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: bytes, key: bytes) -> bytes | None:
+        raise lmdb.CorruptedError("wrong page")
+
+    saved.loaded()
+    monkeypatch.setattr(saved.index, "_get", fail)
+    with pytest.raises(StorageError, match=r"run 1 cannot be read.*wrong page"):
+        saved.index.columns(1)
+    with pytest.raises(StorageError, match=r"key 'spent' cannot be read.*wrong page"):
+        saved.index.key(1, "spent")
+
+
+def test_the_longest_key_fits(desk: Desk) -> None:
+    name = (2**32 - 1, "k" * 256)
+    desk.index.write(LOG_ID, 1, Machine().snapshot(), keys=[(name, Key(1, 1, 2**62))])
+    assert desk.index.ended_keys(2**63, 9) == [name]
+    assert desk.index.key(*name) == (1, 2**62, 1)
+
+
+def test_a_run_that_is_written_again_replaces_the_one_with_its_number(desk: Desk) -> None:
+    machine = machine_of(40)
+    desk.save(machine)
+    machine.apply(Leased([11, 21], [10, 11], [1, 1], [90, 95], [(1, 0, 2)]), 12, Place(1, 0, 50))
+    assert machine.changes is not None
+    assert not machine.changes.gone
+    desk.save(machine, applied_lsn=50)
+    loaded = desk.loaded()
+    assert loaded.dump() == machine.dump()
+    assert loaded.live == machine.live
+    assert loaded.next_run == machine.next_run
+    loaded.check()
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_a_loaded_machine_goes_on_like_the_one_that_was_saved(desk: Desk, limit: int) -> None:
+    machine = machine_of(60)
+    desk.save(machine)
+    loaded = desk.loaded()
+    for each in (machine, loaded):
+        each.advance(6_000)
+        for state, window in each.queues["q"].waiting():
+            ids = each.head(window, min(limit, window.count))[0] if state == READY else []
+            numbers = list(range(each.next_token, each.next_token + len(ids)))
+            if ids:
+                each.apply(Leased(ids, numbers, [1] * len(ids), [9_000] * len(ids)), 6_000, Place(2, 0, 80))
+                each.apply(Acked(1, ids[::2]), 6_000, Place(2, 0, 81))
+        each.check()
+    assert loaded.dump() == machine.dump()
+    assert loaded.live == machine.live
+    assert loaded.key_counts == machine.key_counts
+
+
+def test_an_index_that_was_never_opened_has_nothing_to_reopen(desk: Desk) -> None:
+    desk.index.reopen()
+    assert not desk.path.exists()
 
 
 def test_a_reopened_index_is_read_as_before_and_may_be_written(saved: Desk) -> None:

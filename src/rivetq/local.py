@@ -71,7 +71,7 @@ RUNS_READ = 64
 """Runs read back from the index after which those not at a head are put away again."""
 MANY_SEGMENTS = 16
 """Every opening begins a segment: so many small ones are swept up even if they hold little."""
-COPY_JOBS, COPY_BYTES = 64, 256 * 1024
+COPY_JOBS, COPY_BYTES = 32, 256 * 1024
 """Jobs and payload bytes per record of a compaction."""
 WORTH_COPYING = 0.75
 """On demand, a segment with a larger share of live bytes than this is left alone."""
@@ -611,6 +611,7 @@ class LocalEngine(LiveEngine):
             return events, None
 
         self._change(plan, enqueues=True, sync=False)
+        time.sleep(BREATH_S)
         self._copied_bytes += sum(len(item.payload) for item in batch)
 
     def _copies(self, segment: int, item: _Live) -> Iterator[Event]:
@@ -635,8 +636,10 @@ class LocalEngine(LiveEngine):
         data = file.read_all()
         upto_lsn = read_header(successor).first_lsn - 1
         scan = Scan(data, read_header(file))
-        for record in scan.records(upto_lsn):
+        for number, record in enumerate(scan.records(upto_lsn)):
             yield from self._live_in(record)
+            if number % RUNS_SLICE == 0:
+                time.sleep(BREATH_S)
         if scan.next_lsn <= upto_lsn:
             raise corrupt(file.path, scan.end_in_file, f"record {scan.next_lsn} cannot be read")
 

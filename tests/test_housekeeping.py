@@ -159,3 +159,37 @@ def test_a_checkpoint_that_failed_is_not_tried_again_at_every_call(
         monkeypatch.undo()
         broker.checkpoint()  # on demand it is tried at once
         assert broker.metrics()["checkpoints"] == 1
+
+
+@pytest.mark.parametrize("touched", [True, False], ids=["the replay needs it", "nobody needs it yet"])
+def test_damage_that_a_checkpoint_covered_costs_a_rebuild_and_no_job(touched: bool, tmp_path: Path) -> None:
+    clock = ManualClock()
+    path = tmp_path / "data"
+    broker = Broker(path, clock=clock, fsync="never", cache_bytes=0)
+    for i in range(8):
+        broker.enqueue_many("q", [b"x"] * 1024, idempotency_keys=[f"damage-{i}-{j}" for j in range(1024)])
+    broker.checkpoint()
+    data = bytearray((path / "index/data.mdb").read_bytes())
+    at = data.find((11).to_bytes(4, "little") + b"damage-2-77")
+    with (path / "index/data.mdb").open("r+b") as file:
+        file.seek(at + 5)
+        file.write(b"?")
+    broker.enqueue("q", b"more")
+    broker.checkpoint()  # the manifest vouches for the damage now
+    if touched:
+        broker.redrive("q")
+        for job_id in (2048 + 70, 2048 + 71):
+            with pytest.raises(rivetq.StorageError):
+                broker.cancel(job_id)
+    broker.close()
+    with Broker(path, clock=clock) as again:
+        seen = 0
+        try:
+            while leases := again.lease_many("q", 1000):
+                again.ack_many(leases)
+                seen += len(leases)
+        except rivetq.StorageError:
+            assert not touched
+    with Broker(path, clock=clock, release_on_open=True) as again:
+        again._engine._machine.check()  # type: ignore[attr-defined]
+        assert again.stats("q").acked + again.stats("q").ready == 8 * 1024 + 1

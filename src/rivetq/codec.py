@@ -590,7 +590,7 @@ def decode_columns(key: bytes, value: bytes) -> Columns:
     """The columns of a run's value. ValueError if they are not whole."""
     try:
         (size,) = _COUNT.unpack_from(value)
-        n = _RUN.unpack_from(value, 8)[3]
+        n = _RUN.unpack_from(unseal(key, value[4 : 4 + size]))[3]
         reader = _Reader(unseal(key, value[4 + size :]))
         columns = Columns()
         for name in _COLUMNS:

@@ -71,6 +71,8 @@ class Index:
         self._data = os.path.join(path, "data.mdb")
         self._env: lmdb.Environment | None = None
         self._dbs: dict[bytes, Any] = {}
+        self._may_write = False
+        self._distrusted = False  # damage was met: no manifest may vouch for this file any more
         self.reads = 0
         """Runs that were read back; the engine looks at it to know when to put some away again."""
 
@@ -85,7 +87,7 @@ class Index:
             found = Manifest(**json.loads(unseal(b"manifest", sealed)))
         except (ValueError, TypeError, OSError):
             return None
-        if found.format != FORMAT or found.log_id != log_id.hex():
+        if self._distrusted or found.format != FORMAT or found.log_id != log_id.hex():
             return None
         return found if self._fingerprint() == (found.size, found.crc) else None
 
@@ -168,9 +170,17 @@ class Index:
         return value
 
     def _damaged(self, what: str, error: Exception) -> StorageError:
+        self._distrusted = True
+        if self._may_write:  # else an opening is under way, which goes on without the index or changes nothing
+            self._withdraw()
         return StorageError(
             f"{self._path}: {what} cannot be read ({error}); open the directory again, that rebuilds the index"
         )
+
+    def _withdraw(self) -> None:
+        """Without a manifest the next opening rebuilds."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._path, "manifest"))
 
     # Writing, at checkpoints
 
@@ -186,6 +196,9 @@ class Index:
         key_counts: Mapping[int, int] | None = None,
     ) -> None:
         """One transaction: put, or delete where the value is None; then the manifest. Raises lmdb.Error, OSError."""
+        if self._distrusted:
+            self._withdraw()
+            raise OSError("the index is damaged; the next opening rebuilds it")
         env = self._writable()
         with env.begin(write=True) as txn:
             dbs = {name: env.open_db(name, txn=txn) for name in _NAMES}
@@ -229,6 +242,7 @@ class Index:
     def clear(self) -> None:
         """Remove the index: the next `write` begins an empty one."""
         self.close()
+        self._distrusted = False
         with contextlib.suppress(FileNotFoundError):
             if os.path.isdir(self._path) and not os.path.islink(self._path):
                 shutil.rmtree(self._path)
@@ -247,6 +261,7 @@ class Index:
         self._env = None
 
     def _writable(self) -> lmdb.Environment:
+        self._may_write = True
         if self._env is None:
             if not os.path.isdir(self._path):
                 os.mkdir(self._path, DIRECTORY_MODE)

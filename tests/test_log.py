@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,16 @@ from crc32c import crc32c
 
 from rivetq import CorruptLogError, DiskFullError
 from rivetq.io import SystemDisk
-from rivetq.log import FIRST_BYTES, RESERVE_BYTES, STEP_BYTES, Log, list_segments, read_mark
+from rivetq.log import (
+    FIRST_BYTES,
+    READ_BYTES,
+    READ_GAP_BYTES,
+    RESERVE_BYTES,
+    STEP_BYTES,
+    Log,
+    list_segments,
+    read_mark,
+)
 from rivetq.record import frame_bytes
 from rivetq.segment import Header, Scan, SegmentFile, read_header, segment_name
 
@@ -706,6 +715,74 @@ def test_a_payload_behind_the_end_of_the_file_is_damage(desk: Desk) -> None:
     os.truncate(desk.path(1), place.body_offset + 3)
     with pytest.raises(CorruptLogError, match="payload"):
         log.read(1, place.body_offset, 7, crc32c(b"payload"))
+
+
+def appended(log: Log, bodies: Iterable[bytes]) -> list[tuple[int, int, int, int]]:
+    """Records, and where each body is: segment, offset, length, crc."""
+    places = [(log.append(body), body) for body in bodies]
+    return [(place.segment, place.body_offset, len(body), crc32c(body)) for place, body in places]
+
+
+def test_neighbouring_payloads_are_read_at_once_and_each_is_what_was_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = desk.start()
+    bodies = [b"%d" % n * 20 for n in range(50)]
+    places = appended(log, bodies)
+    log.sync()
+    reads: list[int] = []
+    read = SegmentFile.read
+    monkeypatch.setattr(SegmentFile, "read", lambda file, size, at: reads.append(size) or read(file, size, at))
+    assert log.read_many(places) == bodies
+    assert len(reads) == 1
+    assert log.read_many([]) == []
+
+
+@pytest.mark.parametrize("order", ["backwards", "far apart", "too much", "two segments"])
+def test_payloads_that_are_no_neighbours_are_read_one_after_another(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, order: str
+) -> None:
+    log = desk.start(segment_bytes=1 << 20)
+    bodies = [b"a" * 50, b"b" * 50]
+    if order == "far apart":
+        bodies.insert(1, bytes(READ_GAP_BYTES + 1))
+    if order == "too much":
+        bodies[0] = b"c" * (READ_BYTES + 1)
+    places = appended(log, bodies[:1])
+    if order == "two segments":
+        desk.begin()
+    places += appended(log, bodies[1:])
+    log.sync()
+    wanted = [0, len(bodies) - 1]
+    if order == "backwards":
+        wanted.reverse()
+    reads: list[int] = []
+    read = SegmentFile.read
+    monkeypatch.setattr(SegmentFile, "read", lambda file, size, at: reads.append(size) or read(file, size, at))
+    assert log.read_many([places[i] for i in wanted]) == [bodies[i] for i in wanted]
+    assert reads == [len(bodies[i]) for i in wanted]
+
+
+def test_one_damaged_payload_among_neighbours_is_named(desk: Desk) -> None:
+    log = desk.start()
+    places = appended(log, [b"first", b"second", b"third"])
+    log.sync()
+    with desk.path(1).open("r+b") as file:
+        file.seek(places[1][1])
+        file.write(b"S")
+    with pytest.raises(CorruptLogError, match="payload of 6 bytes") as caught:
+        log.read_many(places)
+    assert caught.value.offset == places[1][1]
+
+
+def test_of_many_payloads_those_of_a_dropped_segment_are_none(desk: Desk) -> None:
+    log = desk.start()
+    places = appended(log, [b"gone", b""])
+    desk.begin()
+    places += appended(log, [b"here", b""])
+    log.sync()
+    log.drop(1)
+    assert log.read_many(places) == [None, None, b"here", b""]
 
 
 def test_dropped_segments_are_removed_oldest_first_and_durably(desk: Desk) -> None:

@@ -449,3 +449,18 @@ def test_check_finds(damage: Any) -> None:
     damage(run)
     with pytest.raises(AssertionError):
         run.check()
+
+
+@pytest.mark.parametrize("state", [READY, SCHEDULED])
+def test_the_ids_in_a_range_are_those_that_are_left_in_it(state: int) -> None:
+    columns = Columns()
+    for job_id in (2, 5, 6, 9, 12):
+        columns.add(Entry(job_id, QUEUE, SPECS[0], 1, 0 if state == READY else 100 - job_id % 2, None))
+    if state == SCHEDULED:
+        columns = columns.picked(sorted(range(5), key=lambda i: (columns.dues[i], columns.ids[i])))
+    run = Run(QUEUE, 5, columns, state)
+    run.skip(1)
+    left = sorted(columns.ids[1:])
+    for first in range(14):
+        for last in range(first, 14):
+            assert sorted(run.between(first, last)) == [i for i in left if first <= i <= last]

@@ -462,8 +462,7 @@ def decode_entry(key: bytes, value: bytes, queues: Mapping[int, Any]) -> tuple[E
     entry = Entry(int.from_bytes(key, "big"), queues[number], spec, enqueued_at_ms, due_ms, text)
     entry.attempts, entry.token, entry.deadline_ms, entry.died_at_ms = attempts, token, deadline_ms, died_at_ms
     entry.last_error = last_error
-    entry.segment, entry.offset, entry.length, entry.crc = segment, offset, length, crc
-    entry.size, entry.lsn = size, lsn
+    entry.lies(segment, offset, length, crc, size, lsn)
     return entry, state
 
 

@@ -56,15 +56,13 @@ def _acked(machine: Machine, operations: Sequence[Ack], now_ms: int) -> list[Eve
     events: list[Event] = []
     seen: set[int] = set()
     ids: list[int] = []
-    jobs, queue = machine.jobs, None
+    queue = None
     for operation in operations:
         job_id = operation.id
-        entry = jobs.get(job_id)
-        if entry is None or entry.token != operation.token or entry.state != LEASED or entry.deadline_ms <= now_ms:
-            entry = held(machine, job_id, operation.token, now_ms)
         if job_id in seen:
             raise _settled_twice(operation)
         seen.add(job_id)
+        entry = held(machine, job_id, operation.token, now_ms)
         if entry.queue is not queue:
             queue, ids = entry.queue, []
             events.append(Acked(queue.number, ids))

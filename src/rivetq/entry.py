@@ -69,3 +69,7 @@ class Entry:
         self.lsn = 0
         self.payload: bytes | None = None
         self.indexed = False
+
+    def lies(self, segment: int, offset: int, length: int, crc: int, size: int, lsn: int) -> None:
+        """Where its payload is in the log; `size` is what the job weighs there."""
+        self.segment, self.offset, self.length, self.crc, self.size, self.lsn = segment, offset, length, crc, size, lsn

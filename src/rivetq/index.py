@@ -72,7 +72,8 @@ class Index:
         self._env: lmdb.Environment | None = None
         self._dbs: dict[bytes, Any] = {}
         self._may_write = False
-        self._distrusted = False  # damage was met: no manifest may vouch for this file any more
+        self.distrusted = False
+        """Damage was met: no manifest vouches for this file any more."""
         self.reads = 0
         """Runs that were read back; the engine looks at it to know when to put some away again."""
 
@@ -87,7 +88,7 @@ class Index:
             found = Manifest(**json.loads(unseal(b"manifest", sealed)))
         except (ValueError, TypeError, OSError):
             return None
-        if self._distrusted or found.format != FORMAT or found.log_id != log_id.hex():
+        if self.distrusted or found.format != FORMAT or found.log_id != log_id.hex():
             return None
         return found if self._fingerprint() == (found.size, found.crc) else None
 
@@ -170,7 +171,7 @@ class Index:
         return value
 
     def _damaged(self, what: str, error: Exception) -> StorageError:
-        self._distrusted = True
+        self.distrusted = True
         if self._may_write:  # else an opening is under way, which goes on without the index or changes nothing
             self._withdraw()
         return StorageError(
@@ -196,7 +197,7 @@ class Index:
         key_counts: Mapping[int, int] | None = None,
     ) -> None:
         """One transaction: put, or delete where the value is None; then the manifest. Raises lmdb.Error, OSError."""
-        if self._distrusted:
+        if self.distrusted:
             self._withdraw()
             raise OSError("the index is damaged; the next opening rebuilds it")
         env = self._writable()
@@ -242,7 +243,7 @@ class Index:
     def clear(self) -> None:
         """Remove the index: the next `write` begins an empty one."""
         self.close()
-        self._distrusted = False
+        self.distrusted = False
         with contextlib.suppress(FileNotFoundError):
             if os.path.isdir(self._path) and not os.path.islink(self._path):
                 shutil.rmtree(self._path)

@@ -13,12 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import lmdb
-from crc32c import crc32c
 
 from . import decide
 from .clock import Clock
@@ -36,7 +35,7 @@ from .machine import Machine
 from .owner import DirectoryLock
 from .record import MAX_BODY_BYTES, frame_bytes
 from .recovery import Recovered, recover
-from .run import RUN_JOBS, Columns, Run
+from .run import Columns, Run
 from .segment import Record, Scan, corrupt, read_header
 from .state import Changes, Place
 
@@ -63,10 +62,6 @@ RESIDENT_RUNS = 2
 """Runs at the head of a window that stay in memory: the one that is leased from, and the next."""
 LOOSE_SHARE = 8
 """A job or key that is an object weighs some eight times as much as one in a run."""
-READ_BYTES, READ_GAP_BYTES = 1 << 18, 1 << 12
-"""Payloads that lie this close together are read at once, up to so much."""
-LOOK_EVERY = 16
-"""Records after which an append looks whether a checkpoint is due for the sake of memory."""
 RUNS_READ = 64
 """Runs read back from the index after which those not at a head are put away again."""
 MANY_SEGMENTS = 16
@@ -101,6 +96,7 @@ class LocalEngine(LiveEngine):
         self._fsync = fsync
         self._fsync_interval = fsync_interval
         self._segment_bytes = segment_bytes
+        self._checkpoint_bytes = min(CHECKPOINT_BYTES, segment_bytes)
         self._cache_bytes = cache_bytes
         self._window_jobs = window_jobs
         self._runs_read = 0  # what the index had read back when runs were last put away
@@ -112,24 +108,34 @@ class LocalEngine(LiveEngine):
         self._not_before_s = 0.0  # no checkpoint by itself before this: the last one failed, and each takes all anew
         self._short_of_space = False
         self._checkpoints = self._copied_bytes = 0
+        self._index = Index(self._disk, os.path.join(path, "index"))
         started = time.monotonic()
         try:
             self._disk.make_directory(path)
             self._owner = DirectoryLock(path, clock.wall_ms())
             try:
-                self._index = Index(self._disk, os.path.join(path, "index"))
-                found = recover(self._disk, path, self._index, clock, self._new_machine)
-                super().__init__(found.machine, clock, found.now_ms)
-                self._open_log(found, release_on_open)
-            except BaseException:
-                if hasattr(self, "_index"):
+                try:
+                    self._open(clock, release_on_open)
+                except StorageError as error:
+                    if not self._index.distrusted:
+                        raise
+                    # An opening may end at any point and be made again, as after a crash; now without the index.
+                    logger.warning("rivetq: %s: the index cannot be used, rebuilding it: %s", path, error)
                     self._index.close()
+                    self._open(clock, release_on_open)
+            except BaseException:
+                self._index.close()
                 self._owner.refuse()
                 raise
         except OSError as error:
             raise StorageError(f"{path}: cannot be used as a broker's directory: {error}") from error
         self._recovery_ms = round((time.monotonic() - started) * 1000)
         self.start()
+
+    def _open(self, clock: Clock, release_on_open: bool) -> None:
+        found = recover(self._disk, self._path, self._index, clock, self._new_machine)
+        super().__init__(found.machine, clock, found.now_ms)
+        self._open_log(found, release_on_open)
 
     def _new_machine(self) -> Machine:
         return Machine(cache_bytes=self._cache_bytes, id_block=0 if self._fsync == "always" else RELAXED_ID_BLOCK)
@@ -204,12 +210,7 @@ class LocalEngine(LiveEngine):
             self._begin_segment(snapshot, now_ms, len(body))
         place = self._log.append(body)
         self._unsaved_bytes += len(body)
-        # What waits in memory is counted now and then: it grows slowly.
-        if (
-            self._unsaved_bytes > self._checkpoint_bytes
-            or self._log.wants_space()
-            or (place.lsn % LOOK_EVERY == 0 and self._is_due())
-        ):
+        if self._is_due() or self._log.wants_space():
             self._keeper_poked.set()
         return place
 
@@ -256,44 +257,28 @@ class LocalEngine(LiveEngine):
         self._group.fail(error)
 
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        payloads: list[bytes | None] = []
-        missing: list[int] = []
+        payloads = [entry.payload for entry in entries]
+        missing = []
         for i, entry in enumerate(entries):
-            payload, entry.payload = entry.payload, None  # a later delivery reads it from the log
-            payloads.append(payload)
-            if payload is None:
+            entry.payload = None  # a later delivery reads it from the log
+            if payloads[i] is None:
                 missing.append(i)
-        while missing:
-            # Neighbours in the log are read at once: a batch is one system call, not one a job.
-            first = entries[missing[0]]
-            count, end = 1, first.offset + first.length
-            for i in missing[1:]:
-                entry = entries[i]
-                gap = entry.offset - end
-                if entry.segment != first.segment or not 0 <= gap <= READ_GAP_BYTES or end - first.offset > READ_BYTES:
-                    break
-                count, end = count + 1, entry.offset + entry.length
-            stretch, missing = missing[:count], missing[count:]
-            data = b"" if count == 1 else self._read_stretch(first, end, max(entries[i].lsn for i in stretch))
-            for i in stretch:
-                entry = entries[i]
-                at = entry.offset - first.offset
-                payload = data[at : at + entry.length]
-                whole = count > 1 and len(payload) == entry.length and crc32c(payload) == entry.crc
-                payloads[i] = payload if whole else self._read(entry)
-        return payloads
+        if len(missing) > 1:
+            for i, payload in zip(missing, self._read_many([entries[i] for i in missing]), strict=True):
+                payloads[i] = payload
+        return [
+            self._read(entry) if payload is None else payload for entry, payload in zip(entries, payloads, strict=True)
+        ]
 
-    def _read_stretch(self, first: Entry, end: int, lsn: int) -> bytes:
-        """The bytes of the log from one payload to another; nothing if they cannot be read: each is tried by itself."""
-        try:
-            self._log.write(lsn)
-            return self._log.open_segment(first.segment).read(end - first.offset, first.offset)
-        except (StorageError, OSError):
-            return b""
+    def _read_many(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        """Payloads from the log; None for those that are somewhere else by now."""
+        with self._reading():
+            self._log.write(max(entry.lsn for entry in entries))
+            return self._log.read_many([(entry.segment, entry.offset, entry.length, entry.crc) for entry in entries])
 
     def _read(self, entry: Entry | None) -> bytes | None:
         """A payload from the log; None if the job is gone."""
-        try:
+        with self._reading():
             while entry is not None:
                 self._log.write(entry.lsn)
                 payload = self._log.read(entry.segment, entry.offset, entry.length, entry.crc)
@@ -302,19 +287,21 @@ class LocalEngine(LiveEngine):
                 with self._lock:  # the job was copied and its segment dropped since
                     self._check()
                     entry = self._machine.look(entry.id)
+        return None
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """A log that cannot be read stops the broker."""
+        try:
+            yield
         except (StorageError, OSError) as error:
             self._check()  # closed meanwhile: that is the reason
             self._fail(error)
             if isinstance(error, StorageError):
                 raise
             raise self._failed_error("unknown") from error
-        return None
 
     # The keeper: spares, checkpoints, compaction
-
-    @property
-    def _checkpoint_bytes(self) -> int:
-        return min(CHECKPOINT_BYTES, self._segment_bytes)
 
     def _run_keeper(self) -> None:
         while self._ended is None:
@@ -351,7 +338,7 @@ class LocalEngine(LiveEngine):
         changes = machine.changes
         return changes is not None and (
             self._unsaved_bytes > self._checkpoint_bytes
-            or len(changes.runs) > self._window_jobs // RUN_JOBS
+            or changes.cells > self._window_jobs
             or len(changes.jobs) + len(machine.keys) > self._window_jobs // LOOSE_SHARE
         )
 
@@ -505,13 +492,15 @@ class LocalEngine(LiveEngine):
         that still grows or has payloads in memory."""
         machine = self._machine
         with self._lock:
-            loaded = [
-                run
-                for queue in machine.queues.values()
-                for _, window in queue.waiting()
-                for run in window.runs[RESIDENT_RUNS:]
-                if run.columns is not None and run.columns.payloads is None and run not in window.opens
-            ]
+            windows = [window for queue in machine.queues.values() for _, window in queue.waiting()]
+        loaded: list[Run] = []
+        for window in windows:
+            with self._lock:
+                loaded += [
+                    run
+                    for run in window.runs[RESIDENT_RUNS:]
+                    if run.columns is not None and run.columns.payloads is None and run not in window.opens
+                ]
         for part in _slices(loaded):
             with self._lock:
                 changes = machine.changes
@@ -540,6 +529,7 @@ class LocalEngine(LiveEngine):
             self._unsaved_bytes += unsaved
             changes.jobs |= taken.jobs
             changes.packed |= taken.packed
+            changes.cells += taken.cells
             changes.gone |= taken.gone
             for run in taken.runs:
                 (changes.runs.add if run.left else changes.runs.discard)(run)
@@ -580,7 +570,8 @@ class LocalEngine(LiveEngine):
             self._copy_segment(segment)
             if self._is_due():
                 self._checkpoint()  # so that memory stays bounded
-            self._put_away_all()
+            else:
+                self._put_away_all()
         self._checkpoint()  # which syncs the copies; the index now points at them
         self._change(lambda now_ms: ([SegmentsDropped(upto)], None), sync=False)
         self._sync_all()

@@ -148,7 +148,7 @@ class Machine:
                 window.popped(run, count)
                 self._touch(run)
                 run = part
-                self._touch(part)
+                self._touch(part, part.left)
             else:
                 window.remove(run)
             if run.order_by_id():
@@ -336,14 +336,13 @@ class Machine:
                 window.grown(run, stop - at)
             if keep and not self._keep_payloads:
                 self._cache(columns, sum(lengths[part]) + PAYLOAD_BYTES * (stop - at))
-            self._touch(run)
+            self._touch(run, stop - at)
             at = stop
         size = sum(lengths) + overhead * count if count > 1 else lengths[0] + overhead
         if segment:
             self.live[segment] = self.live.get(segment, 0) + size
-            if keep:
-                if self._cached_bytes > self._cache_bytes:
-                    self._trim_cache()
+        if not self._keep_payloads and self._cached_bytes > self._cache_bytes:
+            self._trim_cache()
         queue.counts[state] += count
         if state == READY:
             self._wake(queue)
@@ -369,18 +368,16 @@ class Machine:
 
     def _enqueue_loose(self, event: Enqueued, at: int, queue: Queue, now_ms: int, place: Place, overhead: int) -> None:
         """Jobs whose ids were told long before (by transactions): they find their place among the others."""
-        columns = Columns()
+        spec = Spec(event.priority, event.max_attempts, event.retry, event.visibility_ms, event.headers)
+        offset = place.body_offset + event.payload_at + sum(event.lengths[:at])
         for i in range(at, len(event.lengths)):
-            offset = place.body_offset + event.payload_at + sum(event.lengths[:i])
-            columns.add_batch(
-                event.first_id + i, event.lengths[i : i + 1], event.crcs[i : i + 1], self._spec(event, columns), now_ms,
-                event.due_ms, (place.segment, offset, place.lsn), overhead,
-                None if event.keys is None else event.keys[i : i + 1],
-                event.payloads[i : i + 1] if self._keep_payloads else None,
-            )  # fmt: skip
-        state = SCHEDULED if event.due_ms > now_ms else READY
-        for i in range(len(columns)):
-            entry = columns.entry(i, queue, state)
+            length = event.lengths[i]
+            key = None if event.keys is None else event.keys[i]
+            entry = Entry(event.first_id + i, queue, spec, now_ms, event.due_ms, key)
+            entry.lies(place.segment, offset, length, event.crcs[i] if event.crcs else 0, length + overhead, place.lsn)
+            entry.payload = event.payloads[i] if self._keep_payloads else None
+            entry.state = SCHEDULED if event.due_ms > now_ms else READY
+            offset += length
             self.jobs[entry.id] = entry
             self._note(entry)
             self._line_up(entry)
@@ -539,9 +536,7 @@ class Machine:
         entry = Entry(event.id, queue, spec, event.enqueued_at_ms, event.due_ms, event.key)
         entry.attempts, entry.token, entry.last_error = event.attempts, event.token, event.last_error
         entry.deadline_ms, entry.died_at_ms = event.deadline_ms, event.died_at_ms
-        entry.segment, entry.offset = place.segment, place.body_offset + event.payload_at
-        entry.length, entry.crc, entry.lsn = event.length, event.crc, place.lsn
-        entry.size = size
+        entry.lies(place.segment, place.body_offset + event.payload_at, event.length, event.crc, size, place.lsn)
         entry.indexed = old is not None and old.indexed
         if old is None and event.key is not None:
             self._hold_key(event.queue, event.key, Key(event.id, place.segment))
@@ -552,19 +547,20 @@ class Machine:
     def _known(self, job_id: int) -> Entry | None:
         """A loose job, which is about to change. What ends a delivery speaks of leased jobs, and these are loose."""
         entry = self.jobs.get(job_id)
-        if entry is not None and self.changes is not None:
-            self.changes.jobs.add(job_id)
+        if entry is not None:
+            self._note(entry)
         return entry
 
     def _note(self, entry: Entry) -> None:
         if self.changes is not None:
             self.changes.jobs.add(entry.id)
 
-    def _touch(self, run: Run) -> None:
-        """A run changed, or was used up."""
+    def _touch(self, run: Run, new: int = 0) -> None:
+        """A run changed (it got so many new jobs), or was used up."""
         changes = self.changes
         if changes is None:
             return
+        changes.cells += new
         if run.left:
             changes.runs.add(run)
         else:
@@ -618,8 +614,7 @@ class Machine:
         found = {i for i in range(first_id, last_id + 1) if i in self.jobs}
         for _, window in self.numbers[number].waiting(priority):
             for run in window.around(first_id, last_id):
-                ids = run.load().ids
-                found.update(i for i in ids[run.at :] if first_id <= i <= last_id)
+                found.update(run.between(first_id, last_id))
         return found
 
     def _wait(self, entry: Entry, due_ms: int, now_ms: int) -> None:
@@ -725,7 +720,7 @@ class Machine:
         else:
             run.load().add(entry)
             window.grown(run, 1)
-        self._touch(run)
+        self._touch(run, 1)
         if state == READY:
             self._wake(entry.queue)
 
@@ -840,7 +835,7 @@ class Machine:
         window.count -= count
         run = Run(entry.queue, entry.spec.priority, columns, state)
         window.insert(run)
-        self._touch(run)
+        self._touch(run, count)
         return True
 
     # Loading and saving

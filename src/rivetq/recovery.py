@@ -22,7 +22,6 @@ import lmdb
 
 from .clock import Clock
 from .codec import decode_record, decode_snapshot
-from .errors import CorruptLogError, FormatError, StorageError
 from .events import Event, SegmentsDropped
 from .index import Index
 from .io import Disk, read_file
@@ -69,15 +68,7 @@ def recover(disk: Disk, directory: str, index: Index, clock: Clock, new_machine:
         return Recovered(machine=new_machine(), log_id=secrets.token_bytes(16), epoch=1, now_ms=clock.wall_ms())
     reader = _Reader(disk, log_directory, numbers)
     reader.check_links()
-    mark_lsn = read_mark(mark, reader.headers[-1].log_id)
-    try:
-        found = reader.recovered(index, new_machine, mark_lsn)
-    except (CorruptLogError, FormatError):
-        raise
-    except StorageError as error:  # a run or key that the replay needs
-        logger.warning("rivetq: the index cannot be used (%s), rebuilding it from the log", error)
-        index.close()
-        found = reader.recovered(index, new_machine, mark_lsn)
+    found = reader.recovered(index, new_machine, read_mark(mark, reader.headers[-1].log_id))
     found.now_ms = _now(clock, reader.headers[-1], found.machine.now_ms)
     return found
 

@@ -139,8 +139,9 @@ class Columns:
             job_id, queue, self.specs[i], self.times[i], self.dues[i], self.keys[i] if self.keys is not None else None
         )
         entry.state = state
-        entry.segment, entry.offset, entry.length = self.segments[i], self.offsets[i], self.lengths[i]
-        entry.crc, entry.size, entry.lsn = self.crcs[i], self.sizes[i], self.lsns[i]
+        entry.lies(
+            self.segments[i], self.offsets[i], self.lengths[i], self.crcs[i], self.sizes[i], self.lsns[i]
+        )  # fmt: skip
         if self.payloads is not None:
             entry.payload = self.payloads[i]
         if self.extras is not None and job_id in self.extras:
@@ -364,6 +365,13 @@ class Run:
                 return -1
         i = bisect_left(ids, job_id, self.at)
         return i if i < len(ids) and ids[i] == job_id else -1
+
+    def between(self, first_id: int, last_id: int) -> Sequence[int]:
+        """The ids in this range, both ends included."""
+        ids = self.load().ids
+        if self.by_due:
+            return [i for i in ids[self.at :] if first_id <= i <= last_id]
+        return ids[bisect_left(ids, first_id, self.at) : bisect_right(ids, last_id, self.at)]
 
     def below(self, limit: Any, start: int) -> int:
         """The first cell from `start` on whose key is not below `limit`."""

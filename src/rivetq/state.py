@@ -131,10 +131,11 @@ class Snapshot:
 class Changes:
     """What a checkpoint has to write: filled by apply, swapped out by the engine."""
 
-    __slots__ = ("gone", "jobs", "packed", "runs")
+    __slots__ = ("cells", "gone", "jobs", "packed", "runs")
 
     def __init__(self) -> None:
         self.jobs: set[int] = set()  # loose jobs
         self.runs: set[Run] = set()
+        self.cells = 0  # jobs that were put into runs: what these weigh in memory
         self.packed: set[int] = set()  # loose jobs that the index knows and that were put into a run since
         self.gone: set[int] = set()  # numbers of saved runs that are used up

@@ -308,9 +308,13 @@ def sentence(name: str, figures: Mapping[str, Any]) -> str:
         )
     if name == "churn":
         most, end, closed, live = (figures[f"{what}_bytes"] / 2**20 for what in ("most", "end", "closed", "live"))
+        metrics = figures["metrics"]
+        written = figures["written_bytes"] / metrics["log_bytes_written"]
+        copied = metrics["copied_bytes"] / metrics["log_bytes_written"]
         return (
             f"{figures['jobs']:,} jobs through a backlog of {scale.CHURN_STANDING:,} in {figures['seconds']:.1f} s: "
-            f"disk at most {most:.0f} MiB, at the end {end:.0f}, closed {closed:.0f}; live {live:.1f}"
+            f"disk at most {most:.0f} MiB, at the end {end:.0f}, closed {closed:.0f}; live {live:.1f}. Written: "
+            f"{written:.2f} times the log (zeros ahead of it and the index included), of which {copied:.2%} are copies"
         )
     return (
         f"an unsynced enqueue beside it: p50 {figures['p50_ms']:.3f} ms, p99 {figures['p99_ms']:.3f}, longest "

@@ -28,6 +28,8 @@ import traceback
 import zlib
 from typing import Any
 
+from inside import inside
+
 from rivetq import Broker, RetryPolicy
 
 QUEUE = "work"
@@ -144,15 +146,14 @@ class _NeverMindError(Exception):
 
 def found(broker: Broker, keys: list[str]) -> dict[str, Any]:
     """All that is there, and what the keys stand for."""
-    with broker._engine._lock:  # type: ignore[attr-defined]
-        broker._engine._machine.check()  # type: ignore[attr-defined]
+    inside(broker).audit()
     jobs = [(j.id, j.state, j.attempts, key_of(j.payload)) for j in broker.jobs(QUEUE, limit=10_000)]
     stats = broker.stats(QUEUE)
     return {
         "jobs": jobs,
         "counted": stats.ready + stats.scheduled + stats.leased + stats.dead,
         "found": {key: broker.find(QUEUE, key) for key in keys},
-        "dropped": broker._engine._machine.oldest_segment - 1,  # type: ignore[attr-defined]
+        "dropped": inside(broker)._machine.oldest_segment - 1,
         "metrics": broker.metrics(),
     }
 

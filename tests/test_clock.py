@@ -119,7 +119,7 @@ def test_a_start_in_another_zone_is_shown_in_utc() -> None:
 @pytest.mark.parametrize("start", [datetime(2026, 1, 1), "2026", True, -1, float("nan"), None])
 def test_a_start_that_is_no_moment_is_refused(start: object) -> None:
     with pytest.raises(UsageError, match=r"^start: "):
-        ManualClock(start=start)  # type: ignore[arg-type]
+        ManualClock(start=start)  # type: ignore[arg-type]  # wrong on purpose
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), True, "1", None])
@@ -127,7 +127,7 @@ def test_a_manual_clock_does_not_move_by_what_is_no_duration(seconds: object) ->
     clock, told = ManualClock(start=0), []
     clock.subscribe(lambda: told.append(1))
     with pytest.raises(UsageError, match=r"^seconds: "):
-        clock.advance(seconds)  # type: ignore[arg-type]
+        clock.advance(seconds)  # type: ignore[arg-type]  # wrong on purpose
     assert (clock.boot_ms(), told) == (0, [])
 
 

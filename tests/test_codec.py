@@ -16,21 +16,7 @@ from crc32c import crc32c
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rivetq.codec import (
-    decode_columns,
-    decode_entry,
-    decode_key_value,
-    decode_record,
-    decode_run,
-    decode_snapshot,
-    encode_entry,
-    encode_key_value,
-    encode_record,
-    encode_run,
-    encode_snapshot,
-    seal,
-    unseal,
-)
+from rivetq.codec import decode_record, decode_snapshot, encode_record, encode_snapshot
 from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
 from rivetq.events import (
     Acked,
@@ -54,6 +40,17 @@ from rivetq.events import (
 from rivetq.model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
 from rivetq.run import Columns, Run
 from rivetq.state import Queue, QueueSnapshot, Snapshot
+from rivetq.values import (
+    decode_columns,
+    decode_entry,
+    decode_key_value,
+    decode_run,
+    encode_entry,
+    encode_key_value,
+    encode_run,
+    seal,
+    unseal,
+)
 
 NOW = 1_772_366_400_000
 
@@ -250,7 +247,7 @@ def test_headers_that_are_read_back_are_read_only_and_absent_ones_are_shared() -
         assert isinstance(found, Enqueued)
         assert found.headers == given_headers
         with pytest.raises(TypeError):
-            found.headers["x"] = "y"  # type: ignore[index]
+            found.headers["x"] = "y"  # type: ignore[index]  # wrong on purpose
         assert given_headers or found.headers is NO_HEADERS
 
 

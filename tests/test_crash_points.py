@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inside import inside
 
 import rivetq.local
 from rivetq import Broker, RetryPolicy, RivetQError
@@ -47,7 +48,7 @@ class MortalDisk(SystemDisk):
         written: int = self._operate(super().pwrite, fd, data, offset)
         return written
 
-    def fdatasync(self, fd: int) -> None:  # type: ignore[override]
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
         self._operate(super().fdatasync, fd)
 
     def create(self, path: str) -> int:
@@ -108,7 +109,7 @@ class Life:
 
 def check(directory: Path, life: Life, clock: ManualClock) -> None:
     with Broker(directory, segment_bytes=SEGMENT_BYTES, fsync="never", clock=clock) as broker:
-        broker._engine._machine.check()  # type: ignore[attr-defined]
+        inside(broker).audit()
         present = {job.id for job in broker.jobs("q")}
         for key, job_id in life.there.items():
             assert broker.find("q", key) == job_id, f"{key} is lost"

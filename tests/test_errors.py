@@ -152,4 +152,4 @@ class OwnError(LeaseLostError):
 )
 def test_an_error_without_its_facts_cannot_be_made(kind: type[RivetQError], facts: dict[str, object]) -> None:
     with pytest.raises(TypeError):
-        kind("m", **facts)  # type: ignore[call-arg]
+        kind("m", **facts)  # type: ignore[call-arg]  # each kind with its own facts

@@ -132,7 +132,7 @@ def test_a_record_that_became_durable_while_the_lock_was_waited_for_needs_no_syn
         def __exit__(self, *_: object) -> None:
             lock.release()
 
-    desk.group._lock = Meanwhile()  # type: ignore[assignment]
+    desk.group._lock = Meanwhile()  # type: ignore[assignment]  # a lock that does something in between
     desk.group.wait(5)
     assert desk.log.syncs == 0
     desk.group._lock = lock
@@ -287,7 +287,7 @@ def interrupt_the_parked(monkeypatch: pytest.MonkeyPatch, ready: Callable[[Any],
                 def release(self) -> None:
                     pass
 
-            self.lock = Lock()  # type: ignore[assignment]
+            self.lock = Lock()  # type: ignore[assignment]  # a lock that tells who takes it
 
     monkeypatch.setattr(rivetq.group, "_Waiter", Interrupted)
 
@@ -389,7 +389,7 @@ def hold_a_round(desk: Desk, callers: int) -> int:
 
 def arrange(desk: Desk, meanwhile: Callable[[], None], *, in_time: bool) -> PatientLock:
     lock = PatientLock(meanwhile, in_time=in_time)
-    desk.group._arrived = lock  # type: ignore[assignment]
+    desk.group._arrived = lock  # type: ignore[assignment]  # a lock that tells who takes it
     return lock
 
 

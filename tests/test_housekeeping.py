@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from inside import inside
 
 import rivetq.local
 import rivetq.machine
 from rivetq import Broker
 from rivetq.io import SystemDisk
-from rivetq.local import MANY_SEGMENTS, LocalEngine
+from rivetq.local import MANY_SEGMENTS
 from rivetq.testing import ManualClock
 
 
@@ -39,11 +40,11 @@ def test_many_openings_do_not_leave_many_segments(tmp_path: Path) -> None:
         with Broker(tmp_path / "data", clock=clock, fsync="never") as broker:
             if not broker.stats().enqueued:
                 broker.enqueue("q", b"old", delay=86_400)
-            broker._engine._keep(overdue=False)  # type: ignore[attr-defined]  # the keeper's round, now
+            inside(broker)._keep(overdue=False)
     assert len(list((tmp_path / "data" / "log").glob("*.log"))) <= MANY_SEGMENTS + 2
     with Broker(tmp_path / "data", clock=clock) as broker:
         assert [job.payload for job in broker.jobs("q")] == [b"old"]
-        broker._engine._machine.check()  # type: ignore[attr-defined]
+        inside(broker).audit()
 
 
 def test_one_old_job_never_pins_the_log(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_one_old_job_never_pins_the_log(tmp_path: Path) -> None:
             lease = broker.lease("q")
             assert lease is not None
             lease.ack()
-            broker._engine._keep(overdue=False)  # type: ignore[attr-defined]
+            inside(broker)._keep(overdue=False)
         metrics = broker.metrics()
         assert metrics["log_bytes_written"] > 1_000_000
         assert metrics["log_bytes"] <= 2 * 65_536 + 2.5 * metrics["live_bytes"] + 10_000
@@ -69,7 +70,7 @@ def test_a_loop_of_releases_and_extends_does_not_grow_the_log(tmp_path: Path) ->
             assert lease is not None
             lease.extend(60)
             lease.release()
-        broker._engine._keep(overdue=False)  # type: ignore[attr-defined]
+        inside(broker)._keep(overdue=False)
         assert broker.metrics()["log_bytes_written"] > 400_000
         assert broker.metrics()["log_bytes"] <= 3 * 65_536
 
@@ -84,8 +85,8 @@ def test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key(
         lease = broker.lease("q")
         assert lease is not None
         lease.release()  # a job that came back is taken by itself, not in a run
-        engine = broker._engine
-        take_jobs = engine._take_jobs  # type: ignore[attr-defined]
+        engine = inside(broker)
+        take_jobs = engine._take_jobs
 
         def end_meanwhile(ids: list[int]) -> object:
             items = take_jobs(ids) if ended == "after its slice" else None
@@ -102,7 +103,7 @@ def test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key(
         with Broker(tmp_path / "killed", clock=clock) as broker:
             assert broker.find("q", "k") == job_id
             assert broker.enqueue("q", b"again", idempotency_key="k") == job_id
-            broker._engine._machine.check()  # type: ignore[attr-defined]
+            inside(broker).audit()
     clock.advance(86_400)
     with Broker(tmp_path / "killed", clock=clock) as broker:
         assert broker.find("q", "k") is None
@@ -113,8 +114,7 @@ def test_a_job_that_leaves_its_run_while_a_checkpoint_is_taken_is_in_the_index_o
 ) -> None:
     clock = ManualClock()
     with Broker(tmp_path / "data", clock=clock, fsync="never") as broker:
-        engine = broker._engine
-        assert isinstance(engine, LocalEngine)
+        engine = inside(broker)
         broker.enqueue_many("q", [b"job"] * 4)
         for lease in broker.lease_many("q", 4):
             lease.release()
@@ -134,11 +134,11 @@ def test_a_job_that_leaves_its_run_while_a_checkpoint_is_taken_is_in_the_index_o
         broker.checkpoint()
         monkeypatch.undo()
         assert len(taken) == 4
-        state = engine._machine.dump()
+        state = engine.dump()
         shutil.copytree(tmp_path / "data", tmp_path / "killed", ignore=shutil.ignore_patterns("spare-*"))
     with Broker(tmp_path / "killed", clock=clock, release_on_open=False) as broker:
-        broker._engine._machine.check()  # type: ignore[attr-defined]
-        assert broker._engine._machine.dump() == state  # type: ignore[attr-defined]
+        inside(broker).audit()
+        assert inside(broker).dump() == state
 
 
 def test_a_checkpoint_that_failed_is_not_tried_again_at_every_call(
@@ -151,10 +151,10 @@ def test_a_checkpoint_that_failed_is_not_tried_again_at_every_call(
         raise OSError(28, "No space left on device")
 
     with Broker(tmp_path / "data", clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
-        monkeypatch.setattr(broker._engine._index, "write", fail)  # type: ignore[attr-defined]
+        monkeypatch.setattr(inside(broker)._index, "write", fail)
         for _ in range(50):
             broker.enqueue("q", b"x" * 5_000)
-            broker._engine._keep(overdue=False)  # type: ignore[attr-defined]
+            inside(broker)._keep(overdue=False)
         assert 1 <= len(tried) <= 2  # by this round, or by the keeper's own at the same time
         monkeypatch.undo()
         broker.checkpoint()  # on demand it is tried at once
@@ -189,7 +189,7 @@ def test_damage_in_the_index_that_a_call_meets_costs_a_rebuild_and_no_job(tmp_pa
                 broker.cancel(2048 + 70)
         broker.enqueue("q", b"still at work")
     with Broker(path, clock=clock) as broker:
-        broker._engine._machine.check()  # type: ignore[attr-defined]  # the public face has no such verb
+        inside(broker).audit()
         assert broker.cancel(2048 + 70)
         assert broker.stats("q").ready == 8 * 1024 + 1
 
@@ -212,7 +212,7 @@ def test_damage_in_the_index_that_an_opening_meets_costs_a_rebuild_and_no_job(
         shutil.copytree(path, tmp_path / "killed", ignore=shutil.ignore_patterns("spare-*"))
     clock.advance(60 + 4)  # a part of the damaged run is due
     with Broker(tmp_path / "killed", clock=clock) as broker:
-        broker._engine._machine.check()  # type: ignore[attr-defined]  # the public face has no such verb
+        inside(broker).audit()
         stats = broker.stats("q")
         assert (stats.purged, stats.ready + stats.scheduled) == ((0, 8 * 1024 + 1) if due else (8 * 1024 + 1, 0))
         assert "rebuilding it" in caplog.text

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rivetq import QueueConfig, RateLimit, RetryPolicy, StorageError
-from rivetq.codec import encode_entry, encode_run, seal
 from rivetq.entry import READY
 from rivetq.events import Acked, Enqueued, Event, Leased, QueueConfigured, QueueCreated
 from rivetq.index import MAP_BYTES, Index
 from rivetq.io import SystemDisk
+from rivetq.keys import Key
 from rivetq.machine import Machine
-from rivetq.state import Key, Place
+from rivetq.state import Place
+from rivetq.values import encode_entry, encode_run, seal
 
 LOG_ID = bytes(range(16))
 KEY = (1).to_bytes(4, "big") + b"spent"
@@ -77,7 +78,7 @@ class Desk:
     def save(self, machine: Machine, applied_lsn: int = 9) -> None:
         self.index.write(
             LOG_ID, applied_lsn, machine.snapshot(), jobs=jobs_in(machine), runs=runs_in(machine),
-            keys=machine.keys.items(), key_counts=machine.key_counts,
+            keys=machine.keys.changed.items(), key_counts=machine.keys.counts,
         )  # fmt: skip
 
     def loaded(self) -> Machine:
@@ -130,9 +131,9 @@ def test_a_machine_comes_back_as_it_was_saved(desk: Desk) -> None:
     assert loaded.dump() == machine.dump()
     loaded.check()
     assert loaded.snapshot() == machine.snapshot()
-    assert loaded.live == machine.live
+    assert loaded.live_bytes() == machine.live_bytes()
     assert loaded.next_token == 10
-    assert loaded.key_counts == machine.key_counts == {1: 1}
+    assert loaded.keys.counts == machine.keys.counts == {1: 1}
     places = {e.id: (e.segment, e.offset, e.size) for e in loaded.everything()}
     assert places == {e.id: (e.segment, e.offset, e.size) for e in machine.everything()}
     assert len(loaded.jobs) == len(machine.jobs) == 1
@@ -143,7 +144,7 @@ def test_what_was_loaded_needs_no_saving(desk: Desk) -> None:
     loaded = desk.loaded()
     assert loaded.changes is not None
     assert (loaded.changes.jobs, loaded.changes.runs, loaded.changes.gone) == (set(), set(), set())
-    assert (loaded.keys, loaded.frozen) == ({}, {})
+    assert (loaded.keys.changed, loaded.keys.frozen) == ({}, {})
     assert all(entry.indexed for entry in loaded.jobs.values())
 
 
@@ -152,13 +153,13 @@ def test_a_later_write_changes_what_it_names_and_nothing_else(desk: Desk) -> Non
     desk.save(machine)
     machine.apply(Acked(1, [3]), 12, Place(1, 0, 20))
     gone: list[tuple[bytes, bytes | None]] = [((n).to_bytes(8, "big"), None) for n in (3, 99)]
-    key = machine.key(1, "kéy 2")
+    key = machine.keys.get(1, "kéy 2")
     assert key is not None
     keys = {(1, "spent"): Key(0, 0), (1, "kéy 2"): key}
     desk.index.write(LOG_ID, 20, machine.snapshot(), jobs=gone, keys=keys.items(), key_counts={1: 1})
     loaded = desk.loaded()
     assert sorted(e.id for e in loaded.everything()) == [2, 4, 5]
-    assert loaded.key(1, "spent") is None
+    assert loaded.keys.get(1, "spent") is None
     loaded.check()
     assert loaded.numbers[1].acked == 2
     assert desk.manifest()["applied_lsn"] == 20
@@ -329,7 +330,7 @@ def test_a_run_that_is_written_again_replaces_the_one_with_its_number(desk: Desk
     desk.save(machine, applied_lsn=50)
     loaded = desk.loaded()
     assert loaded.dump() == machine.dump()
-    assert loaded.live == machine.live
+    assert loaded.live_bytes() == machine.live_bytes()
     assert loaded.next_run == machine.next_run
     loaded.check()
 
@@ -349,8 +350,8 @@ def test_a_loaded_machine_goes_on_like_the_one_that_was_saved(desk: Desk, limit:
                 each.apply(Acked(1, ids[::2]), 6_000, Place(2, 0, 81))
         each.check()
     assert loaded.dump() == machine.dump()
-    assert loaded.live == machine.live
-    assert loaded.key_counts == machine.key_counts
+    assert loaded.live_bytes() == machine.live_bytes()
+    assert loaded.keys.counts == machine.keys.counts
 
 
 def test_an_index_that_was_never_opened_has_nothing_to_reopen(desk: Desk) -> None:

@@ -34,7 +34,7 @@ class Recorder(SystemDisk):
         self._note("pwrite")
         return os.pwrite(fd, data[: self._most], offset)
 
-    def fdatasync(self, fd: int) -> None:  # type: ignore[override]
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
         self._note("fdatasync")
         os.fsync(fd)
 

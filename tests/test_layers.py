@@ -13,7 +13,8 @@ FLOORS = [
     # words
     "errors", "model", "events", "clock", "engine",
     # pure
-    "backoff", "ratelimit", "entry", "run", "window", "state", "machine", "decide", "codec", "record",
+    "backoff", "ratelimit", "entry", "run", "window", "keys", "state", "machine", "decide",
+    "fields", "codec", "values", "record",
     # files
     "io", "owner", "segment", "log", "index", "recovery",
     # engines
@@ -22,7 +23,7 @@ FLOORS = [
     "broker", "__init__",
 ]  # fmt: skip
 TESTING = {"testing/__init__", "testing/clock", "testing/plugin", "testing/conformance"}
-PURE = {"backoff", "ratelimit", "entry", "run", "window", "state", "machine", "decide", "codec", "record"}
+PURE = set(FLOORS[FLOORS.index("backoff") : FLOORS.index("io")])
 DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}
 IO_MODULES = {"os", "io", "time", "threading", "socket", "fcntl", "shutil", "pathlib", "logging"}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import lmdb
 import pytest
+from inside import inside
 
 from rivetq import Broker, LeaseLostError, LeaseRef, RateLimit, RetryPolicy, UsageError
 from rivetq.index import Index
@@ -25,12 +26,12 @@ AGAIN = pytest.mark.parametrize("again", ["closed", "crashed", "crashed, without
 
 
 def dump(broker: Broker) -> dict[str, Any]:
-    found: dict[str, Any] = broker._engine.dump()  # type: ignore[attr-defined]
+    found: dict[str, Any] = inside(broker).dump()
     return found
 
 
 def check(broker: Broker) -> None:
-    broker._engine._machine.check()  # type: ignore[attr-defined]
+    inside(broker).audit()
 
 
 def crash(broker: Broker) -> Path:
@@ -423,7 +424,7 @@ def test_the_log_is_compacted_by_itself(tmp_path: Path) -> None:
     with Broker(tmp_path / "q", segment_bytes=SMALL, fsync="never") as broker:
         old = broker.enqueue("q", b"old", delay=5000)
         end = time.monotonic() + 20
-        while broker._engine._machine.oldest_segment < 10:  # type: ignore[attr-defined]
+        while inside(broker)._machine.oldest_segment < 10:
             broker.enqueue_many("q", [bytes(1000)] * 20)
             broker.ack_many(broker.lease_many("q", 20))
             assert time.monotonic() < end, "nothing is compacted"
@@ -474,7 +475,7 @@ def test_a_payload_of_16_mib_comes_back_as_it_was(tmp_path: Path, segment_bytes:
 def test_sync_makes_durable_in_a_relaxed_mode(tmp_path: Path, fsync: Any) -> None:
     with Broker(tmp_path / "q", fsync=fsync, fsync_interval=3600) as broker:
         broker.enqueue("q", b"the first reserves ids, which is synced in every mode")
-        log = broker._engine._log  # type: ignore[attr-defined]
+        log = inside(broker)._log
         for _ in range(3):
             before = broker.metrics()["fsyncs"]
             broker.enqueue_many("q", [b"x"] * 5)
@@ -494,12 +495,12 @@ def test_interval_syncs_by_itself_and_never_does_not(tmp_path: Path) -> None:
             broker.enqueue("q", b"x")
             broker.sync()
             broker.enqueue("q", b"y")
-        log = often._engine._log  # type: ignore[attr-defined]
+        log = inside(often)._log
         end = time.monotonic() + 10
         while log.durable_lsn < log.written_lsn:
             assert time.monotonic() < end, "nobody syncs"
             time.sleep(0.005)
-        log = never._engine._log  # type: ignore[attr-defined]
+        log = inside(never)._log
         assert log.durable_lsn < log.written_lsn
 
 

@@ -56,7 +56,7 @@ class FaultyDisk(SystemDisk):
         self._note("pwrite")
         return os.pwrite(fd, data, offset)
 
-    def fdatasync(self, fd: int) -> None:  # type: ignore[override]
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
         self._note("fdatasync")
         os.fsync(fd)
 
@@ -223,7 +223,7 @@ def test_a_writer_that_waited_for_another_finds_its_record_written(desk: Desk) -
         def __exit__(self, *_: object) -> None:
             log._write_lock = lock
 
-    lock, log._write_lock = log._write_lock, Meanwhile()  # type: ignore[assignment]
+    lock, log._write_lock = log._write_lock, Meanwhile()  # type: ignore[assignment]  # a lock that does something in between
     desk.disk.done.clear()
     log.write(1)
     assert desk.disk.done == []

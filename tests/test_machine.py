@@ -32,11 +32,12 @@ from rivetq.events import (
     Retried,
     SegmentsDropped,
 )
+from rivetq.keys import Key
 from rivetq.machine import NEVER_MS, RIPE_JOBS, Machine
 from rivetq.model import NO_HEADERS, QueueConfig, QueueStats, RateLimit, RetryPolicy, read_only
 from rivetq.ratelimit import TokenBucket
 from rivetq.run import PAYLOAD_BYTES, Columns, Run
-from rivetq.state import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Key, Place, Queue, Snapshot
+from rivetq.state import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Queue, Snapshot
 from rivetq.window import Window
 
 NOW = 1_000_000
@@ -173,14 +174,14 @@ def test_each_job_of_a_batch_knows_where_its_payload_is() -> None:
     assert [e.crc for e in jobs] == [1000, 1001, 1002]
     assert {(e.segment, e.lsn, e.length, e.payload) for e in jobs} == {(1, 1, 10, None)}
     assert {e.size for e in jobs} == {10 + RECORD_BYTES // 3 + JOB_BYTES}
-    assert bench.machine.live == {1: sum(e.size for e in jobs)}
+    assert bench.machine.live_bytes() == {1: sum(e.size for e in jobs)}
 
 
 def test_without_files_the_payload_stays_with_the_job() -> None:
     bench = Bench(keep_payloads=True)
     bench.enqueue(2, length=3)
     assert [bench.job(i).payload for i in (1, 2)] == [b"AAA", b"BBB"]
-    assert bench.machine.live == {}
+    assert bench.machine.live_bytes() == {}
     assert bench.machine.changes is None
 
 
@@ -289,7 +290,7 @@ def test_an_acked_job_is_gone_and_counted() -> None:
     bench.apply(Acked(MAIL, [1, 2]))
     assert bench.states() == {}
     assert (bench.machine.jobs, bench.mail.acked) == ({}, 2)
-    assert bench.machine.live == {1: 0}
+    assert bench.machine.live_bytes() == {1: 0}
 
 
 def test_a_retried_job_waits_in_its_place_with_its_error() -> None:
@@ -385,7 +386,7 @@ def test_an_event_about_an_unknown_job_is_skipped(event: Event) -> None:
 def test_the_totals_of_an_event_about_unknown_jobs_are_counted(event: Event, total: str) -> None:
     machine = Bench().machine
     machine.apply(event, NOW, Place(1, 0, 2))
-    expected = 1 if isinstance(event, Cancelled) else len(event.ids)  # type: ignore[union-attr]
+    expected = 1 if isinstance(event, Cancelled) else len(event.ids)  # type: ignore[union-attr]  # every other event here has ids
     assert getattr(machine.queues["mail"], total) == expected
 
 
@@ -465,7 +466,7 @@ def test_an_enqueue_of_a_known_job_replaces_it() -> None:
     entry = bench.job(1)
     assert (entry.state, entry.attempts, entry.token) == (READY, 0, 0)
     assert bench.machine.find("mail", "k", NOW) == 1
-    assert bench.machine.live == {1: entry.size}
+    assert bench.machine.live_bytes() == {1: entry.size}
 
 
 def test_a_known_job_that_is_enqueued_again_is_still_in_the_index() -> None:
@@ -675,19 +676,19 @@ def test_a_key_outlives_its_job_by_the_window_of_the_queue(end: Event) -> None:
     bench.apply(end)
     assert bench.machine.find("mail", "k", NOW + 999) == 1
     assert bench.machine.find("mail", "k", NOW + 1000) is None
-    assert bench.machine.live == {1: KEY_BYTES}
+    assert bench.machine.live_bytes() == {1: KEY_BYTES}
     bench.apply(at=NOW + 999)
-    assert bench.machine.keys.keys() == {(MAIL, "k")}
+    assert bench.machine.keys.changed.keys() == {(MAIL, "k")}
     bench.apply(at=NOW + 1000)
     bench.machine.check()
-    assert (bench.machine.keys, bench.machine.live) == ({}, {1: 0})
+    assert (bench.machine.keys.changed, bench.machine.live_bytes()) == ({}, {1: 0})
 
 
 def test_without_a_window_a_key_ends_with_its_job() -> None:
     bench = Bench(config=QueueConfig(idempotency_ttl=0))
     bench.enqueue(keys=["k"])
     bench.apply(Cancelled(MAIL, 1))
-    assert bench.machine.keys == {}
+    assert bench.machine.keys.changed == {}
     assert bench.machine.find("mail", "k", NOW) is None
 
 
@@ -715,7 +716,7 @@ def test_the_end_of_a_job_leaves_a_key_alone_that_stands_for_another_by_now() ->
     """So a replay finds it that starts from a checkpoint which took the key's next job already."""
     bench = keyed()
     bench.lease(1)
-    keys = bench.machine.keys
+    keys = bench.machine.keys.changed
     keys[MAIL, "k"].job_id = 50
     bench.machine.apply(Acked(MAIL, [1]), NOW, bench.place)
     assert bench.machine.jobs == {}
@@ -731,7 +732,7 @@ def test_the_end_of_a_job_leaves_a_key_alone_that_stands_for_another_by_now() ->
 def test_a_batch_holds_the_keys_of_those_that_have_one() -> None:
     bench = Bench()
     bench.enqueue(3, keys=["a", None, "c"])
-    assert {name: key.job_id for name, key in bench.machine.keys.items()} == {(MAIL, "a"): 1, (MAIL, "c"): 3}
+    assert {name: key.job_id for name, key in bench.machine.keys.changed.items()} == {(MAIL, "a"): 1, (MAIL, "c"): 3}
     assert [bench.job(i).key for i in (1, 2, 3)] == ["a", None, "c"]
 
 
@@ -741,7 +742,7 @@ def test_without_files_a_key_weighs_nothing() -> None:
     bench.apply(Cancelled(MAIL, 1))
     bench.apply(at=NOW + TTL_MS)
     bench.machine.check()
-    assert (bench.machine.live, bench.machine.keys) == ({}, {})
+    assert (bench.machine.live_bytes(), bench.machine.keys.changed) == ({}, {})
 
 
 # Copies and segments
@@ -763,7 +764,7 @@ def test_a_copied_job_is_the_same_job_in_another_place(state: int) -> None:
     assert bench.machine.dump() == before
     assert (bench.states(), bench.machine.next_wakeup_ms()) == (states, wakeup)
     assert (entry.segment, entry.offset, entry.lsn, entry.size) == (2, 5007, 77, 10 + COPY_BYTES)
-    assert bench.machine.live == {1: 0, 2: entry.size}
+    assert bench.machine.live_bytes() == {1: 0, 2: entry.size}
     assert entry.indexed
     assert bench.machine.changes is not None
     assert 1 in bench.machine.changes.jobs
@@ -810,18 +811,18 @@ def test_a_copied_key_moves_to_its_new_segment_and_keeps_its_end() -> None:
     bench.apply(Cancelled(MAIL, 1))
     bench.place = Place(2, 0, 9)
     bench.apply(KeyCopied(MAIL, "k", 1, NOW + 1000))
-    assert bench.machine.live == {1: 0, 2: KEY_BYTES}
+    assert bench.machine.live_bytes() == {1: 0, 2: KEY_BYTES}
     assert bench.machine.find("mail", "k", NOW + 999) == 1
     bench.apply(at=NOW + 1000)
-    assert bench.machine.keys == {}
+    assert bench.machine.keys.changed == {}
 
 
 def test_a_copied_key_that_is_unknown_comes_to_be() -> None:
     bench = Bench()
     bench.apply(KeyCopied(MAIL, "k", 7, NOW + 1000))
     assert bench.machine.find("mail", "k", NOW) == 7
-    assert bench.machine.keys.keys() == {(MAIL, "k")}
-    assert bench.machine.key_counts == {1: 1}
+    assert bench.machine.keys.changed.keys() == {(MAIL, "k")}
+    assert bench.machine.keys.counts == {1: 1}
 
 
 def test_dropped_segments_are_forgotten() -> None:
@@ -831,7 +832,7 @@ def test_dropped_segments_are_forgotten() -> None:
         bench.enqueue()
     bench.apply(Cancelled(MAIL, 1), Cancelled(MAIL, 2), Cancelled(MAIL, 3))
     bench.apply(SegmentsDropped(2))
-    assert bench.machine.live.keys() == {3, 4}
+    assert bench.machine.live_bytes().keys() == {3, 4}
     assert bench.machine.oldest_segment == 3
     bench.apply(SegmentsDropped(1))
     assert bench.machine.oldest_segment == 3
@@ -846,7 +847,7 @@ def test_what_ends_after_its_segment_was_dropped_is_not_subtracted_from_anything
     bench.machine.apply(Cancelled(MAIL, 2), NOW + 1000, Place(2, 0, 10))
     bench.machine.advance(NOW + 1000)
     bench.machine.check()
-    assert bench.machine.live == {}
+    assert bench.machine.live_bytes() == {}
 
 
 # What a checkpoint has to write
@@ -891,7 +892,7 @@ class Shelf:
 
     def copy(self) -> Shelf:
         again = Shelf()
-        again.runs, again.keys = dict(self.runs), dict(self.keys)
+        again.runs, again.keys.changed = dict(self.runs), dict(self.keys)
         return again
 
 
@@ -920,9 +921,9 @@ def save(machine: Machine, shelf: Shelf) -> None:
         del shelf.runs[number]
     for job_id in taken.jobs & machine.jobs.keys():
         machine.jobs[job_id].indexed = True
-    shelf.write_keys(machine.freeze_keys())
-    machine.frozen = {}
-    machine.shelf = shelf
+    shelf.write_keys(machine.keys.freeze())
+    machine.keys.frozen = {}
+    machine.keys.shelf = shelf
 
 
 def runs_of(machine: Machine) -> list[Run]:
@@ -1031,15 +1032,15 @@ def test_a_job_in_the_index_that_was_put_into_a_run_is_to_be_removed_whatever_be
 def test_every_key_that_changed_is_to_be_written_until_a_checkpoint_has_it() -> None:
     bench, shelf = keyed(), Shelf()
     machine = bench.machine
-    assert machine.keys.keys() == {(MAIL, "k")}
+    assert machine.keys.changed.keys() == {(MAIL, "k")}
     save(machine, shelf)
     machine.check()
-    assert (machine.keys, shelf.keys) == ({}, {(MAIL, "k"): (1, 0, 1)})
+    assert (machine.keys.changed, shelf.keys) == ({}, {(MAIL, "k"): (1, 0, 1)})
     bench.apply(Cancelled(MAIL, 1))
-    assert machine.keys.keys() == {(MAIL, "k")}
+    assert machine.keys.changed.keys() == {(MAIL, "k")}
     save(machine, shelf)
     machine.check()
-    assert (machine.keys, shelf.keys) == ({}, {(MAIL, "k"): (1, NOW + 1000, 1)})
+    assert (machine.keys.changed, shelf.keys) == ({}, {(MAIL, "k"): (1, NOW + 1000, 1)})
     assert machine.find("mail", "k", NOW + 999) == 1
     assert machine.find("mail", "k", NOW + 1000) is None
 
@@ -1050,16 +1051,16 @@ def test_the_end_of_a_key_in_the_index_is_to_be_written() -> None:
     bench.apply(Cancelled(MAIL, 1))
     save(machine, shelf)
     bench.apply(at=NOW + 999)
-    machine.sweep_keys([(MAIL, "k"), (MAIL, "unknown")], bench.now)
-    assert machine.keys == {}, "its window is not over"
+    machine.keys.sweep([(MAIL, "k"), (MAIL, "unknown")], bench.now)
+    assert machine.keys.changed == {}, "its window is not over"
     bench.apply(at=NOW + 1000)
-    machine.sweep_keys([(MAIL, "k")], bench.now)
+    machine.keys.sweep([(MAIL, "k")], bench.now)
     machine.check()
-    assert {name: key.job_id for name, key in machine.keys.items()} == {(MAIL, "k"): 0}
-    assert (machine.live, machine.key_counts) == ({1: 0}, {1: 0})
+    assert {name: key.job_id for name, key in machine.keys.changed.items()} == {(MAIL, "k"): 0}
+    assert (machine.live_bytes(), machine.keys.counts) == ({1: 0}, {1: 0})
     save(machine, shelf)
     machine.check()
-    assert (machine.keys, shelf.keys) == ({}, {})
+    assert (machine.keys.changed, shelf.keys) == ({}, {})
 
 
 def test_a_key_of_a_living_job_or_of_another_one_by_now_is_not_swept() -> None:
@@ -1067,7 +1068,7 @@ def test_a_key_of_a_living_job_or_of_another_one_by_now_is_not_swept() -> None:
     bench.apply(Cancelled(MAIL, 1))
     save(bench.machine, shelf)
     bench.machine.apply(enqueued(2, keys=["k"]), NOW + 1000, bench.place)
-    bench.machine.sweep_keys([(MAIL, "k")], NOW + 1000)
+    bench.machine.keys.sweep([(MAIL, "k")], NOW + 1000)
     bench.machine.check()
     assert bench.machine.find("mail", "k", NOW + 1000) == 2
 
@@ -1076,7 +1077,7 @@ def test_a_key_that_never_was_in_the_index_leaves_nothing_to_write() -> None:
     bench = keyed()
     bench.apply(Cancelled(MAIL, 1))
     bench.apply(at=NOW + 1000)
-    assert bench.machine.keys == {}
+    assert bench.machine.keys.changed == {}
 
 
 def test_a_key_in_the_index_that_is_used_again_is_to_be_written() -> None:
@@ -1085,23 +1086,23 @@ def test_a_key_in_the_index_that_is_used_again_is_to_be_written() -> None:
     save(bench.machine, shelf)
     bench.machine.apply(enqueued(2, keys=["k"]), NOW + 1000, bench.place)
     bench.machine.check()
-    assert {name: key.job_id for name, key in bench.machine.keys.items()} == {(MAIL, "k"): 2}
-    assert bench.machine.key_counts == {1: 0}
+    assert {name: key.job_id for name, key in bench.machine.keys.changed.items()} == {(MAIL, "k"): 2}
+    assert bench.machine.keys.counts == {1: 0}
 
 
 def test_keys_are_found_while_a_checkpoint_writes_them_and_change_beside_it() -> None:
     bench = Bench(config=QueueConfig(idempotency_ttl=1))
     bench.enqueue(3, keys=["a", "b", "c"])
     machine = bench.machine
-    frozen = machine.freeze_keys()
+    frozen = machine.keys.freeze()
     with pytest.raises(AssertionError, match="one checkpoint at a time"):
-        machine.freeze_keys()
+        machine.keys.freeze()
     assert [machine.find("mail", text, NOW) for text in "abc"] == [1, 2, 3]
     bench.apply(Cancelled(MAIL, 2), QueueConfigured(MAIL, QueueConfig(idempotency_ttl=0)), Cancelled(MAIL, 3))
     machine.check()
     assert {text: key.expires_ms for (_, text), key in frozen.items()} == {"a": 0, "b": 0, "c": 0}, "as they were"
     assert [machine.find("mail", text, NOW) for text in "abc"] == [1, 2, None]
-    assert {text: key.job_id for (_, text), key in machine.keys.items()} == {"b": 2, "c": 0}
+    assert {text: key.job_id for (_, text), key in machine.keys.changed.items()} == {"b": 2, "c": 0}
 
 
 def test_keys_that_a_failed_checkpoint_took_are_still_to_be_written_and_still_end() -> None:
@@ -1109,19 +1110,19 @@ def test_keys_that_a_failed_checkpoint_took_are_still_to_be_written_and_still_en
     bench.enqueue(3, keys=["a", "b", "c"])
     bench.apply(Cancelled(MAIL, 1), Cancelled(MAIL, 2))
     machine = bench.machine
-    machine.freeze_keys()
+    machine.keys.freeze()
     bench.machine.apply(enqueued(4, keys=["b"]), NOW, bench.place)
     assert machine.next_wakeup_ms() is None
     assert machine.wake_ms == NEVER_MS
     machine.thaw_keys()
     machine.check()
-    assert machine.frozen == {}
+    assert machine.keys.frozen == {}
     assert machine.wake_ms == NOW + 1000
-    assert {text: key.job_id for (_, text), key in machine.keys.items()} == {"a": 1, "b": 4, "c": 3}
+    assert {text: key.job_id for (_, text), key in machine.keys.changed.items()} == {"a": 1, "b": 4, "c": 3}
     bench.apply(at=NOW + 1000)
     machine.check()
     assert [machine.find("mail", text, bench.now) for text in "abc"] == [None, 4, 3]
-    assert machine.keys.keys() == {(MAIL, "b"), (MAIL, "c")}
+    assert machine.keys.changed.keys() == {(MAIL, "b"), (MAIL, "c")}
 
 
 # Saving and loading
@@ -1133,10 +1134,10 @@ def reload(machine: Machine, entries: Iterable[tuple[Entry, int]] = (), shelf: S
     for entry, state in entries:
         again.load_entry(entry, state)
     if shelf is not None:
-        again.shelf = shelf
+        again.keys.shelf = shelf
         for number, saved in shelf.runs.items():
             again.load_run(*shelved(number, saved, again, shelf))
-        again.load_key_counts(machine.key_counts.items())
+        again.keys.load_counts(machine.keys.counts.items())
     return again
 
 
@@ -1202,7 +1203,7 @@ def test_loaded_jobs_are_where_they_were_and_nothing_about_them_is_to_be_written
     assert again.woken == {"mail"}
     again.check()
     assert again.dump() == bench.machine.dump()
-    assert again.live == bench.machine.live
+    assert again.live_bytes() == bench.machine.live_bytes()
     assert again.next_run == bench.machine.next_run
     assert again.jobs.keys() == {2, 3, 4}
     assert all(entry.indexed for entry in again.jobs.values())
@@ -1245,8 +1246,8 @@ def test_a_loaded_key_keeps_its_end_and_need_not_be_written() -> None:
     again.check()
     assert again.find("mail", "k", NOW + 999) == 1
     assert again.find("mail", "k", NOW + 1000) is None
-    assert again.live == {1: KEY_BYTES}
-    assert again.keys == {}
+    assert again.live_bytes() == {1: KEY_BYTES}
+    assert again.keys.changed == {}
 
 
 def test_without_files_nothing_is_noted_for_an_index() -> None:
@@ -1271,13 +1272,13 @@ def test_a_key_that_was_saved_after_its_job_gets_its_end_from_the_log() -> None:
     bench, shelf = keyed(), Shelf()
     again = loaded(bench, shelf)
     shelf.keys[MAIL, "k"] = (1, NOW + 1000, 1)
-    again.load_key_counts([(1, 1)])
+    again.keys.load_counts([(1, 1)])
     again.apply(Cancelled(MAIL, 1), NOW + 5, Place(1, 0, 9))
     again.check()
     assert again.find("mail", "k", NOW + 1004) == 1
-    assert again.key_counts == {1: 1}
+    assert again.keys.counts == {1: 1}
     again.advance(NOW + 1005)
-    assert {name: key.job_id for name, key in again.keys.items()} == {(MAIL, "k"): 0}
+    assert {name: key.job_id for name, key in again.keys.changed.items()} == {(MAIL, "k"): 0}
 
 
 def test_a_key_that_was_saved_with_the_next_job_is_left_alone_by_the_end_of_the_one_before() -> None:
@@ -1285,7 +1286,7 @@ def test_a_key_that_was_saved_with_the_next_job_is_left_alone_by_the_end_of_the_
     again = loaded(bench, shelf)
     shelf.keys[MAIL, "k"] = (2, 0, 1)
     again.apply(Cancelled(MAIL, 1), NOW + 5, Place(1, 0, 9))
-    assert (again.keys, again.key_counts) == ({}, {})
+    assert (again.keys.changed, again.keys.counts) == ({}, {})
     again.apply(enqueued(2, keys=["k"]), NOW + 2000, Place(1, 0, 10))
     again.check()
     assert again.find("mail", "k", NOW + 2000) == 2
@@ -1514,10 +1515,10 @@ def test_a_copied_job_in_a_run_goes_on_waiting_where_it_is() -> None:
     assert bench.machine.jobs == {}
     for entry in (bench.job(1), bench.job(3)):
         assert (entry.segment, entry.offset, entry.lsn, entry.size) == (2, 5007, 77, 10 + COPY_BYTES)
-    assert bench.machine.live == {1: bench.job(2).size, 2: 2 * (10 + COPY_BYTES)}
+    assert bench.machine.live_bytes() == {1: bench.job(2).size, 2: 2 * (10 + COPY_BYTES)}
     bench.machine.apply(SegmentsDropped(2), NOW, Place(3, 0, 79))
     bench.machine.apply(copied(bench.job(1)), NOW, Place(3, 100, 80))
-    assert bench.machine.live == {3: 10 + COPY_BYTES}, "of a segment that is gone nothing is subtracted"
+    assert bench.machine.live_bytes() == {3: 10 + COPY_BYTES}, "of a segment that is gone nothing is subtracted"
 
 
 def test_many_copies_in_order_become_a_run_again_and_others_find_their_place() -> None:
@@ -1551,7 +1552,7 @@ def test_a_purge_of_many_leaves_the_rest_of_each_run() -> None:
         bench.apply(Purged(MAIL, [2, 3, 5, 6, 7, 8, 9, 13]))
         assert bench.states() == {"ready": [1, 4, 10, 11, 12], "scheduled": [14]}
         assert bench.mail.purged == 8
-        assert {text: key.expires_ms for (_, text), key in bench.machine.keys.items()} == {
+        assert {text: key.expires_ms for (_, text), key in bench.machine.keys.changed.items()} == {
             "k1": 0, "k3": NOW + 1000, "k5": NOW + 1000, "k7": NOW + 1000, "k9": NOW + 1000,
         }  # fmt: skip
 
@@ -1563,7 +1564,7 @@ def test_a_job_that_comes_again_after_its_segment_was_dropped_is_not_subtracted_
     bench.machine.apply(SegmentsDropped(1), NOW, Place(2, 0, 9))
     bench.place = Place(2, 0, 10)
     apply_uncounted(bench, enqueued(1))
-    assert bench.machine.live == {2: bench.job(1).size}
+    assert bench.machine.live_bytes() == {2: bench.job(1).size}
 
 
 def test_a_purge_after_its_segment_was_dropped_subtracts_nothing() -> None:
@@ -1572,7 +1573,7 @@ def test_a_purge_after_its_segment_was_dropped_subtracts_nothing() -> None:
     machine = bench.machine
     machine.apply(SegmentsDropped(1), NOW, Place(2, 0, 9))
     machine.apply(Purged(MAIL, [1, 3]), NOW, Place(2, 0, 10))
-    assert machine.live == {}
+    assert machine.live_bytes() == {}
     assert machine.queues["mail"].ids(READY) == [2]
 
 
@@ -1840,23 +1841,23 @@ def damage_totals(bench: Bench) -> None:
 
 
 def damage_key_of_a_living_job(bench: Bench) -> None:
-    bench.machine.keys[MAIL, "k"].expires_ms = NOW + 1
+    bench.machine.keys.changed[MAIL, "k"].expires_ms = NOW + 1
 
 
 def damage_key_of_nobody(bench: Bench) -> None:
-    bench.machine.keys[MAIL, "k"].job_id = 99
+    bench.machine.keys.changed[MAIL, "k"].job_id = 99
 
 
 def damage_key_of_another(bench: Bench) -> None:
-    bench.machine.keys[MAIL, "k"].job_id = 2
+    bench.machine.keys.changed[MAIL, "k"].job_id = 2
 
 
 def damage_key_of_another_queue(bench: Bench) -> None:
-    bench.machine.keys[AUDIT, "k"] = bench.machine.keys.pop((MAIL, "k"))
+    bench.machine.keys.changed[AUDIT, "k"] = bench.machine.keys.changed.pop((MAIL, "k"))
 
 
 def damage_key_counts(bench: Bench) -> None:
-    bench.machine.key_counts[1] = 1
+    bench.machine.keys.counts[1] = 1
 
 
 def damage_state(bench: Bench) -> None:
@@ -2034,7 +2035,7 @@ class Writer:
         ]
         events += [
             KeyCopied(number, text, key.job_id, key.expires_ms)
-            for (number, text), key in machine.all_keys().items()
+            for (number, text), key in machine.keys.all().items()
             if key.expires_ms and key.segment <= upto
         ]
         if events:
@@ -2086,8 +2087,8 @@ class Capture:
         self.snapshot = machine.snapshot()
         self.jobs = {i: clone(entry, machine.numbers) for i, entry in machine.jobs.items()}
         self.runs = [take_run(run, machine) for run in runs_of(machine)]
-        self.keys = dict(machine.keys)
-        self.key_counts = dict(machine.key_counts)
+        self.keys = dict(machine.keys.changed)
+        self.key_counts = dict(machine.keys.counts)
 
     def index(self, jobs: dict[int, tuple[Entry, int]], last: Capture) -> Index:
         """The counters and runs of this moment, and the keys of a later one."""
@@ -2107,8 +2108,8 @@ def recovered(index: Index | None, log: Sequence[tuple[int, Event, int, Place]],
             machine.load_entry(*clone_as(entry, state, machine.numbers))
         for number, saved in sorted(index.shelf.runs.items()):
             machine.load_run(*shelved(number, saved, machine, index.shelf))
-        machine.load_key_counts(index.key_counts.items())
-        machine.shelf = index.shelf
+        machine.keys.load_counts(index.key_counts.items())
+        machine.keys.shelf = index.shelf
     for _, event, at_ms, place in log:
         machine.advance(max(machine.now_ms, at_ms))
         machine.apply(event, at_ms, place)
@@ -2124,10 +2125,10 @@ def clone_as(entry: Entry, state: int, queues: dict[int, Queue]) -> tuple[Entry,
 def same_state(found: Machine, expected: Machine) -> None:
     for machine in (found, expected):
         # A key that ended on the shelf weighs something until the keeper sweeps it.
-        machine.sweep_keys(list(machine.all_keys()), machine.now_ms)
+        machine.keys.sweep(list(machine.keys.all()), machine.now_ms)
     assert found.dump() == expected.dump()
-    assert {s: n for s, n in found.key_counts.items() if n} == {s: n for s, n in expected.key_counts.items() if n}
-    assert {s: n for s, n in found.live.items() if n} == {s: n for s, n in expected.live.items() if n}
+    assert {s: n for s, n in found.keys.counts.items() if n} == {s: n for s, n in expected.keys.counts.items() if n}
+    assert {s: n for s, n in found.live_bytes().items() if n} == {s: n for s, n in expected.live_bytes().items() if n}
     assert found.oldest_segment == expected.oldest_segment
     assert found.next_id == max(expected.next_id, expected.reserved_id)
     assert found.next_wakeup_ms() == expected.next_wakeup_ms()
@@ -2234,7 +2235,7 @@ class Keeper:
         """With calls of somebody else's wherever there is room for them; if it fails, nothing was written."""
         writer, machine = self.writer, self.writer.machine
         calls = iter(meanwhile)
-        machine.sweep_keys(self.shelf.ended_keys(machine.now_ms), machine.now_ms)
+        machine.keys.sweep(self.shelf.ended_keys(machine.now_ms), machine.now_ms)
         for state, window in machine.crowded(0):
             while machine.pack(state, window, 2):
                 self.call(calls)
@@ -2252,7 +2253,7 @@ class Keeper:
                 if entry is not None:
                     entry.indexed = True
             self.call(calls)
-        keys, key_counts = machine.freeze_keys(), dict(machine.key_counts)
+        keys, key_counts = machine.keys.freeze(), dict(machine.keys.counts)
         self.call(calls)
         if fails:
             self.take_back(taken)
@@ -2269,8 +2270,8 @@ class Keeper:
         self.shelf.write_keys(keys)
         self.index, self.lsn = Index(snapshot, self.jobs, self.shelf, key_counts), lsn
         self.call(calls)
-        machine.frozen = {}
-        machine.shelf = self.shelf
+        machine.keys.frozen = {}
+        machine.keys.shelf = self.shelf
         self.put_away([run for run, *_ in runs])
 
     def take_back(self, taken: Changes) -> None:

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from inside import inside
 from model import Model, Policy, Rate, RefusedError
 
 import rivetq.local
@@ -448,8 +449,7 @@ class BrokerBesideModel(RuleBasedStateMachine):
 
     @invariant()
     def they_look_the_same(self):
-        with self.broker._engine._lock:
-            self.broker._engine._machine.check()
+        inside(self.broker).audit()
         for job_id in self.model.undecided():
             job = self.broker.get(job_id)
             assert job is not None, f"job {job_id} is gone"

@@ -376,7 +376,7 @@ def test_headers_refuse_every_change(change: Callable[[Any], object]) -> None:
 def test_headers_work_where_a_dict_does() -> None:
     headers = read_only({"a": "1", "b": "2"})
     assert json.loads(json.dumps(headers)) == dict(**headers) == {"a": "1", "b": "2"}
-    assert headers | {"c": "3"} == {"a": "1", "b": "2", "c": "3"}  # type: ignore[operator]
+    assert headers | {"c": "3"} == {"a": "1", "b": "2", "c": "3"}  # type: ignore[operator]  # headers are a dict to their readers
 
 
 def test_equal_headers_hash_alike_in_any_order() -> None:

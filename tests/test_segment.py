@@ -89,7 +89,7 @@ class Recorder(SystemDisk):
         self._note("zeros" if not any(data) else "pwrite", offset, len(data))
         return os.pwrite(fd, data, offset)
 
-    def fdatasync(self, fd: int) -> None:  # type: ignore[override]
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
         self._note("fdatasync")
         os.fsync(fd)
 

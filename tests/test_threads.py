@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inside import inside
 
 import rivetq.live
 from rivetq import Broker, BrokerClosedError, LeaseLostError, LeaseRef, RetryPolicy
@@ -64,7 +65,7 @@ def opened(tmp_path: Path, fsync: str, **options: Any) -> Broker:
 def await_waiting(broker: Broker, queue: str, count: int) -> None:
     """Return once so many leases wait for the queue."""
     end = time.monotonic() + PATIENCE
-    while len(broker._engine._lessees.get(queue, ())) < count:  # type: ignore[attr-defined]
+    while len(inside(broker)._lessees.get(queue, ())) < count:
         assert time.monotonic() < end, "nobody waits"
         time.sleep(0.001)
 
@@ -135,12 +136,12 @@ def test_after_a_drain_every_job_was_acked_once_and_no_two_held_one_at_a_time(
             assert tokens == sorted(set(tokens)), f"job {job_id}: tokens {tokens} do not increase"
         stats = broker.stats("q")
         assert (stats.enqueued, stats.acked) == (len(put), len(put))
-        broker._engine._machine.check()  # type: ignore[attr-defined]
+        inside(broker).audit()
         if fsync != ":memory:":
-            state = broker._engine.dump()  # type: ignore[attr-defined]
+            state = inside(broker).dump()
     if fsync != ":memory:":
         with opened(tmp_path, fsync) as broker:
-            assert broker._engine.dump() == state  # type: ignore[attr-defined]
+            assert inside(broker).dump() == state
 
 
 @pytest.mark.usefixtures("restless")
@@ -185,12 +186,12 @@ def test_calls_go_on_while_the_log_is_rotated_checkpointed_and_compacted(tmp_pat
                     over.set()
 
         in_threads(8, work)
-        broker._engine._machine.check()  # type: ignore[attr-defined]
+        inside(broker).audit()
         assert {job.id for job in broker.jobs("q", limit=10_000)} == put - acked
         assert all(broker.find("q", f"{number}.{n}") for number in range(3, 8) for n in range(60))
-        state = broker._engine.dump()  # type: ignore[attr-defined]
+        state = inside(broker).dump()
     with Broker(tmp_path / "q", segment_bytes=65_536) as broker:
-        assert broker._engine.dump() == state  # type: ignore[attr-defined]
+        assert inside(broker).dump() == state
 
 
 # -- Group commit
@@ -318,13 +319,13 @@ def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(
         second.join(PATIENCE / 4)
         first.join(PATIENCE / 4)
         assert (died, got) == (["first"], [job_id])
-        assert not broker._engine._lessees  # type: ignore[attr-defined]
+        assert not inside(broker)._lessees
 
 
 def test_a_wait_that_ends_leaves_nobody_behind(tmp_path: Path) -> None:
     with Broker(tmp_path / "q") as broker:
         in_threads(8, lambda number: broker.lease(["q", "r"], wait=0.01))
-        assert not broker._engine._lessees  # type: ignore[attr-defined]
+        assert not inside(broker)._lessees
 
 
 # -- The end
@@ -397,7 +398,7 @@ def test_close_amid_calls_ends_them_all_and_leaves_nothing_behind(tmp_path: Path
         present = {job.id for job in broker.jobs("put", limit=10_000)}
         assert set(answered) <= present, "what was answered before the end is lost"
         assert broker.stats("q").ready == 50
-        broker._engine._machine.check()  # type: ignore[attr-defined]
+        inside(broker).audit()
 
 
 class HeldDisk(SystemDisk):
@@ -408,7 +409,7 @@ class HeldDisk(SystemDisk):
         self.gate.set()
         self.met = threading.Event()
 
-    def fdatasync(self, fd: int) -> None:  # type: ignore[override]
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
         if not self.gate.is_set():
             self.met.set()
         self.gate.wait(PATIENCE)
@@ -431,7 +432,7 @@ def test_close_waits_for_the_sync_that_a_call_has_under_way(
             assert disk.met.wait(PATIENCE)
             broker.close()
         else:
-            while broker._engine._ended is None:  # type: ignore[attr-defined]
+            while inside(broker)._ended is None:
                 time.sleep(0.001)
             time.sleep(0.1)  # for close() to come as far as it can
             disk.gate.set()

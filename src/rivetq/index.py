@@ -27,22 +27,14 @@ from typing import Any, NamedTuple
 import lmdb
 from crc32c import crc32c
 
-from .codec import (
-    decode_columns,
-    decode_entry,
-    decode_key_value,
-    decode_run,
-    decode_snapshot,
-    encode_key_value,
-    encode_snapshot,
-    seal,
-    unseal,
-)
+from .codec import decode_snapshot, encode_snapshot
 from .errors import StorageError
 from .io import DIRECTORY_MODE, FILE_MODE, Disk, read_file, replace_file
+from .keys import Key
 from .machine import Machine
 from .run import Columns
-from .state import Key, Snapshot
+from .state import Snapshot
+from .values import decode_columns, decode_entry, decode_key_value, decode_run, encode_key_value, seal, unseal
 
 FORMAT = 2
 MAP_BYTES = 2**40  # address space, not memory; halved until the system grants it
@@ -110,9 +102,9 @@ class Index:
                 for key, value in _items(env, txn, b"runs"):
                     machine.load_run(*decode_run(bytes(key), value, queues, self))
                 counts = unseal(_COUNTS_KEY, bytes(txn.get(_COUNTS_KEY) or b""))
-                machine.load_key_counts(json.loads(counts))
+                machine.keys.load_counts(json.loads(counts))
             self._dbs = _handles(env)
-            machine.shelf = self
+            machine.keys.shelf = self
         except BaseException:
             self.close()
             raise

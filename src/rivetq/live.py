@@ -475,6 +475,20 @@ class LiveEngine:
         """In the child: no lock is touched, its holder does not exist here."""
         self._ended = "forked"
 
+    # For tests: a look at everything, while the threads of the engine stand still
+
+    def dump(self) -> dict[str, Any]:
+        """The machine's whole state in canonical order."""
+        with self._lock:
+            return self._machine.dump()
+
+    def audit(self) -> None:
+        """See `Machine.check`."""
+        with self._lock:
+            self._machine.check()
+
+    # Housekeeping: nothing to do without files
+
     def maintain(self, verb: str) -> None:
         self._check()
 

@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ import lmdb
 
 from . import decide
 from .clock import Clock
-from .codec import decode_record, encode_entry, encode_record, encode_run, encode_snapshot
+from .codec import decode_record, encode_record, encode_snapshot
 from .engine import Capabilities
 from .entry import Entry
 from .errors import DiskFullError, StorageError, UsageError
@@ -38,6 +38,7 @@ from .recovery import Recovered, recover
 from .run import Columns, Run
 from .segment import Record, Scan, corrupt, read_header
 from .state import Changes, Place
+from .values import encode_entry, encode_run
 
 logger = logging.getLogger("rivetq")
 
@@ -48,12 +49,11 @@ CHECKPOINT_BYTES = 64 * 2**20
 """Log that a recovery may have to replay, about; a smaller segment lowers it."""
 CHECKPOINT_S = 30.0
 SLICE = 50
-"""Jobs per hold of the lock during a checkpoint, and per breath: some 200 us."""
-BREATH_S = 0.0001
+"""Jobs per hold of the lock during a checkpoint: some 200 us."""
+WORK_S, REST_S = 0.001, 0.0001
 """A background thread that computes without a pause makes every other thread wait for the interpreter's 5 ms switch
-interval after each of its system calls; one that sleeps for a moment after each slice does not."""
-RUNS_SLICE = 4
-"""Runs that are encoded between two breaths."""
+interval after each of its system calls; one that rests for a moment after each millisecond of work does not. It does
+not rest more often, since it may wait that long itself to go on."""
 SWEEP_KEYS = 100_000
 """Ended keys that one checkpoint removes at most."""
 PACK_SLICE = 128
@@ -106,6 +106,7 @@ class LocalEngine(LiveEngine):
         self._sync_poked = threading.Event()
         self._unsaved_bytes = 0  # log written since the last checkpoint began
         self._not_before_s = 0.0  # no checkpoint by itself before this: the last one failed, and each takes all anew
+        self._rested_s = 0.0  # when the keeper last gave way to others
         self._short_of_space = False
         self._checkpoints = self._copied_bytes = 0
         self._index = Index(self._disk, os.path.join(path, "index"))
@@ -339,7 +340,7 @@ class LocalEngine(LiveEngine):
         return changes is not None and (
             self._unsaved_bytes > self._checkpoint_bytes
             or changes.cells > self._window_jobs
-            or len(changes.jobs) + len(machine.keys) > self._window_jobs // LOOSE_SHARE
+            or len(changes.jobs) + len(machine.keys.changed) > self._window_jobs // LOOSE_SHARE
         )
 
     def _run_sync(self) -> None:
@@ -428,13 +429,13 @@ class LocalEngine(LiveEngine):
             # What is in a run now is written with it, whoever takes it out before its slice.
             loose = taken.jobs & machine.jobs.keys()
         try:
-            jobs = [item for part in _slices(sorted(loose)) for item in self._take_jobs(part)]
+            jobs = [item for part in self._slices(sorted(loose)) for item in self._take_jobs(part)]
             jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs - loose]
             with self._lock:
                 # Last: a job that ended after `lsn` and before its slice is gone from the index, and replay skips the
                 # end of a job that it does not know: the key that it left behind must be in the index as well.
-                keys = machine.freeze_keys()
-                key_counts = dict(machine.key_counts)
+                keys = machine.keys.freeze()
+                key_counts = dict(machine.keys.counts)
                 last_lsn = self._last_lsn()
             self._wait_durable(last_lsn)  # the index is never ahead of the disk
             try:
@@ -442,12 +443,12 @@ class LocalEngine(LiveEngine):
                     self._log_id,
                     lsn,
                     snapshot,
-                    jobs=_paced(jobs),
+                    jobs=self._paced(jobs),
                     runs=chain(
-                        _paced([(number.to_bytes(8, "big"), None) for number in sorted(taken.gone)]),
-                        map(_encode_run, _paced(runs, RUNS_SLICE)),
+                        self._paced([(number.to_bytes(8, "big"), None) for number in sorted(taken.gone)]),
+                        map(_encode_run, self._paced(runs)),
                     ),
-                    keys=_paced(list(keys.items())),
+                    keys=self._paced(list(keys.items())),
                     key_counts=key_counts,
                 )
                 self._checkpoints += 1
@@ -461,24 +462,40 @@ class LocalEngine(LiveEngine):
             self._take_back(taken, unsaved)
             raise
         with self._lock:
-            machine.frozen = {}
-            machine.shelf = self._index
+            machine.keys.written(self._index)
         self._put_away_all()
 
     def _tidy(self) -> None:
         """Before a checkpoint: ended keys go, and what lies about loose is put into runs."""
         machine = self._machine
-        for part in _slices(self._index.ended_keys(machine.now_ms, SWEEP_KEYS)):
+        for part in self._slices(self._index.ended_keys(machine.now_ms, SWEEP_KEYS)):
             with self._lock:
-                machine.sweep_keys(part, machine.now_ms)
+                machine.keys.sweep(part, machine.now_ms)
         with self._lock:
             crowded = machine.crowded(self._window_jobs // LOOSE_SHARE)
         for state, window in crowded:
             more = True
             while more:
-                time.sleep(BREATH_S)
+                self._rest()
                 with self._lock:
                     more = machine.pack(state, window, PACK_SLICE)
+
+    # The pace of the keeper. Caller holds _keeper_lock.
+
+    def _rest(self) -> None:
+        if time.monotonic() - self._rested_s > WORK_S:
+            time.sleep(REST_S)
+            self._rested_s = time.monotonic()
+
+    def _slices(self, items: list[Any]) -> Iterator[list[Any]]:
+        for start in range(0, len(items), SLICE):
+            yield items[start : start + SLICE]
+            self._rest()
+
+    def _paced(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            yield item
+            self._rest()
 
     def _take_run(self, run: Run) -> _TakenRun:
         # Caller holds self._lock.
@@ -501,7 +518,7 @@ class LocalEngine(LiveEngine):
                     for run in window.runs[RESIDENT_RUNS:]
                     if run.columns is not None and run.columns.payloads is None and run not in window.opens
                 ]
-        for part in _slices(loaded):
+        for part in self._slices(loaded):
             with self._lock:
                 changes = machine.changes
                 assert changes is not None
@@ -542,7 +559,7 @@ class LocalEngine(LiveEngine):
         write amplification below 2.
         """
         with self._lock:
-            sizes, live = dict(self._log.sizes), dict(self._machine.live)
+            sizes, live = dict(self._log.sizes), self._machine.live_bytes()
         slack = 0 if self._short_of_space else self._segment_bytes  # on a full disk every byte counts
         total, limit = sum(sizes.values()), 2 * sum(live.values()) + slack
         upto = 0
@@ -558,7 +575,7 @@ class LocalEngine(LiveEngine):
     def _copyable_upto(self) -> int:
         """On demand: the last segment with a fair share of garbage; all before it must go first."""
         with self._lock:
-            sizes, live = dict(self._log.sizes), dict(self._machine.live)
+            sizes, live = dict(self._log.sizes), self._machine.live_bytes()
         return max((s for s in sorted(sizes)[:-1] if live.get(s, 0) <= WORTH_COPYING * sizes[s]), default=0)
 
     def _compact(self, upto: int) -> None:
@@ -581,7 +598,7 @@ class LocalEngine(LiveEngine):
 
     def _copy_segment(self, segment: int) -> None:
         with self._lock:
-            if not self._machine.live.get(segment, 0):
+            if not self._machine.live_bytes().get(segment, 0):
                 return
         batch: list[_Live] = []
         size = 0
@@ -602,7 +619,6 @@ class LocalEngine(LiveEngine):
             return events, None
 
         self._change(plan, enqueues=True, sync=False)
-        time.sleep(BREATH_S)
         self._copied_bytes += sum(len(item.payload) for item in batch)
 
     def _copies(self, segment: int, item: _Live) -> Iterator[Event]:
@@ -617,7 +633,7 @@ class LocalEngine(LiveEngine):
                 entry.crc, item.payload,
             )  # fmt: skip
         elif item.key is not None:
-            key = self._machine.key(item.queue, item.key)
+            key = self._machine.keys.get(item.queue, item.key)
             if key is not None and key.expires_ms and key.segment == segment and key.job_id == item.job_id:
                 yield KeyCopied(item.queue, item.key, key.job_id, key.expires_ms)
 
@@ -627,10 +643,9 @@ class LocalEngine(LiveEngine):
         data = file.read_all()
         upto_lsn = read_header(successor).first_lsn - 1
         scan = Scan(data, read_header(file))
-        for number, record in enumerate(scan.records(upto_lsn)):
+        for record in scan.records(upto_lsn):
             yield from self._live_in(record)
-            if number % RUNS_SLICE == 0:
-                time.sleep(BREATH_S)
+            self._rest()
         if scan.next_lsn <= upto_lsn:
             raise corrupt(file.path, scan.end_in_file, f"record {scan.next_lsn} cannot be read")
 
@@ -694,7 +709,7 @@ class LocalEngine(LiveEngine):
         log = self._log
         with self._lock:
             segments, log_bytes = len(log.sizes), sum(log.sizes.values())
-            live_bytes = sum(self._machine.live.values())
+            live_bytes = sum(self._machine.live_bytes().values())
         return {
             "records": log.records,
             "fsyncs": log.syncs,
@@ -706,13 +721,6 @@ class LocalEngine(LiveEngine):
             "checkpoints": self._checkpoints,
             "recovery_ms": self._recovery_ms,
         }
-
-    # For tests
-
-    def dump(self) -> dict[str, Any]:
-        """The machine's whole state in canonical order."""
-        with self._lock:
-            return self._machine.dump()
 
 
 class _TakenRun(NamedTuple):
@@ -733,17 +741,6 @@ class _Live(NamedTuple):
     priority: int
     key: str | None
     payload: bytes
-
-
-def _slices(items: list[Any], size: int = SLICE) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-        time.sleep(BREATH_S)
-
-
-def _paced(items: list[Any], size: int = SLICE) -> Iterator[Any]:
-    for part in _slices(items, size):
-        yield from part
 
 
 def _encode_run(taken: _TakenRun) -> tuple[bytes, bytes]:

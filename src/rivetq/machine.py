@@ -20,8 +20,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, assert_never
 
-from sortedcontainers import SortedList
-
 from .engine import Delivery
 from .entry import DEAD, LEASED, READY, SCHEDULED, STATES, Entry, Spec
 from .events import (
@@ -43,16 +41,16 @@ from .events import (
     Retried,
     SegmentsDropped,
 )
+from .keys import Key, Keys
 from .model import QueueStats
 from .ratelimit import TokenBucket
-from .run import PAYLOAD_BYTES, RUN_JOBS, Columns, Run, Shelf
+from .run import PAYLOAD_BYTES, RUN_JOBS, Columns, Run
 from .state import (
     COPY_BYTES,
     JOB_BYTES,
     KEY_BYTES,
     RECORD_BYTES,
     Changes,
-    Key,
     Place,
     Queue,
     QueueSnapshot,
@@ -80,10 +78,7 @@ class Machine:
         self.jobs: dict[int, Entry] = {}  # the loose ones: leased, come back, or otherwise not in a run
         self.queues: dict[str, Queue] = {}
         self.numbers: dict[int, Queue] = {}
-        self.keys: dict[tuple[int, str], Key] = {}  # changed since the last checkpoint; without a shelf: all
-        self.frozen: dict[tuple[int, str], Key] = {}  # those that a checkpoint is writing now
-        self.expiring: SortedList[Any] = SortedList()  # (expires_ms, queue number, text) of `keys`
-        self.shelf: Shelf | None = None  # runs and keys that are not in memory
+        self.keys = Keys()
         self.next_id = 1
         self.reserved_id = 1
         self.next_token = 1
@@ -91,8 +86,7 @@ class Machine:
         self.oldest_segment = 1
         self.now_ms = 0  # the latest moment that the state has seen: the time line never steps back
         self.wake_ms = NEVER_MS  # nothing happens by the clock alone before this; may be earlier than what does happen
-        self.live: dict[int, int] = {}  # bytes per segment that are still needed
-        self.key_counts: dict[int, int] = {}  # keys that outlived their job, per segment; their bytes are in `live`
+        self.live: dict[int, int] = {}  # bytes of living jobs per segment; see `live_bytes`
         self.changes: Changes | None = None if keep_payloads else Changes()
         self.woken: set[str] = set()  # queues in which something became ready since the engine last looked
         self._due: list[tuple[int, int, int]] = []  # heap of (due_ms, queue number, priority); stale ones are skipped
@@ -126,10 +120,8 @@ class Machine:
         while due and due[0][0] <= now_ms and room > 0:
             _, number, priority = heapq.heappop(due)
             room -= self._ripen(self.numbers[number], priority, now_ms, room)
-        expiring = self.expiring
-        while expiring and expiring[0][0] <= now_ms and room > 0:
-            _, number, text = expiring[0]
-            self._forget_key(number, text)
+        while room > 0 and (end := self.keys.first_end()) is not None and end[0] <= now_ms:
+            self.keys.forget(*end[1:])
             room -= 1
         self.next_wakeup_ms()
 
@@ -174,7 +166,8 @@ class Machine:
         """When the clock acts next: a delay falls due or a lease ends."""
         lease = self._first_deadline()
         at_ms = min(self._first_due_ms(), NEVER_MS if lease is None else lease[0])
-        self.wake_ms = min(at_ms, self.expiring[0][0]) if self.expiring else at_ms
+        end = self.keys.first_end()
+        self.wake_ms = at_ms if end is None else min(at_ms, end[0])
         return None if at_ms == NEVER_MS else at_ms
 
     def _first_due_ms(self) -> int:
@@ -278,9 +271,9 @@ class Machine:
                 self._hold_key(event.queue, event.key, Key(event.job_id, place.segment, event.expires_ms))
             case SegmentsDropped():
                 self.oldest_segment = max(self.oldest_segment, event.upto + 1)
-                for counted in (self.live, self.key_counts):
-                    for segment in [s for s in counted if s <= event.upto]:
-                        del counted[segment]
+                for segment in [s for s in self.live if s <= event.upto]:
+                    del self.live[segment]
+                self.keys.drop_segments(event.upto)
             case _:
                 assert_never(event)
 
@@ -737,73 +730,28 @@ class Machine:
     def find(self, name: str, text: str, now_ms: int) -> int | None:
         """The id that an idempotency key stands for now."""
         queue = self.queues.get(name)
-        key = None if queue is None else self.key(queue.number, text)
+        key = None if queue is None else self.keys.get(queue.number, text)
         return None if key is None or (key.expires_ms and key.expires_ms <= now_ms) else key.job_id
 
-    def key(self, number: int, text: str) -> Key | None:
-        """A key as it was last changed. Not to be changed itself: a checkpoint may be writing it."""
-        name = (number, text)
-        key = self.keys.get(name) or self.frozen.get(name)
-        if key is None and self.shelf is not None and (found := self.shelf.key(number, text)) is not None:
-            job_id, expires_ms, segment = found
-            key = Key(job_id, segment, expires_ms)
-        return None if key is None or not key.job_id else key
-
     def _hold_key(self, number: int, text: str, key: Key) -> None:
-        """The key stands for another job, or for the same one in another way."""
-        old = self.key(number, text)
-        if old is not None and old.expires_ms:
-            self.expiring.discard((old.expires_ms, number, text))
-            self._count_key(old.segment, -1)
-        self.keys[number, text] = key
+        self.keys.hold(number, text, key)
         if key.expires_ms:
-            self.expiring.add((key.expires_ms, number, text))
             self._expect(key.expires_ms)
-            self._count_key(key.segment, 1)
-
-    def _count_key(self, segment: int, change: int) -> None:
-        if segment >= self.oldest_segment:
-            self.key_counts[segment] = self.key_counts.get(segment, 0) + change
-            self.live[segment] = self.live.get(segment, 0) + KEY_BYTES * change
 
     def _end_key(self, queue: Queue, text: str, job_id: int, segment: int, now_ms: int) -> None:
         """The job ended: its key stands for it until the window is over."""
-        key = self.key(queue.number, text)
+        key = self.keys.get(queue.number, text)
         if key is None or key.job_id != job_id:
             return  # a replay that met the key's next job first
         if queue.ttl_ms:
             self._hold_key(queue.number, text, Key(job_id, segment, now_ms + queue.ttl_ms))
         else:
-            self._forget_key(queue.number, text)
-
-    def _forget_key(self, number: int, text: str) -> None:
-        self._hold_key(number, text, Key(0, 0))
-        if self.shelf is None and not self.frozen:
-            del self.keys[number, text]  # nobody else knows it
-
-    def freeze_keys(self) -> dict[tuple[int, str], Key]:
-        """The changed keys, for a checkpoint to write; looked up there until `thaw_keys` or the shelf has them."""
-        assert not self.frozen, "one checkpoint at a time"
-        self.frozen, self.keys = self.keys, {}
-        self.expiring = SortedList()
-        return self.frozen
+            self.keys.forget(queue.number, text)
 
     def thaw_keys(self) -> None:
-        """The checkpoint did not happen: these keys are still to be written."""
-        for name, key in self.frozen.items():
-            if name not in self.keys:
-                self.keys[name] = key
-                if key.expires_ms:
-                    self.expiring.add((key.expires_ms, *name))
-                    self._expect(key.expires_ms)
-        self.frozen = {}
-
-    def sweep_keys(self, ended: Iterable[tuple[int, str]], now_ms: int) -> None:
-        """Forget keys of the shelf whose window is over."""
-        for number, text in ended:
-            key = self.key(number, text)
-            if key is not None and key.expires_ms and key.expires_ms <= now_ms:
-                self._forget_key(number, text)
+        """See `Keys.thaw`."""
+        self.keys.thaw()
+        self.next_wakeup_ms()
 
     # Memory
 
@@ -883,11 +831,6 @@ class Machine:
         if run.state == READY:
             self._wake(run.queue)
 
-    def load_key_counts(self, counts: Iterable[tuple[int, int]]) -> None:
-        """Keys of the index that outlived their job, per segment."""
-        for segment, count in counts:
-            self._count_key(segment, count)
-
     def start(self, now_ms: int, first_token: int) -> None:
         """After a recovery: told ids are not told again, tokens go on above all former ones, buckets are full."""
         self.next_id = max(self.next_id, self.reserved_id)
@@ -898,6 +841,13 @@ class Machine:
         self.advance(now_ms)
 
     # Looking
+
+    def live_bytes(self) -> dict[int, int]:
+        """What is still needed of each segment."""
+        live = dict(self.live)
+        for segment, count in self.keys.counts.items():
+            live[segment] = live.get(segment, 0) + KEY_BYTES * count
+        return live
 
     def head(self, window: Window, count: int) -> tuple[list[int], list[int], list[int | None]]:
         """The first jobs of a window: ids, attempts so far, visibility timeouts of their own."""
@@ -1008,11 +958,6 @@ class Machine:
                     for i in range(at, len(columns)):
                         yield columns.entry(i, queue, state)
 
-    def all_keys(self) -> dict[tuple[int, str], Key]:
-        """All keys, those of the shelf included; for dumps and checks."""
-        names = {*self.keys, *self.frozen, *(self.shelf.key_names() if self.shelf is not None else ())}
-        return {name: key for name in names if (key := self.key(*name)) is not None}
-
     def dump(self) -> dict[str, Any]:
         """The whole state in canonical order, for comparing two machines."""
         jobs = [
@@ -1024,7 +969,7 @@ class Machine:
         ]  # fmt: skip
         keys = sorted(
             (self.numbers[number].name, text, key.job_id, key.expires_ms)
-            for (number, text), key in self.all_keys().items()
+            for (number, text), key in self.keys.all().items()
             if not key.expires_ms or key.expires_ms > self.now_ms
         )
         queues = sorted(
@@ -1074,12 +1019,11 @@ class Machine:
         for entry in jobs.values():
             live[entry.segment] = live.get(entry.segment, 0) + entry.size
         counts: dict[int, int] = {}
-        for (number, text), key in self.all_keys().items():
+        for (number, text), key in self.keys.all().items():
             job = jobs.get(key.job_id)
             if key.expires_ms:
                 assert job is None, f"key {text!r}: its job {key.job_id} lives and it has an end"
                 counts[key.segment] = counts.get(key.segment, 0) + 1
-                live[key.segment] = live.get(key.segment, 0) + KEY_BYTES
             else:
                 assert job is not None, f"key {text!r} stands for no living job"
                 assert job.key == text, f"key {text!r} stands for job {job.id}, which has {job.key!r}"
@@ -1088,5 +1032,5 @@ class Machine:
             kept.pop(0, None)
         counted = {s: n for s, n in self.live.items() if n and s}
         assert {s: n for s, n in live.items() if n} == counted, f"live bytes: counted {counted}, found {live}"
-        counted = {s: n for s, n in self.key_counts.items() if n and s}
+        counted = {s: n for s, n in self.keys.counts.items() if n and s}
         assert counts == counted, f"keys per segment: counted {counted}, found {counts}"

@@ -18,17 +18,6 @@ RECORD_BYTES, JOB_BYTES, COPY_BYTES, KEY_BYTES = 112, 8, 176, 64
 only, so keys and headers of the caller are not counted."""
 
 
-class Key:
-    """An idempotency key: `expires_ms` 0 while its job lives. Job 0: it is free, but the shelf knows an old one."""
-
-    __slots__ = ("expires_ms", "job_id", "segment")
-
-    def __init__(self, job_id: int, segment: int, expires_ms: int = 0) -> None:
-        self.job_id = job_id
-        self.segment = segment
-        self.expires_ms = expires_ms
-
-
 class Queue:
     """One queue: its configuration, its jobs by state, its totals."""
 

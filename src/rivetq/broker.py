@@ -559,8 +559,8 @@ class Transaction(_Enqueues):
     """Any mix of enqueues and answers over any queues, as one record of the log: all of it or nothing.
 
     Arguments and fences are checked at the call; fences, keys, max_jobs and rates again at the end of the block, which
-    is where everything happens. On an exception nothing happened. Other threads are not blocked meanwhile; use a
-    transaction from one thread.
+    is where everything happens. So a key that an answer of the block frees is free behind the block, not in it. On an
+    exception nothing happened. Other threads are not blocked meanwhile; use a transaction from one thread.
     """
 
     def __init__(self, broker: Broker, engine: Engine) -> None:

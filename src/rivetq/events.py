@@ -4,9 +4,10 @@ Log outcomes, not commands: replay is ``for event in log: machine.apply(event)``
 used, so that a later change to a rule cannot reinterpret an old log. What the clock will say again (a delay that falls
 due, a key's window that ends) is not an event.
 
-Every event can be applied to a state that already includes it or its successors: a checkpoint captures jobs in slices
-while the log goes on, and replay from its start overwrites with the same absolute values. Events about a job that is
-not known are skipped; the totals they carry are counted (docs/design.md, "Replay").
+Every event can be applied to a state that already includes it or its successors: a checkpoint captures single jobs and
+keys in slices while the log goes on, and replay from its start overwrites with the same absolute values. (Jobs in runs
+it captures as they were at its start: they never include what comes.) Events about a job that is not known are skipped;
+the totals they carry are counted (docs/design.md, "Replay").
 
 The classes are plain slotted ones, not frozen: a frozen constructor costs four times as much in the per-call path.
 Treat them as values all the same.

@@ -99,7 +99,7 @@ class Machine:
         self.id_block = id_block
 
     def take_ids(self, count: int) -> int:
-        """The first of `count` ids that nobody else gets; a reservation covers them (see plan_ids)."""
+        """The first of `count` ids that nobody else gets; a reservation covers them (see decide.ids)."""
         first, self.next_id = self.next_id, self.next_id + count
         assert self.next_id <= self.reserved_id, f"ids up to {self.next_id} told, reserved are {self.reserved_id}"
         return first

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import linecache
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
 
 import rivetq.group
-from rivetq.group import PATIENCE, GroupCommit
+from rivetq.group import COMPANY, PATIENCE, GroupCommit
 
 PATIENCE_OF_THE_TEST_S = 20.0
 
@@ -52,7 +55,7 @@ class Desk:
         """A thread appends record `lsn` and waits for it; returns when it leads or is parked."""
         self.log.written_lsn = max(self.log.written_lsn, lsn)
         parked = self.parked()
-        leads = not self.group._leading
+        leads = not self.group._leading and parked + 1 >= min(self.group._company, COMPANY)
 
         def wait() -> None:
             try:
@@ -86,7 +89,7 @@ class Desk:
         return self.answers
 
     def is_idle(self) -> bool:
-        return not self.group._leading and not self.group._waiters and not self.group._enough
+        return not self.group._leading and not self.group._waiters
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -280,12 +283,15 @@ def interrupt_the_parked(monkeypatch: pytest.MonkeyPatch, ready: Callable[[Any],
             waiter = self
 
             class Lock:
-                def acquire(self) -> None:
+                def acquire(self, timeout: float | None = None) -> None:
                     until(lambda: ready(waiter))
                     raise KeyboardInterrupt
 
                 def release(self) -> None:
                     pass
+
+                def locked(self) -> bool:
+                    return True
 
             self.lock = Lock()  # type: ignore[assignment]  # a lock that tells who takes it
 
@@ -352,22 +358,32 @@ def test_a_waiter_that_is_interrupted_when_it_was_already_done_changes_nothing(
 # -- patience
 
 
-class PatientLock:
-    """In place of the lock on which a leader waits for company: notes for how long, and what happens meanwhile."""
+def hold_a_round(desk: Desk, callers: int) -> int:
+    """Two syncs, `callers` in the second one; all know now that they have company, and nobody's patience ends."""
+    for lsn in range(1, callers + 2):
+        desk.call(lsn)
+    desk.disk_answers()
+    desk.sync_begins()
+    desk.disk_answers()
+    desk.all_return()
+    desk.group._sync_s = 1e6
+    return callers + 2
 
-    def __init__(self, meanwhile: Callable[[], None], *, in_time: bool) -> None:
-        self.timeouts: list[float] = []
+
+class ImpatientLock:
+    """A waiter's lock: it notes for how long somebody would wait, and time is over at once, or after `meanwhile`."""
+
+    def __init__(self, timeouts: list[float], meanwhile: Callable[[], None]) -> None:
         self._real = threading.Lock()
-        self._real.acquire()
+        self._timeouts = timeouts
         self._meanwhile = meanwhile
-        self._in_time = in_time
 
     def acquire(self, timeout: float | None = None) -> bool:
         if timeout is None:
             return self._real.acquire()
-        self.timeouts.append(timeout)
+        self._timeouts.append(timeout)
         self._meanwhile()
-        return self._in_time and self._real.acquire(timeout=PATIENCE_OF_THE_TEST_S)
+        return False
 
     def release(self) -> None:
         self._real.release()
@@ -376,117 +392,193 @@ class PatientLock:
         return self._real.locked()
 
 
-def hold_a_round(desk: Desk, callers: int) -> int:
-    """Two syncs, `callers` in the second one; the next leader knows that it has had company."""
-    for lsn in range(1, callers + 2):
-        desk.call(lsn)
-    desk.disk_answers()
-    desk.sync_begins()
-    desk.disk_answers()
-    desk.all_return()
-    return callers + 2
+def lose_patience(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None] = lambda: None) -> list[float]:
+    """The next waiter has an ImpatientLock; the timeouts that it notes."""
+    timeouts: list[float] = []
+
+    class Impatient(rivetq.group._Waiter):
+        __slots__ = ()
+
+        def __init__(self, lsn: int) -> None:
+            super().__init__(lsn)
+            monkeypatch.undo()
+            self.lock = ImpatientLock(timeouts, meanwhile)  # type: ignore[assignment]  # a lock that tells who takes it
+            self.lock.acquire()
+
+    monkeypatch.setattr(rivetq.group, "_Waiter", Impatient)
+    return timeouts
 
 
-def arrange(desk: Desk, meanwhile: Callable[[], None], *, in_time: bool) -> PatientLock:
-    lock = PatientLock(meanwhile, in_time=in_time)
-    desk.group._arrived = lock  # type: ignore[assignment]  # a lock that tells who takes it
-    return lock
-
-
-def park(desk: Desk, lsn: int) -> None:
-    """`call`, where the leader is known to have begun already."""
-    assert desk.group._leading
-    desk.call(lsn)
-
-
-def test_a_leader_that_had_company_lets_it_come_back(desk: Desk) -> None:
+def test_the_last_of_the_company_to_come_back_leads_for_all(desk: Desk) -> None:
     lsn = hold_a_round(desk, 3)
-    lock = arrange(desk, lambda: [park(desk, lsn + n) for n in (1, 2)] and None, in_time=True)
     desk.call(lsn)
+    desk.call(lsn + 1)
+    assert (desk.log.syncs, desk.parked(), desk.group._leading) == (2, 2, False)
+    desk.call(lsn + 2)
     assert desk.log.syncs == 3
     desk.disk_answers()
-    assert desk.all_return()[lsn + 2] is None
+    assert desk.all_return()[lsn] is None
     assert desk.log.syncs == 3, "all of the round in one sync"
-    assert len(lock.timeouts) == 1
-    assert lock.locked(), "ready for the next time"
+    assert desk.is_idle()
 
 
-def test_the_patience_is_a_fraction_of_a_sync(desk: Desk) -> None:
+def test_more_company_than_enough_is_not_waited_for(desk: Desk) -> None:
+    lsn = hold_a_round(desk, COMPANY + 2)
+    for n in range(COMPANY - 1):
+        desk.call(lsn + n)
+    assert desk.log.syncs == 2
+    desk.call(lsn + COMPANY - 1)
+    assert desk.log.syncs == 3
+    desk.disk_answers()
+    desk.all_return()
+
+
+def test_the_patience_is_some_syncs_time_and_the_first_to_come_then_leads(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lsn = hold_a_round(desk, 3)
     desk.group._sync_s = 0.125
-    lock = arrange(desk, lambda: None, in_time=False)
-    desk.call(lsn)
-    assert lock.timeouts == [0.125 * PATIENCE]
-    assert PATIENCE < 1
+    timeouts = lose_patience(monkeypatch)
+    desk.log.written_lsn = lsn
     desk.disk_answers()
-    desk.all_return()
-    assert lock.locked()
+    desk.group.wait(lsn)
+    assert timeouts == [0.125 * PATIENCE]
+    assert 0 < PATIENCE <= 4
+    desk.disk_answers()
+    desk.call(lsn + 1)
+    assert desk.all_return()[lsn + 1] is None, "who was alone in the last round waits for nobody"
     assert desk.is_idle()
 
 
-def test_company_that_comes_as_the_patience_ends_leaves_no_trace(desk: Desk) -> None:
+def test_only_the_first_to_come_has_a_time_limit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    lsn = hold_a_round(desk, 3)
+    desk.call(lsn)
+    timeouts = lose_patience(monkeypatch)
+    desk.call(lsn + 1)
+    desk.call(lsn + 2)
+    desk.disk_answers()
+    desk.all_return()
+    assert timeouts == []
+
+
+def test_whose_patience_ends_as_the_last_one_leads_waits_for_that_sync(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lsn = hold_a_round(desk, 2)
-    lock = arrange(desk, lambda: park(desk, lsn + 1), in_time=False)
+    timeouts = lose_patience(monkeypatch, lambda: desk.call(lsn + 1))
+    thread = threading.Thread(target=desk.group.wait, args=(lsn,), daemon=True)
+    thread.start()
+    until(lambda: desk.log.syncs == 3)
+    desk.disk_answers()
+    thread.join(PATIENCE_OF_THE_TEST_S)
+    desk.all_return()
+    assert (len(timeouts), desk.log.syncs) == (1, 3)
+    assert desk.is_idle()
+
+
+def test_an_interrupted_patient_one_lets_another_lead(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    lsn = hold_a_round(desk, 3)
+    parked = threading.Event()
+    interrupt_the_parked(monkeypatch, lambda waiter: parked.is_set())
     desk.call(lsn)
-    assert lock.locked(), "the release of the last one that came does not cut the next wait short"
+    desk.call(lsn + 1)
+    parked.set()
+    desk.sync_begins()
     desk.disk_answers()
     desk.all_return()
+    assert isinstance(desk.answers[lsn], KeyboardInterrupt)
+    assert desk.answers[lsn + 1] is None
     assert desk.is_idle()
 
 
-def test_company_that_is_there_already_is_not_waited_for(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = arrange(desk, lambda: None, in_time=False)
-    park_really = desk.group._park
-
-    def park_until_all_are_there(waiter: Any) -> None:
-        park_really(waiter)
-        if waiter.leads:
-            park(desk, 4)  # as many are parked now as took part in the last round
-
-    monkeypatch.setattr(desk.group, "_park", park_until_all_are_there)
-    for lsn in (1, 2, 3):
-        desk.call(lsn)
-    desk.disk_answers()
-    desk.sync_begins()
-    assert lock.timeouts == []
-    desk.disk_answers()
-    assert desk.all_return() == dict.fromkeys((1, 2, 3, 4))
-    assert desk.log.syncs == 2
-    assert desk.is_idle()
-
-
-def test_a_lone_caller_never_waits_for_company(desk: Desk) -> None:
-    lock = arrange(desk, lambda: None, in_time=False)
+def test_a_lone_caller_never_waits_for_company(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     for lsn in range(1, 5):
+        timeouts = lose_patience(monkeypatch)
         desk.call(lsn)
         desk.disk_answers()
         desk.all_return()
-    assert lock.timeouts == []
+        assert timeouts == []
     assert desk.log.syncs == 4
+
+
+class QuickLog:
+    """A sync that takes as long as it is told."""
+
+    broken = False
+
+    def __init__(self, sync_s: float = 0.0) -> None:
+        self.sync_s = sync_s
+        self.lock = threading.Lock()
+        self.written_lsn = self.durable_lsn = 0
+
+    def append(self) -> int:
+        with self.lock:
+            self.written_lsn += 1
+            return self.written_lsn
+
+    def sync(self) -> int:
+        with self.lock:
+            lsn = self.written_lsn
+        if self.sync_s:
+            time.sleep(self.sync_s)
+        self.durable_lsn = lsn
+        return lsn
+
+
+def test_an_interrupt_at_any_line_leaves_the_others_alone() -> None:
+    """A KeyboardInterrupt before each line of the module in turn, while other threads commit."""
+    for step in range(10_000):
+        log = QuickLog(0.0002)
+        group = GroupCommit(log)
+        lines = 0
+
+        def trace(frame: FrameType, event: str, arg: object, group: GroupCommit = group, step: int = step) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != rivetq.group.__file__:
+                return None
+            # Leaving a `with` is a line of its own to a trace, but nothing comes between its body and the release.
+            if event == "line" and "with" not in linecache.getline(rivetq.group.__file__, frame.f_lineno):
+                lines += 1
+                if lines == step + 1:
+                    raise KeyboardInterrupt
+            return trace
+
+        def work(log: QuickLog = log, group: GroupCommit = group) -> None:
+            for _ in range(10):
+                lsn = log.append()
+                group.wait(lsn)
+                assert log.durable_lsn >= lsn
+
+        others = [threading.Thread(target=work, daemon=True) for _ in range(3)]
+        for other in others:
+            other.start()
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            for _ in range(5):
+                group.wait(log.append())
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        for other in others:
+            other.join(PATIENCE_OF_THE_TEST_S)
+            assert not other.is_alive(), f"a caller waits for ever: interrupt at step {step}"
+        assert (group._leading, group._waiters, group.failure) == (False, [], None)
+        if lines <= step:
+            break
+    assert step > 20, "the trace saw the module"
 
 
 def test_many_threads_each_find_their_record_durable() -> None:
     """Without the desk: a sync that takes no time, and threads that come back at once."""
-    lock = threading.Lock()
     checked: list[int] = []
-
-    class QuickLog:
-        broken = False
-        written_lsn = durable_lsn = 0
-
-        def sync(self) -> int:
-            with lock:
-                self.durable_lsn = self.written_lsn
-            return self.durable_lsn
-
     log = QuickLog()
     group = GroupCommit(log)
 
     def work() -> None:
         for _ in range(200):
-            with lock:
-                log.written_lsn += 1
-                lsn = log.written_lsn
+            lsn = log.append()
             group.wait(lsn)
             assert log.durable_lsn >= lsn
             checked.append(lsn)

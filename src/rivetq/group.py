@@ -5,9 +5,9 @@ no hand-over. Whoever comes meanwhile parks on a lock of its own. After the sync
 and one of the others, if there are any, is told to lead next. (With a plain mutex around the sync the leader takes it
 again before a waiter has woken, and almost nothing is merged: measured, see docs/design.md.)
 
-A new leader that has just seen company lets the others come back first: they were woken a moment ago and are about to
-append their next records. It waits until as many are parked as took part in the last round, and for a fraction of a
-sync at most; a lone caller never waits.
+Those who were woken a moment ago are about to append their next records. So whoever comes first after a sync that had
+company parks until the others are back, and the last to come leads: it is running anyway, no thread is woken for it.
+The first one's patience ends after a few syncs' time at most; a lone caller never waits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import threading
 import time
 from typing import Protocol
 
-PATIENCE = 0.5
-"""The longest a leader waits for company, as a fraction of what a sync took lately."""
-
+PATIENCE = 2.0
+"""The longest that a caller waits for company, in syncs as they took lately. Until a thread has come back it takes
+several times as long as its work: the interpreter goes from one to the next."""
+COMPANY = 12
+"""As many are company enough: with more threads than that, the next ones gather while the disk is busy."""
 
 _LAST = 2**64  # above every lsn: such a waiter is never covered, it is told to lead in the end
 
@@ -34,11 +36,12 @@ class SyncTarget(Protocol):
 
 
 class _Waiter:
-    __slots__ = ("leads", "lock", "lsn")
+    __slots__ = ("is_patient", "leads", "lock", "lsn")
 
     def __init__(self, lsn: int) -> None:
         self.lsn = lsn
         self.leads = False
+        self.is_patient = False
         self.lock = threading.Lock()
         self.lock.acquire()
 
@@ -50,11 +53,8 @@ class GroupCommit:
         self._target = target
         self._lock = threading.Lock()  # guards all below; held for microseconds, never over a sync
         self._waiters: list[_Waiter] = []
-        self._leading = False
-        self._company = 0  # callers that took part in the last rounds
-        self._enough = 0  # parked callers for whom the patient leader waits; 0: it does not
-        self._arrived = threading.Lock()
-        self._arrived.acquire()
+        self._leading = False  # somebody syncs, or was told to
+        self._company = 1  # callers that took part in the last round
         self._sync_s = 0.0  # how long a sync takes lately
         self.failure: BaseException | None = None
 
@@ -62,102 +62,96 @@ class GroupCommit:
         """Return when the record is on disk. Raises the log's failure, which hits all who wait."""
         if self._target.durable_lsn >= lsn and self.failure is None:
             return
-        with self._lock:
-            if self.failure is not None:
-                raise self.failure
-            if self._target.durable_lsn >= lsn:
-                return
-            waiter = None
-            if self._leading:
-                waiter = _Waiter(lsn)
-                self._waiters.append(waiter)
-                if self._enough and len(self._waiters) >= self._enough:
-                    self._enough = 0
-                    self._arrived.release()
-            self._leading = True
-        if waiter is not None:
-            self._park(waiter)
-            if self.failure is not None and self._target.durable_lsn < lsn:
-                raise self.failure
-            if not waiter.leads:
-                return
-        self._lead()
+        waiter = _Waiter(lsn)
+        try:
+            self._join(waiter)
+            if waiter.leads:
+                self._lead(waiter)
+        except BaseException as error:
+            if waiter.leads and (self._target.broken or isinstance(error, Exception)):
+                self.fail(error)
+            self._leave(waiter)
+            raise
+        if self.failure is not None and self._target.durable_lsn < lsn:
+            raise self.failure
 
     def fail(self, error: BaseException) -> None:
         """End all waiting: nothing will become durable any more."""
         with self._lock:
             self.failure = self.failure or error
-            for waiter in self._waiters:
-                waiter.lock.release()
-            self._waiters.clear()
+            self._wake(_LAST)
 
     def close(self) -> None:
         """Lead a last time, after whoever leads now, and for good: nobody syncs when this has returned."""
-        waiter = None
+        waiter = _Waiter(_LAST)
         with self._lock:
-            if self._leading:
-                waiter = _Waiter(_LAST)
+            parks = self._leading
+            if parks:
                 self._waiters.append(waiter)
             self._leading = True
-        if waiter is not None:
-            self._park(waiter)
+        if parks:
+            waiter.lock.acquire()
         try:
             if self.failure is None:
                 self._target.sync()
         finally:
             with self._lock:
-                late, self._waiters = self._waiters, []
-            for each in late:
-                each.lock.release()
+                self._wake(_LAST)
 
-    def _park(self, waiter: _Waiter) -> None:
-        try:
-            waiter.lock.acquire()
-        except BaseException:  # KeyboardInterrupt: leave, and do not take the leadership along
+    def _join(self, waiter: _Waiter) -> None:
+        """Return when it is covered, or leads, or all is lost."""
+        with self._lock:
+            if self.failure is not None:
+                raise self.failure
+            if self._target.durable_lsn >= waiter.lsn:
+                return
+            if not self._leading and len(self._waiters) + 1 >= min(self._company, COMPANY):
+                self._leading = waiter.leads = True
+                return
+            waiter.is_patient = not self._leading and not self._waiters
+            self._waiters.append(waiter)
+        if waiter.is_patient:
+            if waiter.lock.acquire(timeout=self._sync_s * PATIENCE):
+                return
             with self._lock:
-                if waiter in self._waiters:
+                if waiter in self._waiters and not self._leading:
+                    self._leading = waiter.leads = True
                     self._waiters.remove(waiter)
-                elif waiter.leads:
-                    self._pass_on()
-            raise
+                    return
+        waiter.lock.acquire()
 
-    def _lead(self) -> None:
-        try:
-            if self._company > 1:
-                self._await_company()
-            started = time.perf_counter()
-            durable_lsn = self._target.sync()
-            self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - started)
-        except BaseException as error:
-            if self._target.broken or isinstance(error, Exception):
-                self.fail(error)
-            with self._lock:
-                self._pass_on()
-            raise
+    def _lead(self, waiter: _Waiter) -> None:
+        started = time.perf_counter()
+        durable_lsn = self._target.sync()
+        self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - started)
         with self._lock:
-            done = [w for w in self._waiters if w.lsn <= durable_lsn]
-            self._waiters = [w for w in self._waiters if w.lsn > durable_lsn]
-            self._company = 1 + len(done) + len(self._waiters)
-            self._pass_on()
-        for waiter in done:
-            waiter.lock.release()
+            before = len(self._waiters)
+            self._wake(durable_lsn)
+            self._company = 1 + before
+            self._pass_on(waiter)
 
-    def _pass_on(self) -> None:
-        # Caller holds self._lock and leads, or was told to.
+    def _leave(self, waiter: _Waiter) -> None:
+        """A KeyboardInterrupt, at any point: take neither the lead along, nor the patience that others count on."""
+        with self._lock:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+            if waiter.leads or (waiter.is_patient and not self._leading):
+                self._wake(self._target.durable_lsn)
+                self._pass_on(waiter)
+
+    def _wake(self, durable_lsn: int) -> None:
+        # Caller holds self._lock. May be cut short and called again.
+        for waiter in self._waiters:
+            if waiter.lsn <= durable_lsn and waiter.lock.locked():
+                waiter.lock.release()
+        self._waiters = [waiter for waiter in self._waiters if waiter.lsn > durable_lsn]
+
+    def _pass_on(self, waiter: _Waiter) -> None:
+        # Caller holds self._lock. Somebody leads at every moment, also if this is cut short between two lines.
         if self._waiters:
-            heir = self._waiters.pop(0)
-            heir.leads = True
+            heir = self._waiters[0]
+            self._leading, heir.leads, waiter.leads = True, True, False
             heir.lock.release()
+            del self._waiters[0]
         else:
-            self._leading = False
-
-    def _await_company(self) -> None:
-        with self._lock:
-            missing = self._company - 1 - len(self._waiters)
-            self._enough = self._company - 1 if missing > 0 else 0
-        if missing > 0:
-            self._arrived.acquire(timeout=self._sync_s * PATIENCE)
-            with self._lock:
-                if not self._arrived.locked():  # the last one came just as the patience ended
-                    self._arrived.acquire()
-                self._enough = 0
+            self._leading = waiter.leads = False

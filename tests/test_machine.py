@@ -1773,19 +1773,6 @@ def test_a_queue_counts_what_takes_a_place_in_it() -> None:
     assert bench.mail.occupied() == 3
 
 
-def test_a_delivery_carries_what_the_lessee_needs() -> None:
-    bench = Bench()
-    bench.apply(attrs.evolve(enqueued(1, priority=8), headers=read_only({"h": "1"})))
-    bench.lease(1, deadline=50)
-    bench.apply(Retried(1, NOW, "boom"))
-    bench.lease(1, deadline=60)
-    delivery = bench.machine.delivery(bench.job(1), b"payload")
-    assert attrs.asdict(delivery) == {
-        "id": 1, "queue": "mail", "payload": b"payload", "headers": {"h": "1"}, "priority": 8, "attempt": 2, "token": 2,
-        "deadline_ms": NOW + 60, "enqueued_at_ms": NOW, "max_attempts": 5, "last_error": "boom",
-    }  # fmt: skip
-
-
 def test_a_dump_is_the_same_for_the_same_state_whatever_the_way_to_it() -> None:
     one, two = Bench(), Bench()
     one.enqueue(2, keys=["a", "b"])

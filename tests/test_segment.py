@@ -21,6 +21,7 @@ from rivetq.segment import (
     MAGIC,
     VERSION,
     ZERO_AHEAD_BYTES,
+    ZERO_STEP_BYTES,
     Header,
     Scan,
     SegmentFile,
@@ -425,12 +426,15 @@ def test_zeros_go_ahead_of_the_frames(spare: Callable[..., SegmentFile]) -> None
 
     disk.done.clear()
     file.write(b"x" * 64, FIRST_ZEROS_BYTES - 64)
-    assert disk.done[1:] == [("zeros", FIRST_ZEROS_BYTES, ZERO_AHEAD_BYTES)]
+    steps = range(FIRST_ZEROS_BYTES, FIRST_ZEROS_BYTES + ZERO_AHEAD_BYTES, ZERO_STEP_BYTES)
+    assert disk.done[1:] == [("zeros", start, ZERO_STEP_BYTES) for start in steps]
 
     disk.done.clear()
     end = FIRST_ZEROS_BYTES + ZERO_AHEAD_BYTES + 1000
     file.write(b"x" * 2000, end - 2000)
-    assert disk.done[1:] == [("zeros", end, ZERO_AHEAD_BYTES - 1000)], "not beyond the file"
+    assert disk.done[1] == ("zeros", end, ZERO_STEP_BYTES)
+    assert disk.done[-1] == ("zeros", size - (ZERO_STEP_BYTES - 1000), ZERO_STEP_BYTES - 1000), "not beyond the file"
+    assert sum(length for _, _, length in disk.done[1:]) == ZERO_AHEAD_BYTES - 1000
 
     disk.done.clear()
     file.write(b"x" * 64, size - 64)

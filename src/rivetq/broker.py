@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from types import EllipsisType, TracebackType
@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import attrs
 
 from .clock import Clock, SystemClock
-from .engine import Ack, Capabilities, Delivery, Engine, Enqueue, Extend, Nack, Operation, Reject, Release
+from .engine import Ack, Capabilities, Engine, Enqueue, Extend, Nack, Operation, Reject, Release
 from .errors import DuplicateJobError, LeaseLostError, UsageError
 from .local import FsyncMode, LocalEngine
 from .memory import MemoryEngine
@@ -330,31 +330,12 @@ class Broker(_Enqueues):
         wait: Duration | None = 0,
     ) -> list[Lease]:
         """Up to `max_jobs` leases, most urgent first; blocks for the first one only. See `lease`."""
-        deliveries = self._engine.lease(
+        return self._engine.lease(
             _checked_queues(queue),
             checked_int(max_jobs, "max_jobs", 1),
             None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
             None if wait is None else duration_ms(wait, "wait") / 1000,
-        )
-        if len(deliveries) == 1:
-            return [self._lease(deliveries[0], moment)]
-        at = _Moments().__getitem__  # in a batch most moments are the same
-        return [self._lease(delivery, at) for delivery in deliveries]
-
-    def _lease(self, delivery: Delivery, at: Callable[[int], datetime]) -> Lease:
-        return Lease(
-            id=delivery.id,
-            queue=delivery.queue,
-            payload=delivery.payload,
-            headers=read_only(delivery.headers),
-            priority=delivery.priority,
-            attempt=delivery.attempt,
-            token=delivery.token,
-            deadline=at(delivery.deadline_ms),
-            enqueued_at=at(delivery.enqueued_at_ms),
-            max_attempts=delivery.max_attempts,
-            last_error=delivery.last_error,
-            broker=self,
+            self,
         )
 
     def ack(self, lease: LeaseLike) -> None:
@@ -696,16 +677,11 @@ def _checked_queues(queue: object) -> list[str]:
     return list(dict.fromkeys(_checked_text(name, "queue", MAX_QUEUE_BYTES) for name in queue))
 
 
-class _Moments(dict[int, datetime]):
-    """Epoch milliseconds to datetimes, each made once."""
-
-    def __missing__(self, at_ms: int) -> datetime:
-        self[at_ms] = found = moment(at_ms)
-        return found
-
-
 def _checked_lease(lease: object) -> tuple[int, int]:
-    job_id, token = getattr(lease, "id", None), getattr(lease, "token", None)
+    try:
+        job_id, token = lease.id, lease.token  # type: ignore[attr-defined]  # what has none is caught here
+    except AttributeError:
+        job_id = token = None
     if type(job_id) is not int or type(token) is not int:
         raise UsageError(f"lease: a Lease, or anything with int id and token, expected, got {type(lease).__name__}")
     return job_id, token

@@ -35,12 +35,14 @@ from .events import (
     Retried,
     SegmentsDropped,
 )
-from .fields import COUNT, NONSENSE, Reader, policy, spec_numbers, text_bytes
+from .fields import COUNT, NONSENSE, Reader, policy, spec_bytes, spec_numbers, text_bytes
 from .model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
 from .state import QueueSnapshot, Snapshot
 
 _TIME = struct.Struct("<Q")
 _ENQUEUED = struct.Struct("<BIQIBQiqidddBIB")
+_ENQUEUED_START, _ENQUEUED_END, _ENQUEUED_ONE = struct.Struct("<BIQIBQ"), struct.Struct("<IB"), struct.Struct("<IBII")
+"""The same in writing: in between are the bytes of its spec."""
 _TAGS: dict[type, int] = {
     QueueCreated: 1,
     QueueConfigured: 2,
@@ -65,7 +67,6 @@ _RELEASED = struct.Struct("<BQQI")
 _QUEUE = struct.Struct("<BI")
 _QUEUE_ID = struct.Struct("<BIQ")
 _PLACE = struct.Struct("<IBI")
-_LENGTH_CRC = struct.Struct("<II")
 _COPIED = struct.Struct("<BQIBBIQiqidddBQQQQII")
 _KEY_COPIED = struct.Struct("<BIQQ")
 
@@ -91,19 +92,14 @@ def _encode(event: Event) -> list[bytes]:
     match event:
         case Enqueued():
             return _encode_enqueued(event)
-        case Leased():
-            n = len(event.ids)
-            columns = (*event.ids, *event.tokens, *event.deadlines_ms, *event.attempts)
-            places = [number for place in event.places for number in place]
-            return [
-                bytes((tag,)),
-                COUNT.pack(n),
-                struct.pack(f"<{3 * n}Q{n}I", *columns),
-                bytes((len(event.places),)) if len(event.places) < 256 else b"\0",
-                struct.pack("<" + "IBI" * len(event.places), *places) if len(event.places) < 256 else b"",
-            ]
+        case Leased(ids, tokens, attempts, deadlines_ms, places):
+            n = len(ids)
+            columns = struct.pack(f"<BI{3 * n}Q{n}I", tag, n, *ids, *tokens, *deadlines_ms, *attempts)
+            if len(places) > 255:  # who reads it finds the jobs without
+                return [columns, b"\0"]
+            return [columns, bytes((len(places),)), *[_PLACE.pack(*place) for place in places]]
         case Acked(queue, ids) | Purged(queue, ids):
-            return [_QUEUE.pack(tag, queue), _ids(ids)]
+            return [struct.pack(f"<BII{len(ids)}Q", tag, queue, len(ids), *ids)]
         case Retried():
             return [_ID_MOMENT.pack(tag, event.id, event.due_ms), text_bytes(event.error)]
         case Released():
@@ -134,29 +130,17 @@ def _encode_enqueued(event: Enqueued) -> list[bytes]:
     payloads = event.payloads
     n = len(payloads)
     headers = json.dumps(dict(event.headers)).encode() if event.headers else b""
-    event.crcs = [crc32c(p) for p in payloads]
-    parts = [
-        _ENQUEUED.pack(
-            3,
-            event.queue,
-            event.first_id,
-            n,
-            event.priority,
-            event.due_ms,
-            *spec_numbers(event.max_attempts, event.visibility_ms, event.retry),
-            len(headers),
-            event.keys is not None,
-        ),
-        headers,
-    ]
+    event.crcs = crcs = [crc32c(p) for p in payloads]
+    has_keys = event.keys is not None
+    spec = spec_bytes(event.max_attempts, event.visibility_ms, event.retry)
+    start = _ENQUEUED_START.pack(3, event.queue, event.first_id, n, event.priority, event.due_ms)
+    if n == 1 and not headers and not has_keys:
+        return [start, spec, _ENQUEUED_ONE.pack(0, False, len(payloads[0]), crcs[0]), payloads[0]]
+    parts = [start, spec, _ENQUEUED_END.pack(len(headers), has_keys), headers]
     if event.keys is not None:
         texts = [b"" if key is None else key.encode() for key in event.keys]
         parts += [struct.pack(f"<{n}H", *map(len, texts)), *texts]
-    if n == 1:
-        parts += [_LENGTH_CRC.pack(event.lengths[0], event.crcs[0]), payloads[0]]
-    else:
-        parts += [struct.pack(f"<{2 * n}I", *event.lengths, *event.crcs), b"".join(payloads)]
-    return parts
+    return [*parts, struct.pack(f"<{2 * n}I", *event.lengths, *crcs), b"".join(payloads)]
 
 
 def _encode_copied(event: Copied) -> list[bytes]:

@@ -32,8 +32,8 @@ from .events import (
     Retried,
 )
 from .machine import Machine
-from .model import QueueConfig, RetryPolicy
-from .state import PRIORITIES
+from .model import NO_HEADERS, QueueConfig, RetryPolicy
+from .state import PRIORITIES, Queue
 
 EXPIRY_BATCH = 1000
 """Leases that end in one record, so that a storm of expiries does not become one giant record."""
@@ -43,12 +43,87 @@ OWNER_GONE = "owner gone"
 
 def commit(machine: Machine, operations: Sequence[Operation], now_ms: int) -> tuple[list[Event], list[Any]]:
     """Events and answers of a commit: all of the operations or an error."""
-    if operations and type(operations[0]) is Ack and all(type(operation) is Ack for operation in operations):
+    first = operations[0] if operations else None
+    if type(first) is Enqueue and len(operations) == 1 and first.keys is None and first.promised is None:
+        queue = machine.queues.get(first.queue)
+        if queue is not None:
+            return _enqueued(machine, queue, first, now_ms)
+    elif type(first) is Ack and all(type(operation) is Ack for operation in operations):
         return _acked(machine, cast(Sequence[Ack], operations), now_ms), [None] * len(operations)
     plan = _Plan(machine, now_ms)
     answers = [plan.decide(operation) for operation in operations]
     plan.check_limits()
     return plan.events, answers
+
+
+def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -> tuple[list[Event], list[Any]]:
+    """What `_Plan` would decide, for one enqueue without keys into a queue that exists."""
+    count = len(operation.payloads)
+    config = queue.config
+    if queue.bucket is not None or config.max_jobs is not None:
+        _check_burst(queue, count)
+        _check_limits(queue, count, count, now_ms)
+    first_id = machine.next_id
+    events: list[Event] = [_new_jobs(operation, queue.number, config.retry, first_id, operation.payloads, None, now_ms)]
+    if machine.id_block and (reserved := ids(machine, count, machine.id_block)):
+        events.insert(0, reserved)
+    return events, [list(range(first_id, first_id + count))]
+
+
+def _new_jobs(
+    operation: Enqueue,
+    number: int,
+    policy: RetryPolicy,
+    first_id: int,
+    payloads: Sequence[bytes],
+    keys: Sequence[str | None] | None,
+    now_ms: int,
+) -> Enqueued:
+    """The jobs of an enqueue; `policy` is the queue's."""
+    retry = operation.retry or policy
+    return Enqueued(
+        number,
+        first_id,
+        operation.priority,
+        now_ms + operation.delay_ms if operation.delay_ms else 0,
+        retry.max_attempts if operation.max_attempts is None else operation.max_attempts,
+        retry,
+        operation.visibility_ms,
+        list(map(len, payloads)),
+        payloads,
+        operation.headers or NO_HEADERS,
+        keys,
+    )
+
+
+def _check_burst(queue: Queue, count: int) -> None:
+    bucket = queue.bucket
+    if bucket is not None and bucket.limit.on == "enqueue" and count > bucket.limit.burst:
+        raise UsageError(
+            f"queue {queue.name!r}: {count} jobs in a batch never pass its rate limit with "
+            f"burst={bucket.limit.burst}; split it"
+        )
+
+
+def _check_limits(queue: Queue, new: int, live: int, now_ms: int) -> None:
+    """max_jobs and the enqueue rate, for `new` jobs and a change of `live` in the places that are taken."""
+    limit = queue.config.max_jobs
+    if limit is not None and queue.occupied() + live > limit:
+        raise QueueFullError(
+            f"queue {queue.name!r} is full: {queue.occupied()} of max_jobs={limit} places are taken and {new} "
+            f"more asked for; nothing was enqueued, try again after some jobs are done",
+            queue=queue.name,
+            max_jobs=limit,
+        )
+    bucket = queue.bucket
+    if bucket is not None and bucket.limit.on == "enqueue" and new > bucket.available(now_ms):
+        retry_after = (bucket.ready_at_ms(new, now_ms) - now_ms) / 1000
+        raise RateLimitedError(
+            f"queue {queue.name!r} is over its rate of {bucket.limit.per_second:g} jobs a second; none of these "
+            f"{new} was enqueued, try again in {retry_after:.3f} s, at most {bucket.limit.burst} at once",
+            queue=queue.name,
+            retry_after=retry_after,
+        )
 
 
 def _acked(machine: Machine, operations: Sequence[Ack], now_ms: int) -> list[Event]:
@@ -300,27 +375,8 @@ class _Plan:
         """max_jobs and enqueue rates, at the end: an ack in the same commit makes room for a job before it."""
         for name, count in self._new.items():
             queue = self._machine.queues.get(name)
-            if queue is None:
-                continue
-            limit = queue.config.max_jobs
-            if limit is not None and queue.occupied() + self._live[name] > limit:
-                raise QueueFullError(
-                    f"queue {name!r} is full: {queue.occupied()} of max_jobs={limit} places are taken and {count} "
-                    f"more asked for; nothing was enqueued, try again after some jobs are done",
-                    queue=name,
-                    max_jobs=limit,
-                )
-            bucket = queue.bucket
-            if bucket is None or bucket.limit.on != "enqueue":
-                continue
-            if count > bucket.available(self._now_ms):
-                retry_after = (bucket.ready_at_ms(count, self._now_ms) - self._now_ms) / 1000
-                raise RateLimitedError(
-                    f"queue {name!r} is over its rate of {bucket.limit.per_second:g} jobs a second; none of these "
-                    f"{count} was enqueued, try again in {retry_after:.3f} s, at most {bucket.limit.burst} at once",
-                    queue=name,
-                    retry_after=retry_after,
-                )
+            if queue is not None:
+                _check_limits(queue, count, self._live[name], self._now_ms)
 
     def _enqueue(self, operation: Enqueue) -> list[int]:
         name, payloads, keys = operation.queue, operation.payloads, operation.keys
@@ -331,12 +387,8 @@ class _Plan:
             return [i for i in answer if i is not None]
         machine = self._machine
         queue = machine.queues.get(name)
-        if queue is not None and queue.bucket is not None and queue.bucket.limit.on == "enqueue":
-            burst = queue.bucket.limit.burst
-            if count > burst:
-                raise UsageError(
-                    f"queue {name!r}: {count} jobs in a batch never pass its rate limit with burst={burst}; split it"
-                )
+        if queue is not None:
+            _check_burst(queue, count)
         if operation.promised is not None:
             first_id = operation.promised
         else:
@@ -345,25 +397,11 @@ class _Plan:
             if machine.id_block and (reserved := ids(machine, self._next_id - machine.next_id, machine.id_block)):
                 self._events.append(reserved)
         number = self._number(name) if queue is None else queue.number
-        retry = operation.retry or (queue.config.retry if queue is not None else _DEFAULT_RETRY)
-        max_attempts = retry.max_attempts if operation.max_attempts is None else operation.max_attempts
+        policy = _DEFAULT_RETRY if queue is None else queue.config.retry
         if count != len(payloads):
             payloads = [payloads[i] for i in fresh]
-        self._events.append(
-            Enqueued(
-                number,
-                first_id,
-                operation.priority,
-                self._now_ms + operation.delay_ms if operation.delay_ms else 0,
-                max_attempts,
-                retry,
-                operation.visibility_ms,
-                list(map(len, payloads)),
-                payloads,
-                operation.headers or {},
-                [keys[i] for i in fresh] if keys is not None else None,
-            )
-        )
+        new_keys = None if keys is None else [keys[i] for i in fresh]
+        self._events.append(_new_jobs(operation, number, policy, first_id, payloads, new_keys, self._now_ms))
         self._count(self._live, name, count)
         self._count(self._new, name, count)
         if keys is None:

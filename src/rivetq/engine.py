@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import attrs
 
 from .clock import Clock
-from .model import Job, JobState, QueueConfig, QueueStats, RetryPolicy
+from .model import Job, JobState, Lease, QueueConfig, QueueStats, RetryPolicy, Settler
 
 
 @attrs.frozen
@@ -96,23 +96,6 @@ class Extend:
 Operation = Enqueue | Ack | Nack | Release | Reject | Extend
 
 
-@attrs.define
-class Delivery:
-    """What a lease hands out, times in epoch milliseconds."""
-
-    id: int
-    queue: str
-    payload: bytes
-    headers: Mapping[str, str]
-    priority: int
-    attempt: int
-    token: int
-    deadline_ms: int
-    enqueued_at_ms: int
-    max_attempts: int | None
-    last_error: str | None
-
-
 class Engine(Protocol):
     """What `Broker` delegates to. Every method may raise any error of the tree; all are thread-safe.
 
@@ -140,8 +123,10 @@ class Engine(Protocol):
         ...
 
     def lease(
-        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None
-    ) -> list[Delivery]: ...
+        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None, settler: Settler
+    ) -> list[Lease]:
+        """Up to `max_jobs` leases that call back `settler`."""
+        ...
 
     # Looking
     def get(self, job_id: int) -> Job | None: ...

@@ -46,12 +46,26 @@ class Entry:
     )  # fmt: skip
 
     def __init__(
-        self, job_id: int, queue: Queue, spec: Spec, enqueued_at_ms: int, due_ms: int, key: str | None
+        self,
+        job_id: int,
+        queue: Queue,
+        spec: Spec,
+        enqueued_at_ms: int,
+        due_ms: int,
+        key: str | None,
+        segment: int = 0,
+        offset: int = 0,
+        length: int = 0,
+        crc: int = 0,
+        size: int = 0,
+        lsn: int = 0,
+        payload: bytes | None = None,
+        state: int = READY,
     ) -> None:
         self.id = job_id
         self.queue = queue
         self.spec = spec
-        self.state = READY
+        self.state = state
         self.attempts = 0
         self.token = 0
         self.enqueued_at_ms = enqueued_at_ms
@@ -60,16 +74,13 @@ class Entry:
         self.died_at_ms = 0
         self.last_error: str | None = None
         self.key = key
-        # Where the payload is. The machine carries these for the engine and sums `size` per segment.
-        self.segment = 0
-        self.offset = 0
-        self.length = 0
-        self.crc = 0
-        self.size = 0
-        self.lsn = 0
-        self.payload: bytes | None = None
+        # Where the payload is. The machine carries these for the engine and sums `size`, what the job weighs in the
+        # log, per segment.
+        self.segment = segment
+        self.offset = offset
+        self.length = length
+        self.crc = crc
+        self.size = size
+        self.lsn = lsn
+        self.payload = payload
         self.indexed = False
-
-    def lies(self, segment: int, offset: int, length: int, crc: int, size: int, lsn: int) -> None:
-        """Where its payload is in the log; `size` is what the job weighs there."""
-        self.segment, self.offset, self.length, self.crc, self.size, self.lsn = segment, offset, length, crc, size, lsn

@@ -13,16 +13,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from functools import partial
 from typing import Any
 
 from . import decide
 from .clock import Clock
-from .engine import Capabilities, Delivery, Enqueue, Operation
+from .engine import Capabilities, Enqueue, Operation
 from .entry import READY, SCHEDULED, STATES, Entry
 from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError
-from .events import Event
+from .events import Event, Leased
 from .machine import NEVER_MS, Machine
-from .model import Job, JobState, QueueConfig, QueueStats, moment
+from .model import Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
 from .state import Place
 
 _LONGEST_SLEEP_S = 3600.0
@@ -43,22 +46,24 @@ class NeedRoomError(Exception):
 
 
 class _Lessee:
-    """A thread that waits for a first job."""
+    """A thread that waits for a first job. A bare lock, free when it was woken: half the work of an Event."""
 
-    __slots__ = ("_event",)
+    __slots__ = ("_asleep",)
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
 
     def wake(self) -> None:
-        self._event.set()
+        with suppress(RuntimeError):  # it was woken before
+            self._asleep.release()
 
     def park(self, timeout_s: float | None) -> None:
-        self._event.wait(_LONGEST_SLEEP_S if timeout_s is None else min(timeout_s, _LONGEST_SLEEP_S))
+        self._asleep.acquire(timeout=_LONGEST_SLEEP_S if timeout_s is None else min(timeout_s, _LONGEST_SLEEP_S))
 
     def reset(self) -> None:
         # Caller holds the engine's lock and has just unregistered this: no wake-up is lost.
-        self._event.clear()
+        self._asleep.acquire(blocking=False)
 
 
 class LiveEngine:
@@ -117,22 +122,24 @@ class LiveEngine:
 
     def commit(self, operations: Sequence[Operation]) -> list[Any]:
         enqueues = Enqueue in map(type, operations)
-        machine = self._machine
-        answers: list[Any] = self._change(lambda now_ms: decide.commit(machine, operations, now_ms), enqueues=enqueues)
+        if enqueues and self._lessees:
+            self._wake_early(operations)
+        answers: list[Any] = self._change(partial(decide.commit, self._machine, operations), keep_reserve=enqueues)
         return answers
 
     def _change(
-        self, plan: Callable[[int], tuple[list[Event], Any]], *, enqueues: bool = False, sync: bool = True
+        self, plan: Callable[[int], tuple[list[Event], Any]], *, keep_reserve: bool = False, sync: bool = True
     ) -> Any:
         """Decide, record, apply, and wait until it is durable (`sync`); the answer of `plan`."""
         while True:
-            self._check()  # before the lock: in a forked child its holder may not exist
+            if self._ended is not None:  # before the lock: in a forked child its holder may not exist
+                self._check()
             try:
                 with self._lock:
                     now_ms = self._tick()
                     events, answer = plan(now_ms)
                     # Without events the answer may rest on a record that is still on its way to the disk.
-                    lsn = self._record(events, now_ms, keep_reserve=enqueues) if events else self._last_lsn()
+                    lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()
                 break
             except NeedRoomError as need:
                 self._make_room(need)
@@ -143,21 +150,22 @@ class LiveEngine:
         """The lsn of the last record."""
         return 0
 
-    def _record(self, events: Sequence[Event], now_ms: int, *, keep_reserve: bool = False) -> int:
+    def _record(self, events: Sequence[Event], now_ms: int, keep_reserve: bool = False) -> int:
         # Caller holds self._lock.
+        machine = self._machine
         prepared = self._prepare(events, now_ms, keep_reserve)
         try:
             place = self._append(prepared, now_ms)
             for event in events:
-                self._machine.apply(event, now_ms, place)
+                machine.apply(event, now_ms, place)
         except BaseException as error:
             # Log and machine may differ now, whatever it was, KeyboardInterrupt included: nobody may go on from here.
             self._fail(error)
             raise
-        if self._machine.woken:
+        if machine.woken:
             self._wake_lessees()
-        if self._machine.wake_ms < self._timer_at_ms:
-            self._timer_at_ms = self._machine.wake_ms  # one poke is enough
+        if machine.wake_ms < self._timer_at_ms:
+            self._timer_at_ms = machine.wake_ms  # one poke is enough
             self._timer_poked.set()
         return place.lsn
 
@@ -208,18 +216,18 @@ class LiveEngine:
     # Leasing
 
     def lease(
-        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None
-    ) -> list[Delivery]:
+        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None, settler: Settler
+    ) -> list[Lease]:
         waiting: list[_Lessee] = []
         try:
-            lsn, entries, deliveries = self._take(queues, max_jobs, visibility_ms, wait_s, waiting)
+            taken = self._take(queues, max_jobs, visibility_ms, wait_s, waiting)
         except BaseException:
             if waiting:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
                 with self._lock:
                     self._unregister(waiting[0], queues)
                     self._wake_lessees(queues)
             raise
-        return self._deliver(lsn, entries, deliveries) if entries else []
+        return [] if taken is None else self._hand_out(*taken, settler)
 
     def _take(
         self,
@@ -228,25 +236,31 @@ class LiveEngine:
         visibility_ms: int | None,
         wait_s: float | None,
         waiting: list[_Lessee],
-    ) -> tuple[int, list[Entry], list[Delivery]]:
-        """Lease, waiting for a first job; nothing when the time is over. Who waits puts itself into `waiting`."""
-        until = None if wait_s is None else time.monotonic() + wait_s
+    ) -> tuple[int, Leased, list[Entry], list[str | None]] | None:
+        """Lease, waiting for a first job: lsn, event, jobs and their last errors; None when the time is over.
+
+        Who waits puts itself into `waiting`.
+        """
+        until = time.monotonic() + wait_s if wait_s else None
+        machine = self._machine
         while True:
-            self._check()
+            if self._ended is not None:
+                self._check()
             try:
                 with self._lock:
                     for lessee in waiting:
                         self._unregister(lessee, queues)
                     now_ms = self._tick()
-                    event, retry_at_ms = decide.lease(self._machine, queues, max_jobs, visibility_ms, now_ms)
+                    event, retry_at_ms = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms)
                     if event is not None:
                         lsn = self._record([event], now_ms)
-                        entries = [self._machine.jobs[job_id] for job_id in event.ids]
-                        self._wake_lessees(queues)  # this one may have been woken for another of its queues
-                        return lsn, entries, [self._machine.delivery(entry, b"") for entry in entries]
-                    timeout_s = None if until is None else until - time.monotonic()
+                        entries = [machine.jobs[job_id] for job_id in event.ids]
+                        if self._lessees:
+                            self._wake_lessees(queues)  # this one may have been woken for another of its queues
+                        return lsn, event, entries, [entry.last_error for entry in entries]
+                    timeout_s = until - time.monotonic() if until is not None else wait_s
                     if timeout_s is not None and timeout_s <= 0:
-                        return 0, [], []
+                        return None
                     if not waiting:
                         waiting.append(_Lessee())
                     self._register(waiting[0], queues)
@@ -259,16 +273,35 @@ class LiveEngine:
                     timeout_s = pause_s if timeout_s is None else min(timeout_s, pause_s)
             waiting[0].park(timeout_s)
 
-    def _deliver(self, lsn: int, entries: list[Entry], deliveries: list[Delivery]) -> list[Delivery]:
-        # With a sync in every call nothing is handed out that a power cut could still take back.
-        self._settle(max(entry.lsn for entry in entries))
+    def _hand_out(
+        self, lsn: int, event: Leased, entries: list[Entry], errors: list[str | None], settler: Settler
+    ) -> list[Lease]:
         self._settle(lsn, sync=False)
-        ready = []
-        for delivery, payload in zip(deliveries, self._payloads(entries), strict=True):
-            if payload is not None:  # None: the lease ended while the payload was read
-                delivery.payload = payload
-                ready.append(delivery)
-        return ready
+        at = moment if len(entries) == 1 else _Moments().__getitem__  # in a batch most moments are the same
+        # What may have changed since is taken from the event. No payload: the lease ended while it was read.
+        leases = [
+            Lease(
+                id=entry.id,
+                queue=entry.queue.name,
+                payload=payload,
+                headers=entry.spec.headers,
+                priority=entry.spec.priority,
+                attempt=attempt,
+                token=token,
+                deadline=at(deadline_ms),
+                enqueued_at=at(entry.enqueued_at_ms),
+                max_attempts=entry.spec.max_attempts,
+                last_error=error,
+                broker=settler,
+            )
+            for entry, payload, attempt, token, deadline_ms, error in zip(
+                entries, self._payloads(entries), event.attempts, event.tokens, event.deadlines_ms, errors, strict=True
+            )
+            if payload is not None
+        ]
+        # With a sync in every call nothing is handed out that a power cut could still take back.
+        self._settle(max([entry.lsn for entry in entries]))
+        return leases
 
     def _register(self, lessee: _Lessee, queues: Sequence[str]) -> None:
         # Caller holds self._lock.
@@ -284,6 +317,17 @@ class LiveEngine:
                 if not waiting:
                     del self._lessees[name]
         lessee.reset()
+
+    def _wake_early(self, operations: Sequence[Operation]) -> None:
+        """Who waits for what is about to come gets up meanwhile: that takes longer than the enqueue itself.
+
+        Nothing rests on it. Whoever is too early waits again, and is woken again when the jobs are there.
+        """
+        with self._lock:
+            for operation in operations:
+                if isinstance(operation, Enqueue) and (waiting := self._lessees.get(operation.queue)):
+                    for lessee in list(waiting)[: len(operation.payloads)]:
+                        lessee.wake()
 
     def _wake_lessees(self, names: Sequence[str] | None = None) -> None:
         # Caller holds self._lock. As many as there are jobs: nobody is woken for nothing, and nobody is forgotten.
@@ -350,9 +394,12 @@ class LiveEngine:
 
     def _tick(self) -> int:
         # Caller holds self._lock. First thing in every call: nothing is decided on a state that time has overtaken.
-        self._check()
+        if self._ended is not None:
+            self._check()
         machine = self._machine
-        now_ms = max(machine.now_ms, self.clock.boot_ms() + self._offset_ms)
+        now_ms = self.clock.boot_ms() + self._offset_ms
+        if now_ms < machine.now_ms:
+            now_ms = machine.now_ms
         idle = now_ms < machine.wake_ms
         machine.advance(now_ms)
         if idle:
@@ -513,6 +560,14 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def _number(state: JobState | None) -> int | None:
     return None if state is None else STATES.index(state)
+
+
+class _Moments(dict[int, datetime]):
+    """Epoch milliseconds to datetimes, each made once."""
+
+    def __missing__(self, at_ms: int) -> datetime:
+        self[at_ms] = found = moment(at_ms)
+        return found
 
 
 def _view(entry: Entry) -> dict[str, Any]:

@@ -58,6 +58,8 @@ SWEEP_KEYS = 100_000
 """Ended keys that one checkpoint removes at most."""
 PACK_SLICE = 128
 """Loose jobs that are put into a run per hold of the lock."""
+LOOK_RECORDS, LOOK_BYTES = 8, 4096
+"""One record in so many, and every large one, looks whether the keeper has something to do."""
 RESIDENT_RUNS = 2
 """Runs at the head of a window that stay in memory: the one that is leased from, and the next."""
 LOOSE_SHARE = 8
@@ -70,6 +72,10 @@ COPY_JOBS, COPY_BYTES = 32, 256 * 1024
 """Jobs and payload bytes per record of a compaction."""
 WORTH_COPYING = 0.75
 """On demand, a segment with a larger share of live bytes than this is left alone."""
+
+
+_Prepared = tuple[bytes, bytes | None, bool]
+"""A record's body, the snapshot of the segment that it begins, and whether it is synced in every mode."""
 
 
 class LocalEngine(LiveEngine):
@@ -192,26 +198,31 @@ class LocalEngine(LiveEngine):
 
     # The log behind the machine (see LiveEngine, "With files")
 
-    def _prepare(self, events: Sequence[Event], now_ms: int, keep_reserve: bool) -> tuple[bytes, bytes | None]:
+    def _prepare(self, events: Sequence[Event], now_ms: int, keep_reserve: bool) -> _Prepared:
         body = encode_record(events, now_ms)
         length = len(body)
         if length > MAX_BODY_BYTES:
             raise UsageError(f"{length} bytes in one record, {MAX_BODY_BYTES} is the most: split the batch")
+        must_sync = IdsReserved in map(type, events)
+        if self._log.is_roomy(length):
+            return body, None, must_sync
         snapshot = snapshot_length = None
         if not self._log.fits(length) and not self._log.can_extend(length):
             snapshot = encode_snapshot(self._machine.snapshot())
             snapshot_length = len(snapshot)
         if not self._log.has_room(length, snapshot_length, keep_reserve=keep_reserve):
             raise NeedRoomError(length, snapshot_length, keep_reserve)
-        return body, snapshot
+        return body, snapshot, must_sync
 
-    def _append(self, prepared: tuple[bytes, bytes | None], now_ms: int) -> Place:
-        body, snapshot = prepared
+    def _append(self, prepared: _Prepared, now_ms: int) -> Place:
+        body, snapshot, must_sync = prepared
         if snapshot is not None:
             self._begin_segment(snapshot, now_ms, len(body))
         place = self._log.append(body)
+        if must_sync:
+            self._must_sync_lsn = place.lsn
         self._unsaved_bytes += len(body)
-        if self._is_due() or self._log.wants_space():
+        if (place.lsn % LOOK_RECORDS == 0 or len(body) > LOOK_BYTES) and (self._is_due() or self._log.wants_space()):
             self._keeper_poked.set()
         return place
 
@@ -225,13 +236,6 @@ class LocalEngine(LiveEngine):
         except OSError as error:
             self._fail(error)
             raise self._failed_error("not_done") from error
-
-    def _record(self, events: Sequence[Event], now_ms: int, *, keep_reserve: bool = False) -> int:
-        lsn = super()._record(events, now_ms, keep_reserve=keep_reserve)
-        for event in events:
-            if type(event) is IdsReserved:
-                self._must_sync_lsn = lsn
-        return lsn
 
     def _last_lsn(self) -> int:
         return self._log.next_lsn - 1
@@ -258,10 +262,14 @@ class LocalEngine(LiveEngine):
         self._group.fail(error)
 
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        if len(entries) == 1:
+            entry = entries[0]
+            payload, entry.payload = entry.payload, None  # a later delivery reads it from the log
+            return [self._read(entry) if payload is None else payload]
         payloads = [entry.payload for entry in entries]
         missing = []
         for i, entry in enumerate(entries):
-            entry.payload = None  # a later delivery reads it from the log
+            entry.payload = None
             if payloads[i] is None:
                 missing.append(i)
         if len(missing) > 1:
@@ -618,7 +626,7 @@ class LocalEngine(LiveEngine):
             events = [event for item in batch for event in self._copies(segment, item)]
             return events, None
 
-        self._change(plan, enqueues=True, sync=False)
+        self._change(plan, keep_reserve=True, sync=False)
         self._copied_bytes += sum(len(item.payload) for item in batch)
 
     def _copies(self, segment: int, item: _Live) -> Iterator[Event]:

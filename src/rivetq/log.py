@@ -28,17 +28,18 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
+import attrs
 from crc32c import crc32c
 
 from .errors import DiskFullError
 from .io import Disk, write_all
-from .record import HEADER_BYTES, encode_frame, frame_bytes
+from .record import ALIGN, HEADER_BYTES, encode_frame, frame_bytes
 from .segment import Header, SegmentFile, corrupt, encode_header, segment_id, segment_name
 from .state import Place
 
 RESERVE_BYTES = 256 * 1024
+_ROOMY_BYTES = RESERVE_BYTES + HEADER_BYTES + ALIGN
 FIRST_BYTES = 512 * 1024
 """Preallocated at the start; a small queue takes little disk."""
 SMALL_BYTES = 64 * 1024
@@ -64,17 +65,16 @@ def read_mark(data: bytes | None, log_id: bytes) -> int:
     return int(lsn) if found_id == log_id and crc == crc32c(data[: _MARK.size]) else 0
 
 
-class _Begin(NamedTuple):
+@attrs.define
+class _Begin:
     """In the buffer: from here on frames go into this segment."""
 
     file: SegmentFile
     header: Header
 
 
-class _Frames(NamedTuple):
-    data: bytes
-    offset: int
-    lsn: int
+_Frame = tuple[bytes, int, int]
+"""In the buffer: a frame, its offset, its lsn."""
 
 
 class Log:
@@ -97,7 +97,7 @@ class Log:
         self.next_lsn = 1
         self.sizes: dict[int, int] = {}  # bytes used per segment
         # Filled under the engine's lock, emptied under _write_lock; deque operations are atomic.
-        self._buffer: deque[_Begin | _Frames] = deque()
+        self._buffer: deque[_Begin | _Frame] = deque()
         self._spares: list[SegmentFile] = []
         self._spare_lock = threading.Lock()  # one maker of spares at a time
         self._spare_number = 0
@@ -115,6 +115,11 @@ class Log:
         self.records = self.syncs = self.bytes_written = 0
 
     # Room; the engine's lock is held unless it says otherwise
+
+    def is_roomy(self, body_length: int) -> bool:
+        """There is room for this record and the reserve in the tail alone: what all but a few find."""
+        tail = self._tail
+        return tail is not None and self._tail_offset + body_length + _ROOMY_BYTES <= tail.size
 
     def fits(self, body_length: int) -> bool:
         """The tail segment has preallocated space for this record."""
@@ -305,14 +310,12 @@ class Log:
 
     def append(self, body: bytes) -> Place:
         """Put a record into the buffer; it fits (see `fits`)."""
-        frame, crc = encode_frame(body, self.next_lsn, self._salt, self._crc, self.durable_lsn)
-        offset = self._tail_offset
-        self._buffer.append(_Frames(frame, offset, self.next_lsn))
-        self._crc = crc
-        self._tail_offset = self.sizes[self._tail_id] = offset + len(frame)
-        place = Place(self._tail_id, offset + HEADER_BYTES, self.next_lsn)
-        self.next_lsn += 1
-        return place
+        lsn, offset, segment = self.next_lsn, self._tail_offset, self._tail_id
+        frame, self._crc = encode_frame(body, lsn, self._salt, self._crc, self.durable_lsn)
+        self._buffer.append((frame, offset, lsn))
+        self._tail_offset = self.sizes[segment] = offset + len(frame)
+        self.next_lsn = lsn + 1
+        return Place(segment, offset + HEADER_BYTES, lsn)
 
     @property
     def tail_is_empty(self) -> bool:
@@ -345,34 +348,37 @@ class Log:
         if self._writing:
             raise OSError("an earlier write of the log failed")
         self._writing = True
-        run: list[bytes] = []
-        start = end = lsn = 0
+        buffer = self._buffer
+        frames: list[_Frame] = []
         begun: _Begin | None = None
-        while self._buffer:
-            item = self._buffer.popleft()
-            if isinstance(item, _Begin):
-                self._write_run(run, start, end, lsn)
-                self._publish(begun)
-                self._begin(item)
-                begun = item
-            else:
-                if not run:
-                    start = item.offset
-                run.append(item.data)
-                end, lsn = item.offset + len(item.data), item.lsn
-        self._write_run(run, start, end, lsn)
+        while buffer:
+            item = buffer.popleft()
+            if type(item) is tuple:
+                frames.append(item)
+                continue
+            assert isinstance(item, _Begin)
+            self._write_frames(frames)
+            frames = []
+            self._publish(begun)
+            self._begin(item)
+            begun = item
+        self._write_frames(frames)
         self._publish(begun)
         self._writing = False
 
-    def _write_run(self, run: list[bytes], start: int, end: int, lsn: int) -> None:
-        if run:
-            assert self._file is not None
-            self._file.write(run[0] if len(run) == 1 else b"".join(run), start)
-            self.records += len(run)
-            self.bytes_written += end - start
-            self._written_to = end
-            self.written_lsn = lsn
-            run.clear()
+    def _write_frames(self, frames: list[_Frame]) -> None:
+        """Neighbours, in one system call."""
+        if not frames:
+            return
+        data, start, lsn = frames[0]
+        if len(frames) > 1:
+            lsn = frames[-1][2]
+            data = b"".join([frame[0] for frame in frames])
+        assert self._file is not None
+        self._written_to = end = self._file.write(data, start)
+        self.records += len(frames)
+        self.bytes_written += end - start
+        self.written_lsn = lsn
 
     def _begin(self, item: _Begin) -> None:
         # A segment is begun only when all before it is on disk: its header testifies that.

@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, assert_never
 
-from .engine import Delivery
 from .entry import DEAD, LEASED, READY, SCHEDULED, STATES, Entry, Spec
 from .events import (
     Acked,
@@ -280,6 +279,11 @@ class Machine:
     def _apply_enqueued(self, event: Enqueued, now_ms: int, place: Place) -> None:
         queue = self.numbers[event.queue]
         count, first_id, lengths = len(event.lengths), event.first_id, event.lengths
+        if count == 1 and first_id >= self.next_id and event.keys is None and event.due_ms <= now_ms:
+            window = queue.ready[event.priority]
+            if window is not None and (run := window.open_for(first_id)) is not None:
+                self._enqueue_next(event, queue, window, run, now_ms, place)
+                return
         state = SCHEDULED if event.due_ms > now_ms else READY
         window = queue.window(state, event.priority)
         overhead = RECORD_BYTES // count + JOB_BYTES
@@ -345,6 +349,33 @@ class Machine:
         if first_id + count > self.next_id:
             self.next_id = first_id + count
 
+    def _enqueue_next(self, event: Enqueued, queue: Queue, window: Window, run: Run, now_ms: int, place: Place) -> None:
+        """One ready job without a key behind those of an open run: what most calls do."""
+        columns, payloads, length = run.load(), event.payloads, event.lengths[0]
+        payload = payloads[0] if payloads and (self._keep_payloads or self._cache_bytes) else None
+        size, segment = length + RECORD_BYTES + JOB_BYTES, place.segment
+        columns.append(
+            event.first_id, now_ms, event.due_ms, segment, place.body_offset + event.payload_at, length,
+            event.crcs[0] if event.crcs else 0, size, place.lsn, self._spec(event, columns), None, payload,
+        )  # fmt: skip
+        window.grown_by_one(run, event.first_id)
+        changes = self.changes
+        if changes is not None:
+            changes.cells += 1
+            changes.runs.add(run)
+            self.live[segment] = self.live.get(segment, 0) + size
+            if payload is not None:
+                self._cache(columns, length + PAYLOAD_BYTES)
+                if self._cached_bytes > self._cache_bytes:
+                    self._trim_cache()
+        queue.counts[READY] += 1
+        queue.enqueued += 1
+        self.next_id = event.first_id + 1
+        if not queue.config.paused:
+            self.woken.add(queue.name)
+        if queue.bucket is not None and queue.bucket.limit.on == "enqueue":
+            queue.bucket.take(1, now_ms)
+
     @staticmethod
     def _spec(event: Enqueued, columns: Columns) -> Spec:
         """What the jobs of the event share; the one object of the jobs before them if that is the same."""
@@ -366,10 +397,11 @@ class Machine:
         for i in range(at, len(event.lengths)):
             length = event.lengths[i]
             key = None if event.keys is None else event.keys[i]
-            entry = Entry(event.first_id + i, queue, spec, now_ms, event.due_ms, key)
-            entry.lies(place.segment, offset, length, event.crcs[i] if event.crcs else 0, length + overhead, place.lsn)
-            entry.payload = event.payloads[i] if self._keep_payloads else None
-            entry.state = SCHEDULED if event.due_ms > now_ms else READY
+            entry = Entry(
+                event.first_id + i, queue, spec, now_ms, event.due_ms, key, place.segment, offset, length,
+                event.crcs[i] if event.crcs else 0, length + overhead, place.lsn,
+                event.payloads[i] if self._keep_payloads else None, SCHEDULED if event.due_ms > now_ms else READY,
+            )  # fmt: skip
             offset += length
             self.jobs[entry.id] = entry
             self._note(entry)
@@ -404,7 +436,6 @@ class Machine:
         entries += [self._loosen(job_id, self.queues.values()) for job_id in ids[len(entries) :]]
         deadlines = self._deadlines
         least_ms = NEVER_MS
-        changes = self.changes
         for entry, token, attempts, deadline_ms in zip(
             entries, event.tokens, event.attempts, event.deadlines_ms, strict=True
         ):
@@ -423,10 +454,10 @@ class Machine:
             heapq.heappush(deadlines, (deadline_ms, job_id))
             if deadline_ms < least_ms:
                 least_ms = deadline_ms
-            if changes is not None:
-                changes.jobs.add(job_id)
             if queue.bucket is not None and queue.bucket.limit.on == "lease":
                 queue.bucket.take(1, now_ms)
+        if self.changes is not None:
+            self.changes.jobs.update(ids if None not in entries else [entry.id for entry in entries if entry])
         self._expect(least_ms)
         self._trim_deadlines()
         self.next_token = max(self.next_token, event.tokens[-1] + 1)
@@ -526,10 +557,13 @@ class Machine:
         if old is not None:
             self._drop(old)
         spec = Spec(event.priority, event.max_attempts, event.retry, event.visibility_ms, event.headers)
-        entry = Entry(event.id, queue, spec, event.enqueued_at_ms, event.due_ms, event.key)
+        offset = place.body_offset + event.payload_at
+        entry = Entry(
+            event.id, queue, spec, event.enqueued_at_ms, event.due_ms, event.key, place.segment, offset, event.length,
+            event.crc, size, place.lsn,
+        )  # fmt: skip
         entry.attempts, entry.token, entry.last_error = event.attempts, event.token, event.last_error
         entry.deadline_ms, entry.died_at_ms = event.deadline_ms, event.died_at_ms
-        entry.lies(place.segment, place.body_offset + event.payload_at, event.length, event.crc, size, place.lsn)
         entry.indexed = old is not None and old.indexed
         if old is None and event.key is not None:
             self._hold_key(event.queue, event.key, Key(event.id, place.segment))
@@ -854,6 +888,12 @@ class Machine:
         ids: list[int] = []
         attempts: list[int] = []
         visibilities: list[int | None] = []
+        if count == 1 and window.runs and not window.loose:  # most calls ask for this
+            first = window.runs[0]
+            columns, i = first.load(), first.at
+            job_id, extras = columns.ids[i], columns.extras
+            before = extras[job_id][0] if extras is not None and job_id in extras else 0
+            return [job_id], [before], [columns.specs[i].visibility_ms]
         for run, start, stop in window.walk():
             room = count - len(ids)
             stop = min(stop, start + room)
@@ -923,7 +963,7 @@ class Machine:
                 found += [self.jobs[key[1] if window.by_due else key] for key in keys]
             else:
                 columns = run.load()
-                found += [columns.entry(i, queue, state) for i in range(start, stop)]
+                found += columns.entries(start, stop, queue, state)
             if len(found) == limit:
                 break
         return found
@@ -940,14 +980,6 @@ class Machine:
         found += [(key[1], None, at) for at, key in enumerate(window.loose) if key[1] > after]
         return [(run, cell, cell + 1) for _, run, cell in heapq.nsmallest(limit, found, key=lambda each: each[0])]
 
-    def delivery(self, entry: Entry, payload: bytes) -> Delivery:
-        """What a lease hands out for a leased job."""
-        spec = entry.spec
-        return Delivery(
-            entry.id, entry.queue.name, payload, spec.headers, spec.priority, entry.attempts, entry.token,
-            entry.deadline_ms, entry.enqueued_at_ms, spec.max_attempts, entry.last_error,
-        )  # fmt: skip
-
     def everything(self) -> Iterator[Entry]:
         """All jobs, in no order; for dumps and checks."""
         yield from list(self.jobs.values())
@@ -955,8 +987,7 @@ class Machine:
             for state, window in queue.waiting():
                 for run in window.runs:
                     columns, at = run.peek()
-                    for i in range(at, len(columns)):
-                        yield columns.entry(i, queue, state)
+                    yield from columns.entries(at, len(columns), queue, state)
 
     def dump(self) -> dict[str, Any]:
         """The whole state in canonical order, for comparing two machines."""

@@ -40,6 +40,8 @@ def duration_ms(value: object, name: str) -> int:
 
     Rounded up, so that a delay is never shorter than was asked for.
     """
+    if type(value) is int and 0 <= value <= 86_400:
+        return value * 1000
     if isinstance(value, timedelta):
         seconds: float = value.total_seconds()
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -66,6 +68,8 @@ def moment_ms(value: object, name: str) -> int:
 
 def moment(at_ms: int) -> datetime:
     """The aware UTC datetime of epoch milliseconds."""
+    if at_ms < _EXACT_MS:
+        return datetime.fromtimestamp(at_ms / 1000, UTC)
     try:
         return _EPOCH + timedelta(milliseconds=at_ms)
     except OverflowError:  # an eta in the year 9999, postponed: shown as the last moment there is
@@ -74,6 +78,8 @@ def moment(at_ms: int) -> datetime:
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
+_EXACT_MS = 2**41
+"""Below this (the year 2039) a float of seconds is closer to its millisecond than half a microsecond."""
 _LAST_MOMENT_S = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that a datetime can show
 
 

@@ -28,7 +28,8 @@ SALT_AT = 16
 """Where the salt is in a header: what a search for frames behind a damaged one looks for."""
 MAX_BODY_BYTES = 2**30
 ALIGN = 8
-_TAIL = struct.Struct("<IQIIQ")  # the header without its crc
+_CRC, _TAIL = struct.Struct("<I"), struct.Struct("<IQIIQ")  # the header, in two parts
+_PADDING = [bytes(n) for n in range(ALIGN)]  # the header itself fills whole units
 
 
 class Frame(NamedTuple):
@@ -55,8 +56,7 @@ def encode_frame(body: bytes, lsn: int, salt: int, previous: int, durable_lsn: i
     """The frame and its crc, which the next frame chains to."""
     tail = _TAIL.pack(len(body), lsn, salt, previous, durable_lsn)
     crc = mask(crc32c(body, crc32c(tail)))
-    padding = -(HEADER_BYTES + len(body)) % ALIGN
-    return b"".join((crc.to_bytes(4, "little"), tail, body, bytes(padding))), crc
+    return b"".join((_CRC.pack(crc), tail, body, _PADDING[-len(body) % ALIGN])), crc
 
 
 def decode_frame(data: bytes, at: int, salt: int) -> Frame | None:

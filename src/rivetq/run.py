@@ -71,6 +71,41 @@ class Columns:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def append(
+        self,
+        job_id: int,
+        now_ms: int,
+        due_ms: int,
+        segment: int,
+        offset: int,
+        length: int,
+        crc: int,
+        size: int,
+        lsn: int,
+        spec: Spec,
+        key: str | None,
+        payload: bytes | None,
+    ) -> None:
+        """One new job."""
+        if key is not None and self.keys is None:
+            self.keys = [None] * len(self.ids)
+        if payload is not None and self.payloads is None:
+            self.payloads = [None] * len(self.ids)
+        self.ids.append(job_id)
+        self.times.append(now_ms)
+        self.dues.append(due_ms)
+        self.segments.append(segment)
+        self.offsets.append(offset)
+        self.lengths.append(length)
+        self.crcs.append(crc)
+        self.sizes.append(size)
+        self.lsns.append(lsn)
+        self.specs.append(spec)
+        if self.keys is not None:
+            self.keys.append(key)
+        if self.payloads is not None:
+            self.payloads.append(payload)
+
     def add_batch(
         self,
         first_id: int,
@@ -87,28 +122,16 @@ class Columns:
         """New jobs of one record; `place` is segment, offset of the first payload, lsn."""
         n, before = len(lengths), len(self.ids)
         segment, offset, lsn = place
-        if n == 1:
-            self.ids.append(first_id)
-            self.times.append(now_ms)
-            self.dues.append(due_ms)
-            self.segments.append(segment)
-            self.offsets.append(offset)
-            self.lengths.append(lengths[0])
-            self.crcs.append(crcs[0] if crcs else 0)
-            self.sizes.append(lengths[0] + overhead)
-            self.lsns.append(lsn)
-            self.specs.append(spec)
-        else:
-            self.ids.extend(range(first_id, first_id + n))
-            self.times.extend(array("Q", (now_ms,)) * n)
-            self.dues.extend(array("Q", (due_ms,)) * n)
-            self.segments.extend(array("I", (segment,)) * n)
-            self.offsets.extend(array("Q", accumulate(lengths[:-1], initial=offset)))
-            self.lengths.extend(array("I", lengths))
-            self.crcs.extend(array("I", crcs) if crcs else array("I", bytes(4 * n)))
-            self.sizes.extend(array("I", [length + overhead for length in lengths]))
-            self.lsns.extend(array("Q", (lsn,)) * n)
-            self.specs += [spec] * n
+        self.ids.extend(range(first_id, first_id + n))
+        self.times.extend(array("Q", (now_ms,)) * n)
+        self.dues.extend(array("Q", (due_ms,)) * n)
+        self.segments.extend(array("I", (segment,)) * n)
+        self.offsets.extend(array("Q", accumulate(lengths[:-1], initial=offset)))
+        self.lengths.extend(array("I", lengths))
+        self.crcs.extend(array("I", crcs) if crcs else array("I", bytes(4 * n)))
+        self.sizes.extend(array("I", [length + overhead for length in lengths]))
+        self.lsns.extend(array("Q", (lsn,)) * n)
+        self.specs += [spec] * n
         if self.keys is not None or (keys is not None and any(key is not None for key in keys)):
             if self.keys is None:
                 self.keys = [None] * before
@@ -122,10 +145,9 @@ class Columns:
 
     def add(self, entry: Entry) -> None:
         """A job that was an object."""
-        self.add_batch(
-            entry.id, (entry.length,), (entry.crc,), entry.spec, entry.enqueued_at_ms, entry.due_ms,
-            (entry.segment, entry.offset, entry.lsn), entry.size - entry.length,
-            None if entry.key is None else (entry.key,), None if entry.payload is None else (entry.payload,),
+        self.append(
+            entry.id, entry.enqueued_at_ms, entry.due_ms, entry.segment, entry.offset, entry.length, entry.crc,
+            entry.size, entry.lsn, entry.spec, entry.key, entry.payload,
         )  # fmt: skip
         if entry.attempts or entry.token or entry.died_at_ms or entry.last_error is not None:
             if self.extras is None:
@@ -134,19 +156,23 @@ class Columns:
 
     def entry(self, i: int, queue: Queue, state: int) -> Entry:
         """The job in cell `i` as an object."""
-        job_id = self.ids[i]
-        entry = Entry(
-            job_id, queue, self.specs[i], self.times[i], self.dues[i], self.keys[i] if self.keys is not None else None
-        )
-        entry.state = state
-        entry.lies(
-            self.segments[i], self.offsets[i], self.lengths[i], self.crcs[i], self.sizes[i], self.lsns[i]
-        )  # fmt: skip
-        if self.payloads is not None:
-            entry.payload = self.payloads[i]
-        if self.extras is not None and job_id in self.extras:
-            entry.attempts, entry.token, entry.died_at_ms, entry.last_error = self.extras[job_id]
-        return entry
+        return self.entries(i, i + 1, queue, state)[0]
+
+    def entries(self, start: int, stop: int, queue: Queue, state: int) -> list[Entry]:
+        """The jobs in these cells as objects."""
+        ids, specs, times, dues, lengths, crcs = self.ids, self.specs, self.times, self.dues, self.lengths, self.crcs
+        segments, offsets, sizes, lsns = self.segments, self.offsets, self.sizes, self.lsns
+        keys, payloads, extras = self.keys or _NOTHING, self.payloads or _NOTHING, self.extras
+        found = []
+        for i in range(start, stop):
+            entry = Entry(
+                ids[i], queue, specs[i], times[i], dues[i], keys[i], segments[i], offsets[i], lengths[i], crcs[i],
+                sizes[i], lsns[i], payloads[i], state,
+            )  # fmt: skip
+            if extras is not None and entry.id in extras:
+                entry.attempts, entry.token, entry.died_at_ms, entry.last_error = extras[entry.id]
+            found.append(entry)
+        return found
 
     def picked(self, cells: Sequence[int] | slice) -> Columns:
         """A copy with these cells, in this order."""
@@ -186,6 +212,7 @@ class Columns:
         return found
 
 
+_NOTHING: list[Any] = [None] * RUN_JOBS  # for columns that no job has
 _ARRAYS = ("ids", "times", "dues", "segments", "offsets", "lengths", "crcs", "sizes", "lsns")
 
 
@@ -295,7 +322,7 @@ class Run:
     def pop(self, count: int, state: int) -> list[Entry]:
         """The first `count` jobs, as objects in this state; they are not here any more."""
         columns, at, queue = self.load(), self.at, self.queue
-        entries = [columns.entry(i, queue, state) for i in range(at, at + count)]
+        entries = columns.entries(at, at + count, queue, state)
         if columns.payloads is not None:
             columns.payloads[at : at + count] = [None] * count
             if columns.cached_bytes:

@@ -67,10 +67,10 @@ def decode_entry(key: bytes, value: bytes, queues: Mapping[int, Any]) -> tuple[E
         reader.at = _ENTRY.size
         last_error, headers, text = (None if n < 0 else reader.data(n).decode() for n in rest[17:])
     spec = _spec(priority, *rest[:7], headers)
-    entry = Entry(int.from_bytes(key, "big"), queues[number], spec, enqueued_at_ms, due_ms, text)
+    job_id = int.from_bytes(key, "big")
+    entry = Entry(job_id, queues[number], spec, enqueued_at_ms, due_ms, text, segment, offset, length, crc, size, lsn)
     entry.attempts, entry.token, entry.deadline_ms, entry.died_at_ms = attempts, token, deadline_ms, died_at_ms
     entry.last_error = last_error
-    entry.lies(segment, offset, length, crc, size, lsn)
     return entry, state
 
 

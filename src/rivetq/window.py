@@ -76,6 +76,16 @@ class Window:
         if opens[0] is not run and opens[0].last < run.last:
             opens.sort(key=lambda each: each.last, reverse=True)
 
+    def grown_by_one(self, run: Run, job_id: int) -> None:
+        """A job was appended to an open run; for a window in order of ids."""
+        run.left += 1
+        run.last = run.high = job_id
+        self.count += 1
+        if job_id - run.low > self.span:
+            self.span = job_id - run.low
+        if self.opens[0] is not run:
+            self.opens.sort(key=lambda each: each.last, reverse=True)
+
     def insert(self, run: Run, *, is_open: bool = False) -> None:
         """Add a whole run; if it is open, others may follow it."""
         self.runs.insert(bisect_left(self.runs, run.head, key=lambda each: each.head), run)

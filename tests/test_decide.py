@@ -150,6 +150,14 @@ def test_what_is_written_is_absolute_and_complete() -> None:
     ]
 
 
+def test_no_payloads_make_no_event_whether_the_queue_exists_or_not() -> None:
+    machine = Machine()
+    assert decide.commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
+    for event in decide.commit(machine, [Enqueue("mail", [b""])], 5)[0]:
+        machine.apply(event, 5, Place())
+    assert decide.commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
+
+
 def test_without_a_delay_there_is_no_due_moment() -> None:
     events, _ = Bench().plan(Enqueue("q", [b"a"]))
     assert isinstance(events[0], Enqueued)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import sys
@@ -16,7 +17,16 @@ import pytest
 from inside import inside
 
 import rivetq.live
-from rivetq import Broker, BrokerClosedError, LeaseLostError, LeaseRef, RetryPolicy
+import rivetq.local
+from rivetq import (
+    Broker,
+    BrokerClosedError,
+    BrokerFailedError,
+    ForkedBrokerError,
+    LeaseLostError,
+    LeaseRef,
+    RetryPolicy,
+)
 from rivetq.io import SystemDisk
 
 AT_ONCE = RetryPolicy(max_attempts=None, base=0, jitter="none")
@@ -515,3 +525,146 @@ def test_after_close_every_call_raises_and_says_that_nothing_was_done(tmp_path: 
         else:
             outcomes[name] = "no error"
     assert {name: outcome for name, outcome in outcomes.items() if outcome != "not_done"} == {}
+
+
+# -- what a review found
+
+
+class StalledDisk(SystemDisk):
+    """Its next sync waits until it may go on."""
+
+    def __init__(self) -> None:
+        self.stalls = False
+        self.begun, self.may_go_on = threading.Event(), threading.Event()
+
+    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
+        if self.stalls:
+            self.stalls = False
+            self.begun.set()
+            assert self.may_go_on.wait(PATIENCE)
+        os.fdatasync(fd)
+
+
+def test_an_interrupt_of_a_parked_caller_leaves_the_sync_of_another_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = StalledDisk()
+    monkeypatch.setattr(rivetq.local, "SystemDisk", lambda: disk)
+    with Broker(tmp_path / "q") as broker:
+        broker.enqueue("q", b"")
+        disk.stalls = True
+        first = threading.Thread(target=broker.enqueue, args=("q", b""), daemon=True)
+        first.start()
+        assert disk.begun.wait(PATIENCE)
+        parked = inside(broker)._group._join
+
+        def interrupted(waiter: Any) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(waiter, "lock", InterruptedLock())
+                parked(waiter)
+
+        monkeypatch.setattr(inside(broker)._group, "_join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            broker.enqueue("q", b"")
+        monkeypatch.setattr(inside(broker)._group, "_join", parked)
+        disk.may_go_on.set()
+        first.join(PATIENCE)
+        broker.enqueue("q", b"")
+        assert broker.stats("q").ready == 4, "the interrupted one is there too: its outcome was open"
+
+
+class InterruptedLock:
+    """Whoever waits for it is interrupted."""
+
+    def acquire(self, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    def release(self) -> None:
+        """Nobody waits any more."""
+
+    def locked(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("fsync", ["always", ":memory:"])
+def test_a_forked_child_is_refused_though_a_lock_was_held_and_somebody_waited(tmp_path: Path, fsync: str) -> None:
+    broker = opened(tmp_path, fsync)
+    engine = inside(broker)
+
+    def wait() -> None:
+        with contextlib.suppress(BrokerClosedError):
+            broker.lease("q", wait=None)
+
+    waits = threading.Thread(target=wait, daemon=True)
+    waits.start()
+    _await(lambda: bool(engine._lessees))
+    before = engine._ended
+    engine._lock.acquire()
+    try:
+        engine._ended = "forked"
+        answers: list[object] = []
+
+        def call() -> None:
+            try:
+                broker.enqueue("q", b"")
+            except BaseException as error:
+                answers.append(error)
+
+        child = threading.Thread(target=call, daemon=True)
+        child.start()
+        child.join(PATIENCE)
+        assert [type(answer) for answer in answers] == [ForkedBrokerError]
+    finally:
+        engine._ended = before
+        engine._lock.release()
+    broker.close()
+    waits.join(PATIENCE)
+
+
+def test_a_failure_while_a_lessee_lies_down_wakes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = Broker(":memory:")
+    engine = inside(broker)
+    register = engine._register
+
+    def register_late(*args: Any) -> None:
+        engine._fail(OSError("meanwhile"))  # by a thread that needs no lock: nobody is registered yet
+        register(*args)
+
+    monkeypatch.setattr(engine, "_register", register_late)
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            broker.lease("q", wait=None)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert [type(error) for error in errors] == [BrokerFailedError]
+    broker.close()
+
+
+def test_nobody_gets_up_for_a_job_of_a_paused_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    woken: list[object] = []
+    wake = rivetq.live._Lessee.wake
+    with Broker(":memory:") as broker:
+        broker.pause("q")
+        waits = threading.Thread(target=lambda: broker.lease("q", wait=PATIENCE), daemon=True)
+        waits.start()
+        _await(lambda: bool(inside(broker)._lessees))
+        monkeypatch.setattr(rivetq.live._Lessee, "wake", lambda self: (woken.append(self), wake(self))[1])
+        broker.enqueue("q", b"")
+        assert woken == []
+        broker.resume("q")
+        waits.join(PATIENCE)
+        assert not waits.is_alive()
+        assert woken
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never became true"
+        time.sleep(0.001)

@@ -46,7 +46,7 @@ def commit(machine: Machine, operations: Sequence[Operation], now_ms: int) -> tu
     first = operations[0] if operations else None
     if type(first) is Enqueue and len(operations) == 1 and first.keys is None and first.promised is None:
         queue = machine.queues.get(first.queue)
-        if queue is not None:
+        if queue is not None and first.payloads:
             return _enqueued(machine, queue, first, now_ms)
     elif type(first) is Ack and all(type(operation) is Ack for operation in operations):
         return _acked(machine, cast(Sequence[Ack], operations), now_ms), [None] * len(operations)

@@ -19,6 +19,8 @@ from typing import Protocol
 PATIENCE = 2.0
 """The longest that a caller waits for company, in syncs as they took lately. Until a thread has come back it takes
 several times as long as its work: the interpreter goes from one to the next."""
+PATIENCE_S = 0.02
+"""And this at most, whatever a disk that stalled once has done to that figure."""
 COMPANY = 12
 """As many are company enough: with more threads than that, the next ones gather while the disk is busy."""
 
@@ -90,7 +92,11 @@ class GroupCommit:
                 self._waiters.append(waiter)
             self._leading = True
         if parks:
-            waiter.lock.acquire()
+            try:
+                waiter.lock.acquire()
+            except BaseException:
+                self._leave(waiter)
+                raise
         try:
             if self.failure is None:
                 self._target.sync()
@@ -111,7 +117,7 @@ class GroupCommit:
             waiter.is_patient = not self._leading and not self._waiters
             self._waiters.append(waiter)
         if waiter.is_patient:
-            if waiter.lock.acquire(timeout=self._sync_s * PATIENCE):
+            if waiter.lock.acquire(timeout=min(self._sync_s * PATIENCE, PATIENCE_S)):
                 return
             with self._lock:
                 if waiter in self._waiters and not self._leading:

@@ -123,6 +123,7 @@ class LiveEngine:
     def commit(self, operations: Sequence[Operation]) -> list[Any]:
         enqueues = Enqueue in map(type, operations)
         if enqueues and self._lessees:
+            self._check()  # before the lock, as in _change
             self._wake_early(operations)
         answers: list[Any] = self._change(partial(decide.commit, self._machine, operations), keep_reserve=enqueues)
         return answers
@@ -271,7 +272,8 @@ class LiveEngine:
                 pause_s = self.clock.timeout_s(retry_at_ms - now_ms)
                 if pause_s is not None:
                     timeout_s = pause_s if timeout_s is None else min(timeout_s, pause_s)
-            waiting[0].park(timeout_s)
+            if self._ended is None:  # else whoever ended it may have looked for lessees before this one was there
+                waiting[0].park(timeout_s)
 
     def _hand_out(
         self, lsn: int, event: Leased, entries: list[Entry], errors: list[str | None], settler: Settler
@@ -326,8 +328,10 @@ class LiveEngine:
         with self._lock:
             for operation in operations:
                 if isinstance(operation, Enqueue) and (waiting := self._lessees.get(operation.queue)):
-                    for lessee in list(waiting)[: len(operation.payloads)]:
-                        lessee.wake()
+                    queue = self._machine.queues.get(operation.queue)
+                    if queue is None or not queue.config.paused:
+                        for lessee in list(waiting)[: len(operation.payloads)]:
+                            lessee.wake()
 
     def _wake_lessees(self, names: Sequence[str] | None = None) -> None:
         # Caller holds self._lock. As many as there are jobs: nobody is woken for nothing, and nobody is forgotten.

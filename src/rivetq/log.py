@@ -7,7 +7,8 @@ Two locks, neither of them here for the caller's data:
 - `write` takes the buffer to the operating system, in order, under `_write_lock`; `sync` waits for the disk outside of
   it, so that others write meanwhile. One thread at a time syncs (see group).
 
-Failure is for good: after an exception while writing or syncing, `broken` is True and nobody may say "ok" again.
+Failure is for good: after an exception while writing or syncing, `broken` is True in that thread, the next write or
+sync raises, and nobody may say "ok" again.
 An fsync is never repeated: on ext4 and xfs the second one says OK although the data of the first is gone.
 
 Space is taken before it is promised: a record is accepted only where blocks of the disk are its own already. A segment
@@ -108,8 +109,8 @@ class Log:
         self.written_lsn = 0
         self.durable_lsn = 0
         # Set before and cleared after: whatever breaks in leaves them set.
-        self._writing = False
-        self._syncing = False
+        self._writing = 0  # the thread that does it
+        self._syncing = 0
         self._mark_fd = -1
         self._files: dict[int, SegmentFile] = {}  # open segments by id
         self.records = self.syncs = self.bytes_written = 0
@@ -326,8 +327,8 @@ class Log:
 
     @property
     def broken(self) -> bool:
-        """A write or sync was cut short. Asked after an exception; while others write it may be True for a moment."""
-        return self._writing or self._syncing
+        """A write or sync of this thread was cut short. Asked after an exception."""
+        return threading.get_ident() in (self._writing, self._syncing)
 
     def write(self, upto_lsn: int) -> None:
         """Hand everything up to this record, at least, to the operating system."""
@@ -347,7 +348,7 @@ class Log:
         # the frames may be in the file and some not, and the buffer has forgotten them.
         if self._writing:
             raise OSError("an earlier write of the log failed")
-        self._writing = True
+        self._writing = threading.get_ident()
         buffer = self._buffer
         frames: list[_Frame] = []
         begun: _Begin | None = None
@@ -364,7 +365,7 @@ class Log:
             begun = item
         self._write_frames(frames)
         self._publish(begun)
-        self._writing = False
+        self._writing = 0
 
     def _write_frames(self, frames: list[_Frame]) -> None:
         """Neighbours, in one system call."""
@@ -408,7 +409,7 @@ class Log:
         if lsn > self.durable_lsn:
             if self._syncing:
                 raise OSError("an earlier sync of the log failed")
-            self._syncing = True
+            self._syncing = threading.get_ident()
             done: list[None] = []
             try:
                 # One C call from the system call to the note of its success: a KeyboardInterrupt that waited for the
@@ -416,7 +417,7 @@ class Log:
                 done.extend(map(self._disk.fdatasync, (file.fd,)))
             finally:
                 if done:
-                    self._syncing = False
+                    self._syncing = 0
                     self.syncs += 1
                     self.durable_lsn = max(self.durable_lsn, lsn)
             self._write_mark()

@@ -50,8 +50,11 @@ bench-full: $(VENV)/bench-ready ## the same with long rounds, 1 KiB payloads, up
 	$(BIN)/python benchmarks/bench.py --full --json bench-full.json --plots docs/plots
 
 CYCLES ?= 100
-crash: $(VENV)/ready ## kill -9 a writing process CYCLES times
+STATES ?= 20000
+SEED ?= 0
+crash: $(VENV)/ready ## kill -9 a writing process CYCLES times, then look at STATES states after simulated power cuts
 	$(BIN)/python -m pytest tests/test_kill.py --cycles $(CYCLES) -s
+	$(BIN)/python tests/simulation.py --states $(STATES) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

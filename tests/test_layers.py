@@ -22,7 +22,7 @@ FLOORS = [
     # public
     "broker", "__init__",
 ]  # fmt: skip
-TESTING = {"testing/__init__", "testing/clock", "testing/plugin", "testing/conformance"}
+TESTING = {"testing/__init__", "testing/clock", "testing/disk", "testing/plugin", "testing/conformance"}
 PURE = set(FLOORS[FLOORS.index("backoff") : FLOORS.index("io")])
 DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}
 IO_MODULES = {"os", "io", "time", "threading", "socket", "fcntl", "shutil", "pathlib", "logging"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -1102,3 +1103,28 @@ def test_the_time_line_never_steps_back_over_many_boots(tmp_path: Path, step_s: 
         clock.reboot()
     with open_ledger(tmp_path / "live", clock) as ledger:
         assert len(ledger.broker.lease_many("q", 10)) == 4
+
+
+def test_a_dropped_segment_that_a_power_cut_brought_back_is_dropped_again(tmp_path: Path) -> None:
+    """Of the names that were removed last any may come back, if their directory was not synced yet."""
+    path, before = tmp_path / "directory", tmp_path / "before"
+    before.mkdir()
+    with Broker(path, segment_bytes=SEGMENT_BYTES) as broker:
+        for _ in range(20):
+            broker.enqueue("q", bytes(15_000))
+            for each in segments(path):
+                with contextlib.suppress(FileNotFoundError):  # the keeper was quicker
+                    shutil.copy(each, before)
+            broker.ack(broker.lease("q") or pytest.fail("nothing to lease"))
+        kept = broker.enqueue("q", b"kept")
+        broker.compact()
+        dropped = sorted(p.name for p in before.glob("*.log") if not (path / "log" / p.name).exists())
+    assert len(dropped) > 2
+    shutil.copy(before / dropped[0], path / "log" / dropped[0])
+    for index in ("with its index", "without an index"):
+        if index == "without an index":
+            lose_index(path)
+            shutil.copy(before / dropped[0], path / "log" / dropped[0])
+        with Broker(path, segment_bytes=SEGMENT_BYTES) as broker:
+            assert [job.id for job in broker.jobs("q")] == [kept]
+            assert not (path / "log" / dropped[0]).exists()

@@ -88,21 +88,22 @@ class _Reader:
     """The segments of a directory, headers first."""
 
     def __init__(self, disk: Disk, directory: str, numbers: list[int]) -> None:
-        self.numbers = numbers
+        # A power cut may bring back some of the segments that were just dropped, and others not. What counts is behind
+        # the last gap, if the log says that the others may be missing (see _check_oldest).
+        first = max((i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), default=0)
+        self.numbers, self.dropped = numbers[first:], numbers[:first]
+        numbers = self.numbers
         self.files = [SegmentFile.open(disk, os.path.join(directory, segment_name(n))) for n in numbers]
         self.headers = [read_header(file) for file in self.files]
         self._directory = directory
 
     def check_links(self) -> None:
-        """Every segment is there, in place, and of one log."""
-        for i, (number, header, file) in enumerate(zip(self.numbers, self.headers, self.files, strict=True)):
+        """Every segment is in place, and of one log."""
+        for number, header, file in zip(self.numbers, self.headers, self.files, strict=True):
             if header.id != number or header.log_id != self.headers[-1].log_id:
                 raise corrupt(
                     file.path, 0, f"this is segment {header.id} of log {header.log_id.hex()}, not of this place"
                 )
-            if i and number != self.numbers[i - 1] + 1:
-                missing = os.path.join(self._directory, segment_name(self.numbers[i - 1] + 1))
-                raise corrupt(missing, 0, "the segment is missing")
 
     def recovered(self, index: Index, new_machine: Callable[[], Machine], mark_lsn: int) -> Recovered:
         last = self.headers[-1]
@@ -149,6 +150,7 @@ class _Reader:
                 apply_record(machine, self.files[-1].path, record, last.id)
         self._check_oldest(max(oldest, machine.oldest_segment))
         found.sizes = {n: file.size for n, file in zip(self.numbers, self.files, strict=True)}
+        found.sizes.update(dict.fromkeys(self.dropped, 0))  # so that the log drops them once more
         return found
 
     def _read_tail(self, mark_lsn: int) -> tuple[Scan, list[Record]]:
@@ -199,7 +201,8 @@ class _Reader:
     def _check_oldest(self, oldest: int) -> None:
         """Segments go oldest first and only after the log said so: without its word a missing one is a loss."""
         if self.numbers[0] > oldest:
-            raise corrupt(os.path.join(self._directory, segment_name(oldest)), 0, "the segment is missing")
+            missing = next(n for n in range(oldest, self.numbers[0]) if n not in self.dropped)
+            raise corrupt(os.path.join(self._directory, segment_name(missing)), 0, "the segment is missing")
 
 
 def _dropped_upto(path: str, record: Record) -> int:

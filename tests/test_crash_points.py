@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +15,10 @@ from inside import inside
 
 import rivetq.local
 from rivetq import Broker, RetryPolicy, RivetQError
-from rivetq.io import SystemDisk
-from rivetq.testing import ManualClock
+from rivetq.testing import ManualClock, PowerCut, SimulatedDisk
 
 SEGMENT_BYTES = 65_536
 LARGE = b"x" * 15_000
-
-
-class ProcessDied(BaseException):
-    """Nothing that this process does reaches the disk any more."""
-
-
-class MortalDisk(SystemDisk):
-    """Dies at its nth changing operation: instead of it, or behind it."""
-
-    def __init__(self, dies_at: int, *, behind: bool) -> None:
-        self.operations = 0
-        self._dies_at = dies_at
-        self._behind = behind
-
-    def _operate(self, operation: Callable[..., Any], *args: Any) -> Any:
-        self.operations += 1
-        if self.operations > self._dies_at or (self.operations == self._dies_at and not self._behind):
-            raise ProcessDied
-        result = operation(*args)
-        if self.operations == self._dies_at:
-            raise ProcessDied
-        return result
-
-    def pwrite(self, fd: int, data: bytes, offset: int) -> int:  # type: ignore[override]  # a method in place of a builtin
-        written: int = self._operate(super().pwrite, fd, data, offset)
-        return written
-
-    def fdatasync(self, fd: int) -> None:  # type: ignore[override]  # a method in place of a builtin
-        self._operate(super().fdatasync, fd)
-
-    def create(self, path: str) -> int:
-        fd: int = self._operate(super().create, path)
-        return fd
-
-    def allocate(self, fd: int, offset: int, size: int) -> None:
-        self._operate(super().allocate, fd, offset, size)
-
-    def truncate(self, fd: int, size: int) -> None:
-        self._operate(super().truncate, fd, size)
-
-    def rename(self, old: str, new: str) -> None:
-        self._operate(super().rename, old, new)
-
-    def unlink(self, path: str) -> None:
-        self._operate(super().unlink, path)
-
-    def sync_directory(self, path: str) -> None:
-        self._operate(super().sync_directory, path)
 
 
 class Life:
@@ -129,7 +79,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Life, Manual
 
 
 def live_and_die(
-    directory: Path, life: Life, clock: ManualClock, disk: MortalDisk, fsync: Any, monkeypatch: pytest.MonkeyPatch
+    directory: Path, life: Life, clock: ManualClock, disk: SimulatedDisk, fsync: Any, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """Whether it died."""
     monkeypatch.setattr(rivetq.local, "SystemDisk", lambda: disk)
@@ -137,7 +87,7 @@ def live_and_die(
     try:
         broker = Broker(directory, segment_bytes=SEGMENT_BYTES, fsync=fsync, clock=clock)
         life.run(broker)
-    except (ProcessDied, RivetQError):
+    except (PowerCut, RivetQError):
         return True
     finally:
         if broker is not None:
@@ -157,7 +107,8 @@ def test_a_process_that_dies_at_any_disk_operation_loses_nothing_and_brings_noth
         shutil.copytree(origin, directory)
         life = Life()
         life.there, life.acked = dict(before.there), set(before.acked)
-        disk = MortalDisk(dies_at, behind=behind)
+        disk = SimulatedDisk(directory, opaque=("index", "LOCK"))
+        disk.cut_power(dies_at, behind=behind)
         died = live_and_die(directory, life, clock, disk, fsync, monkeypatch)
         check(directory, life, clock)
         shutil.rmtree(directory)

@@ -20,7 +20,7 @@ FLOORS = [
     # engines
     "group", "live", "memory", "local",
     # public
-    "broker", "__init__",
+    "arguments", "broker", "__init__",
 ]  # fmt: skip
 TESTING = {"testing/__init__", "testing/clock", "testing/disk", "testing/plugin", "testing/conformance"}
 PURE = set(FLOORS[FLOORS.index("backoff") : FLOORS.index("io")])

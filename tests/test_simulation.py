@@ -33,6 +33,17 @@ def test_one_seed_gives_one_life(tmp_path: Path) -> None:
     assert len(traces[0]) > 100
 
 
+def violations(seeds: range) -> list[str]:
+    """What the hunt says of the lives of these seeds."""
+    found = []
+    for seed in seeds:
+        try:
+            hunt([seed], 1)
+        except ViolationError as error:
+            found.append(str(error))
+    return found
+
+
 def no_sync(self: GroupCommit, lsn: int) -> None:
     """In place of `wait`: the answer before the sync."""
     self._target.write(lsn)  # type: ignore[attr-defined]  # the log, here
@@ -40,8 +51,9 @@ def no_sync(self: GroupCommit, lsn: int) -> None:
 
 def test_the_hunt_sees_an_answer_before_its_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GroupCommit, "wait", no_sync)
-    with pytest.raises(ViolationError, match="records up to"):
-        hunt(range(20), 3000)
+    found = violations(range(10))
+    assert len(found) > 5
+    assert any("records up to" in each for each in found), "what was promised is missing"
 
 
 def test_the_hunt_sees_a_name_that_was_not_synced(monkeypatch: pytest.MonkeyPatch) -> None:

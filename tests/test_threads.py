@@ -27,6 +27,7 @@ from rivetq import (
     LeaseRef,
     RetryPolicy,
 )
+from rivetq.engine import Enqueue
 from rivetq.io import SystemDisk
 
 AT_ONCE = RetryPolicy(max_attempts=None, base=0, jitter="none")
@@ -602,18 +603,8 @@ def test_a_forked_child_is_refused_though_a_lock_was_held_and_somebody_waited(tm
     engine._lock.acquire()
     try:
         engine._ended = "forked"
-        answers: list[object] = []
-
-        def call() -> None:
-            try:
-                broker.enqueue("q", b"")
-            except BaseException as error:
-                answers.append(error)
-
-        child = threading.Thread(target=call, daemon=True)
-        child.start()
-        child.join(PATIENCE)
-        assert [type(answer) for answer in answers] == [ForkedBrokerError]
+        with pytest.raises(ForkedBrokerError):
+            in_threads(1, lambda _: broker.enqueue("q", b""))
     finally:
         engine._ended = before
         engine._lock.release()
@@ -631,19 +622,33 @@ def test_a_failure_while_a_lessee_lies_down_wakes_it(monkeypatch: pytest.MonkeyP
         register(*args)
 
     monkeypatch.setattr(engine, "_register", register_late)
-    errors: list[BaseException] = []
-
-    def wait() -> None:
-        try:
-            broker.lease("q", wait=None)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    assert [type(error) for error in errors] == [BrokerFailedError]
+    with pytest.raises(BrokerFailedError):
+        in_threads(1, lambda _: broker.lease("q", wait=None))
     broker.close()
+
+
+def test_who_gets_up_too_early_keeps_its_place_in_the_line() -> None:
+    with Broker(":memory:") as broker:
+        engine = inside(broker)
+        got: list[str] = []
+
+        def wait(name: str) -> None:
+            if broker.lease("q", wait=PATIENCE):
+                got.append(name)
+
+        threads = [threading.Thread(target=wait, args=(name,), daemon=True) for name in ("first", "second")]
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            _await(lambda count=count: len(engine._lessees.get("q", ())) == count)
+        line = list(engine._lessees["q"])
+        engine._wake_early([Enqueue("q", [b""])])
+        _await(line[0]._asleep.locked)
+        assert list(engine._lessees["q"]) == line
+        broker.enqueue("q", b"")
+        threads[0].join(PATIENCE)
+        assert got == ["first"]
+        broker.enqueue("q", b"")
+        threads[1].join(PATIENCE)
 
 
 def test_nobody_gets_up_for_a_job_of_a_paused_queue(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, Self
 
 import attrs
 
+from .arguments import (
+    MAX_KEY_BYTES,
+    MAX_QUEUE_BYTES,
+    checked_error,
+    checked_headers,
+    checked_lease,
+    checked_leases,
+    checked_path,
+    checked_queues,
+    checked_state,
+    checked_text,
+    encoded,
+)
 from .clock import Clock, SystemClock
 from .engine import Ack, Capabilities, Engine, Enqueue, Extend, Nack, Operation, Reject, Release
 from .errors import DuplicateJobError, LeaseLostError, UsageError
@@ -32,15 +43,12 @@ from .model import (
     duration_ms,
     moment,
     moment_ms,
-    read_only,
 )
 
 MEMORY = ":memory:"
 MIN_SEGMENT_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 2**29
 """The largest `max_payload_bytes`: half of what one record can hold."""
-MAX_ERROR_BYTES = 4096
-MAX_QUEUE_BYTES, MAX_KEY_BYTES = 255, 256
 
 Payload = (
     bytes | bytearray | memoryview | str | int | float | bool | None | list[Any] | tuple[Any, ...] | dict[str, Any]
@@ -150,17 +158,17 @@ class _Enqueues:
                 raise UsageError(f"idempotency_keys: {len(payloads)} expected, one a payload, got {len(keys)}")
             for key in keys:
                 if key is not None:
-                    _checked_text(key, "idempotency_key", MAX_KEY_BYTES)
+                    checked_text(key, "idempotency_key", MAX_KEY_BYTES)
         if on_duplicate not in ("return", "raise"):
             raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {on_duplicate!r}")
         if retry is not None and not isinstance(retry, RetryPolicy):
             raise UsageError(f"retry: a RetryPolicy expected, got {type(retry).__name__}")
         return Enqueue(
-            _checked_text(queue, "queue", MAX_QUEUE_BYTES),
+            checked_text(queue, "queue", MAX_QUEUE_BYTES),
             [self._encode(payload) for payload in payloads],
             checked_int(priority, "priority", 0, 9),
             self._delay_ms(delay, eta),
-            None if headers is None else _checked_headers(headers),
+            None if headers is None else checked_headers(headers),
             retry,
             None if max_attempts is None else checked_int(max_attempts, "max_attempts", 1, 2**31 - 1),
             None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
@@ -170,7 +178,7 @@ class _Enqueues:
 
     def _encode(self, payload: Any) -> bytes:
         if type(payload) is not bytes:
-            payload = _encoded(payload)
+            payload = encoded(payload)
         if len(payload) > self._max_payload_bytes:
             raise UsageError(
                 f"payload: {len(payload)} bytes, {self._max_payload_bytes} is the most; raise max_payload_bytes, or "
@@ -249,7 +257,7 @@ class Broker(_Enqueues):
         self._max_payload_bytes = checked_int(max_payload_bytes, "max_payload_bytes", 1, MAX_PAYLOAD_BYTES)
         self._clock = clock or SystemClock()
         self._watched: dict[int, bool] = {}  # token of an entered lease -> it was settled
-        self.path = _checked_path(path)
+        self.path = checked_path(path)
         self._engine: Engine
         if self.path == MEMORY:
             self._engine = MemoryEngine(self._clock)
@@ -331,7 +339,7 @@ class Broker(_Enqueues):
     ) -> list[Lease]:
         """Up to `max_jobs` leases, most urgent first; blocks for the first one only. See `lease`."""
         return self._engine.lease(
-            _checked_queues(queue),
+            checked_queues(queue),
             checked_int(max_jobs, "max_jobs", 1),
             None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
             None if wait is None else duration_ms(wait, "wait") / 1000,
@@ -344,11 +352,11 @@ class Broker(_Enqueues):
         Raises:
             LeaseLostError: the lease is not the current delivery any more; nothing changed.
         """
-        self._answer([Ack(*_checked_lease(lease))])
+        self._answer([Ack(*checked_lease(lease))])
 
     def ack_many(self, leases: Iterable[LeaseLike]) -> None:
         """`ack` for many, all or nothing, one record of the log."""
-        self._answer([Ack(*_checked_lease(lease)) for lease in _checked_leases(leases)])
+        self._answer([Ack(*checked_lease(lease)) for lease in checked_leases(leases)])
 
     def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
         """Failed: ready again after the policy's backoff (or `delay` seconds), or a dead letter at max_attempts."""
@@ -356,15 +364,15 @@ class Broker(_Enqueues):
 
     def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
         """Give the job back untouched, to its place in the queue; the attempt is not counted."""
-        self._answer([Release(*_checked_lease(lease), duration_ms(delay, "delay"))])
+        self._answer([Release(*checked_lease(lease), duration_ms(delay, "delay"))])
 
     def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
         """Make the job a dead letter now, whatever attempts are left."""
-        self._answer([Reject(*_checked_lease(lease), _checked_error(error))])
+        self._answer([Reject(*checked_lease(lease), checked_error(error))])
 
     def extend(self, lease: LeaseLike, seconds: Duration) -> Lease:
         """Heartbeat: the lease with deadline max(old, now + seconds). The old value still answers: same token."""
-        job_id, token = _checked_lease(lease)
+        job_id, token = checked_lease(lease)
         deadline_ms = self._engine.commit([Extend(job_id, token, duration_ms(seconds, "seconds"))])[0]
         if isinstance(lease, Lease):
             return attrs.evolve(lease, deadline=moment(deadline_ms), broker=self)
@@ -429,7 +437,7 @@ class Broker(_Enqueues):
             max_jobs: the most ready, scheduled and leased jobs; None: no limit.
             idempotency_ttl: seconds that a key outlives its job; 0: ends with it.
         """
-        _checked_text(queue, "queue", MAX_QUEUE_BYTES)
+        checked_text(queue, "queue", MAX_QUEUE_BYTES)
         changes: dict[str, Any] = {}
         if retry is not ...:
             if not isinstance(retry, RetryPolicy):
@@ -449,19 +457,19 @@ class Broker(_Enqueues):
 
     def pause(self, queue: str) -> None:
         """Leases from the queue give nothing until `resume`; enqueue works. Kept on disk."""
-        self._engine.configure(_checked_text(queue, "queue", MAX_QUEUE_BYTES), {"paused": True})
+        self._engine.configure(checked_text(queue, "queue", MAX_QUEUE_BYTES), {"paused": True})
 
     def resume(self, queue: str) -> None:
         """End a pause; nothing happens if there is none."""
-        if self._engine.config(_checked_text(queue, "queue", MAX_QUEUE_BYTES)).paused:
+        if self._engine.config(checked_text(queue, "queue", MAX_QUEUE_BYTES)).paused:
             self._engine.configure(queue, {"paused": False})
 
     def purge(self, queue: str, *, state: JobState | str | None = None) -> int:
         """Remove the ready, scheduled and dead jobs of a queue, or those of one state; how many it were."""
-        checked = _checked_state(state)
+        checked = checked_state(state)
         if checked is JobState.LEASED:
             raise UsageError("purge: leased jobs stay; wait for their answers or their deadline")
-        return self._engine.purge(_checked_text(queue, "queue", MAX_QUEUE_BYTES), checked)
+        return self._engine.purge(checked_text(queue, "queue", MAX_QUEUE_BYTES), checked)
 
     def cancel(self, job_id: int) -> bool:
         """Remove a ready, scheduled or dead job; False if it is leased or gone."""
@@ -477,7 +485,7 @@ class Broker(_Enqueues):
         Raises:
             JobNotFoundError: an id is no dead letter of this queue; nothing was changed.
         """
-        _checked_text(queue, "queue", MAX_QUEUE_BYTES)
+        checked_text(queue, "queue", MAX_QUEUE_BYTES)
         ids: list[int] | None = None
         if job_ids is not None:
             if isinstance(job_ids, (str, bytes, bytearray)) or not isinstance(job_ids, Iterable):
@@ -489,8 +497,8 @@ class Broker(_Enqueues):
 
     def find(self, queue: str, idempotency_key: str) -> int | None:
         """The id that the key stands for now."""
-        _checked_text(queue, "queue", MAX_QUEUE_BYTES)
-        return self._engine.find(queue, _checked_text(idempotency_key, "idempotency_key", MAX_KEY_BYTES))
+        checked_text(queue, "queue", MAX_QUEUE_BYTES)
+        return self._engine.find(queue, checked_text(idempotency_key, "idempotency_key", MAX_KEY_BYTES))
 
     def get(self, job_id: int) -> Job | None:
         """The job as it is now; None if it is gone."""
@@ -499,8 +507,8 @@ class Broker(_Enqueues):
     def jobs(self, queue: str, *, state: JobState | str | None = None, after: int = 0, limit: int = 100) -> list[Job]:
         """Jobs of a queue by id: up to `limit` (1 to 10,000) with ids above `after`; page with the last id."""
         return self._engine.jobs(
-            _checked_text(queue, "queue", MAX_QUEUE_BYTES),
-            _checked_state(state),
+            checked_text(queue, "queue", MAX_QUEUE_BYTES),
+            checked_state(state),
             checked_int(after, "after", 0),
             checked_int(limit, "limit", 1, 10_000),
         )
@@ -515,7 +523,7 @@ class Broker(_Enqueues):
 
     def stats(self, queue: str | None = None) -> QueueStats:
         """Counts of one queue, or of all together; one look is one moment."""
-        return self._engine.stats(None if queue is None else _checked_text(queue, "queue", MAX_QUEUE_BYTES))
+        return self._engine.stats(None if queue is None else checked_text(queue, "queue", MAX_QUEUE_BYTES))
 
     # Housekeeping: the broker does all of this by itself
 
@@ -571,11 +579,11 @@ class Transaction(_Enqueues):
 
     def ack(self, lease: LeaseLike) -> None:
         """See `Broker.ack`."""
-        self._add([Ack(*_checked_lease(lease))])
+        self._add([Ack(*checked_lease(lease))])
 
     def ack_many(self, leases: Iterable[LeaseLike]) -> None:
         """See `Broker.ack_many`."""
-        self._add([Ack(*_checked_lease(lease)) for lease in _checked_leases(leases)])
+        self._add([Ack(*checked_lease(lease)) for lease in checked_leases(leases)])
 
     def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
         """See `Broker.nack`."""
@@ -583,11 +591,11 @@ class Transaction(_Enqueues):
 
     def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
         """See `Broker.release`."""
-        self._add([Release(*_checked_lease(lease), duration_ms(delay, "delay"))])
+        self._add([Release(*checked_lease(lease), duration_ms(delay, "delay"))])
 
     def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
         """See `Broker.reject`."""
-        self._add([Reject(*_checked_lease(lease), _checked_error(error))])
+        self._add([Reject(*checked_lease(lease), checked_error(error))])
 
     def _add(self, answers: Sequence[Ack | Nack | Release | Reject]) -> None:
         self._check_open()
@@ -652,115 +660,6 @@ class Transaction(_Enqueues):
             raise UsageError("the transaction is not open; its methods work inside its `with` block only")
 
 
-# Checks of arguments. Every one raises UsageError, before anything changes.
-
-
-def _checked_text(value: object, name: str, max_bytes: int) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{name}: a str expected, got {type(value).__name__}")
-    try:
-        size = len(value.encode())
-    except UnicodeEncodeError:
-        raise UsageError(f"{name}: {value!r} has a lone surrogate and cannot be UTF-8") from None
-    if not 1 <= size <= max_bytes:
-        raise UsageError(f"{name}: 1 to {max_bytes} bytes of UTF-8 expected, got {size}")
-    return value
-
-
-def _checked_queues(queue: object) -> list[str]:
-    if isinstance(queue, str):
-        return [_checked_text(queue, "queue", MAX_QUEUE_BYTES)]
-    if not isinstance(queue, Sequence) or isinstance(queue, (bytes, bytearray, memoryview)):
-        raise UsageError(f"queue: a str or a sequence of them expected, got {type(queue).__name__}")
-    if not queue:
-        raise UsageError("queue: at least one name expected, got none")
-    return list(dict.fromkeys(_checked_text(name, "queue", MAX_QUEUE_BYTES) for name in queue))
-
-
-def _checked_lease(lease: object) -> tuple[int, int]:
-    try:
-        job_id, token = lease.id, lease.token  # type: ignore[attr-defined]  # what has none is caught here
-    except AttributeError:
-        job_id = token = None
-    if type(job_id) is not int or type(token) is not int:
-        raise UsageError(f"lease: a Lease, or anything with int id and token, expected, got {type(lease).__name__}")
-    return job_id, token
-
-
-def _checked_leases(leases: object) -> list[Any]:
-    if isinstance(leases, (str, bytes, Mapping)) or not isinstance(leases, Iterable):
-        raise UsageError(f"leases: a sequence of leases expected, got {type(leases).__name__}")
-    return list(leases)
-
-
-def _checked_error(error: object) -> str | None:
-    if error is None:
-        return None
-    if not isinstance(error, str):
-        raise UsageError(f"error: a str expected, got {type(error).__name__}")
-    # Exception texts may hold anything, file names with surrogates too: an answer must not fail for that.
-    data = error.encode("utf-8", "backslashreplace")
-    return data[:MAX_ERROR_BYTES].decode("utf-8", "ignore")
-
-
 def _nack(lease: LeaseLike, error: str | None, delay: Duration | None) -> Nack:
     delay_ms = None if delay is None else duration_ms(delay, "delay")
-    return Nack(*_checked_lease(lease), _checked_error(error), delay_ms)
-
-
-def _checked_state(state: object) -> JobState | None:
-    if state is None:
-        return None
-    with suppress(ValueError):
-        if isinstance(state, str):
-            return JobState(state)
-    raise UsageError(f"state: one of {', '.join(repr(s.value) for s in JobState)} expected, got {state!r}")
-
-
-def _checked_headers(headers: object) -> Mapping[str, str]:
-    if not isinstance(headers, Mapping):
-        raise UsageError(f"headers: a mapping of str to str expected, got {type(headers).__name__}")
-    for name, value in headers.items():
-        if not isinstance(name, str) or not isinstance(value, str):
-            raise UsageError(f"headers: str to str expected, got {name!r}: {value!r}")
-    return read_only(headers)
-
-
-def _checked_path(path: object) -> str:
-    try:
-        text = os.fsdecode(path)  # type: ignore[arg-type]  # what it is not made for is a TypeError, caught here
-    except TypeError:
-        raise UsageError(f"path: a str or os.PathLike expected, got {type(path).__name__}") from None
-    if not text or "\0" in text:
-        raise UsageError(f"path: a directory expected, got {text!r}")
-    return text
-
-
-def _encoded(payload: object) -> bytes:
-    """Bytes of a payload that is not bytes: another buffer as it is, anything else as JSON."""
-    if isinstance(payload, (str, int, float, list, tuple, dict)) or payload is None:
-        return _json(payload)
-    try:
-        return bytes(memoryview(payload))  # type: ignore[arg-type]  # a TypeError means: no buffer
-    except (TypeError, BufferError):
-        return _json(payload)
-
-
-def _json(payload: object) -> bytes:
-    try:
-        _check_keys(payload)
-        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"payload: JSON cannot say it ({error}); encode it yourself and enqueue bytes") from error
-
-
-def _check_keys(value: object) -> None:
-    """json.dumps would make "1" of 1, which comes back as another key."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError(f"keys must be str, got {key!r}")
-            _check_keys(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_keys(item)
+    return Nack(*checked_lease(lease), checked_error(error), delay_ms)

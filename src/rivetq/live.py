@@ -62,7 +62,7 @@ class _Lessee:
         self._asleep.acquire(timeout=_LONGEST_SLEEP_S if timeout_s is None else min(timeout_s, _LONGEST_SLEEP_S))
 
     def reset(self) -> None:
-        # Caller holds the engine's lock and has just unregistered this: no wake-up is lost.
+        # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.
         self._asleep.acquire(blocking=False)
 
 
@@ -250,10 +250,12 @@ class LiveEngine:
             try:
                 with self._lock:
                     for lessee in waiting:
-                        self._unregister(lessee, queues)
+                        lessee.reset()  # it keeps its place in the line
                     now_ms = self._tick()
                     event, retry_at_ms = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms)
                     if event is not None:
+                        for lessee in waiting:
+                            self._unregister(lessee, queues)
                         lsn = self._record([event], now_ms)
                         entries = [machine.jobs[job_id] for job_id in event.ids]
                         if self._lessees:
@@ -261,6 +263,8 @@ class LiveEngine:
                         return lsn, event, entries, [entry.last_error for entry in entries]
                     timeout_s = until - time.monotonic() if until is not None else wait_s
                     if timeout_s is not None and timeout_s <= 0:
+                        for lessee in waiting:
+                            self._unregister(lessee, queues)
                         return None
                     if not waiting:
                         waiting.append(_Lessee())
@@ -318,7 +322,6 @@ class LiveEngine:
                 waiting.pop(lessee, None)
                 if not waiting:
                     del self._lessees[name]
-        lessee.reset()
 
     def _wake_early(self, operations: Sequence[Operation]) -> None:
         """Who waits for what is about to come gets up meanwhile: that takes longer than the enqueue itself.

@@ -17,7 +17,7 @@ import errno
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 SECTOR_BYTES = 512
@@ -88,6 +88,8 @@ class SimulatedDisk:
         self.space = space
         self.operations = 0
         """How many changing calls there were."""
+        self.before: Callable[[int], None] | None = None
+        """Called before each of these calls, with its number: the moment to look at what a power cut would leave."""
         self.trace: list[tuple[Any, ...]] = []
         """These calls: name, path below the root, offsets and sizes (not of opaque files)."""
         self._opaque = opaque
@@ -117,7 +119,7 @@ class SimulatedDisk:
         """Raise `PowerCut` in place of the `at`th changing call since the beginning, or behind it, and ever after."""
         self._cut_at, self._cut_behind = at, behind
 
-    def fail(self, at: int, error: int, *, times: int = 1, calls: Iterator[str] | tuple[str, ...] = ()) -> None:
+    def fail(self, at: int, error: int, *, times: int = 1, calls: Collection[str] = ()) -> None:
         """Let the `at`th changing call, and the next ones if `times` is more, raise OSError(error).
 
         Args:
@@ -126,6 +128,8 @@ class SimulatedDisk:
         self._faults.append((at, at + times, error, frozenset(calls)))
 
     def _operate(self, call: str, path: str, *numbers: int, act: Callable[[], Any]) -> Any:
+        if self.before is not None:
+            self.before(self.operations + 1)
         self.operations += 1
         number = self.operations
         self.trace.append((call, os.path.relpath(path, self.root), *(() if self._is_opaque(path) else numbers)))
@@ -327,15 +331,15 @@ class SimulatedDisk:
         for fd in list(self._files):
             self.close(fd)
 
-    def crash(self, target: str | os.PathLike[str], seed: int) -> None:
+    def crash(self, target: str | os.PathLike[str], seed: int | str) -> None:
         """Write what the disk may hold after a power cut now into the empty directory `target`."""
-        Aftermath(self, seed).write(self._tree, os.fspath(target), self.root)
+        _Aftermath(self, seed).write(self._tree, os.fspath(target), self.root)
 
 
-class Aftermath:
+class _Aftermath:
     """One state that a power cut may leave, by a seed."""
 
-    def __init__(self, disk: SimulatedDisk, seed: int) -> None:
+    def __init__(self, disk: SimulatedDisk, seed: int | str) -> None:
         self._random = random.Random(seed)
         self._opaque = disk._opaque
         # Everything together, so that the frequent extremes are met: nothing, all, or all up to one moment; or each

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types coverage wheel bench bench-full crash clean
+.PHONY: demo test check format lint types coverage wheel bench bench-full crash sweeps clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,10 @@ SEED ?= 0
 crash: $(VENV)/ready ## kill -9 a writing process CYCLES times, then look at STATES states after simulated power cuts
 	$(BIN)/python -m pytest tests/test_kill.py --cycles $(CYCLES) -s
 	$(BIN)/python tests/simulation.py --states $(STATES) --seed $(SEED)
+
+SWEEPS ?=
+sweeps: $(VENV)/ready ## what can go wrong at every place: SWEEPS="errors exceptions ..." for some of them, SEED
+	$(BIN)/python tests/sweeps.py $(SWEEPS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

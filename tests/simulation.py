@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -21,13 +22,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
 import rivetq.local
-from rivetq import Broker, Lease, LeaseLostError, RateLimit, RetryPolicy
+from rivetq import Broker, DiskFullError, Lease, LeaseLostError, RateLimit, RetryPolicy
 from rivetq.codec import decode_record
 from rivetq.live import LiveEngine
 from rivetq.local import LocalEngine
@@ -35,14 +36,15 @@ from rivetq.log import Log
 from rivetq.machine import Machine
 from rivetq.state import Place
 from rivetq.testing import ManualClock
-from rivetq.testing.disk import PowerCut, SimulatedDisk
+from rivetq.testing.disk import WAYS, PowerCut, SimulatedDisk
 
 SEGMENT_BYTES = 65_536
 QUEUES = ("mail", "work")
 STEPS = 40  # calls in a life
 STEPS_AFTER = 4  # calls of the broker that came back, before the power is cut again
 CUTS = 25  # power cuts in a life, about
-AFTERMATHS = 3  # states that are looked at for each of them
+ANY_WAY = (None, None, None)  # what is looked at for each of them: states by the seed,
+EVERY_WAY = (*WAYS, "each", "each")  # or each kind
 
 
 class ViolationError(AssertionError):
@@ -52,11 +54,11 @@ class ViolationError(AssertionError):
 class Life:
     """A broker on a simulated disk, what it was told to keep, and what it wrote down."""
 
-    def __init__(self, directory: Path, clock: ManualClock, fsync: str) -> None:
+    def __init__(self, directory: Path, clock: ManualClock, fsync: str, disk: SimulatedDisk | None = None) -> None:
         self.directory = directory
         self.clock = clock
         self.fsync = fsync
-        self.disk = SimulatedDisk(directory, opaque=("index", "LOCK"))
+        self.disk = disk or SimulatedDisk(directory, opaque=("index", "LOCK"))
         self.bodies: dict[int, bytes] = {}  # by lsn
         self.told_lsn = 0  # promised to be on disk
         self.told_id = 0  # the highest id that somebody knows
@@ -107,13 +109,15 @@ class Life:
 
     def live(self, rng: random.Random, steps: int) -> None:
         """Some calls, chosen by the seed."""
-        assert self.broker is not None
         for _ in range(steps):
-            promised = False
             with contextlib.suppress(LeaseLostError):  # a refused answer promises nothing
-                promised = self._step(rng, self.broker)
-            if promised and self.fsync == "always":
-                self.told_lsn = max(self.told_lsn, self.last_lsn())
+                self.step(rng)
+
+    def step(self, rng: random.Random) -> None:
+        """One call, chosen by the seed."""
+        assert self.broker is not None
+        if self._step(rng, self.broker) and self.fsync == "always":
+            self.told_lsn = max(self.told_lsn, self.last_lsn())
 
     def _step(self, rng: random.Random, broker: Broker) -> bool:
         """One call; whether all that was written up to now is promised to be on disk."""
@@ -167,12 +171,21 @@ class Life:
                 broker.sync()
                 self.told_lsn = self.last_lsn()
             case 15:
-                self.engine._keep(overdue=rng.random() < 0.3)  # what the keeper's thread would do
+                self.keep(overdue=rng.random() < 0.3)
                 return False
             case _:
                 self.clock.advance(rng.choice((1, 3, 90)))
                 return False
         return True
+
+    def keep(self, *, overdue: bool) -> None:
+        """One turn of the keeper's thread; whatever goes wrong in it fails the broker, but for a full disk."""
+        try:
+            self.engine._keep(overdue=overdue)
+        except DiskFullError:
+            raise
+        except Exception as error:
+            self.engine._fail(error)
 
     def _told(self, *ids: int) -> None:
         self.told_id = max(self.told_id, *ids)
@@ -183,6 +196,7 @@ class Life:
             self.disk.cut_power(0)
             self.engine._fail(PowerCut())
             self.broker.close()
+            self.broker = None
         self.disk.abandon()
 
 
@@ -195,10 +209,16 @@ def no_thread(self: LiveEngine, name: str, target: Any) -> None:
 
 @contextlib.contextmanager
 def by_the_seed_alone() -> Iterator[None]:
-    """No threads, no pauses, and no chance but the seed's."""
+    """No threads, no pauses, and no chance but the seed's; a fifth of a millisecond passes from look to look."""
+    looks = itertools.count()
+
+    def monotonic() -> float:
+        return next(looks) / 5000
+
     with (
         mock.patch.object(LiveEngine, "_start_thread", no_thread),
         mock.patch.object(time, "sleep"),
+        mock.patch.object(time, "monotonic", monotonic),
         mock.patch.object(secrets, "randbits", return_value=0x5EED),
         mock.patch.object(secrets, "token_bytes", return_value=b"simulated log id"),
     ):
@@ -206,13 +226,27 @@ def by_the_seed_alone() -> Iterator[None]:
 
 
 def check(life: Life, again: Life, what: str) -> None:
-    """Open what the power cut left of `life`, as `again`. Raises ViolationError."""
-    before = dict(life.bodies)
-    last_lsn = max(before, default=0)
+    """Open what is left of `life`, as `again`, which must succeed. Raises ViolationError."""
     try:
-        broker = again.open()
+        again.open()
     except BaseException as error:
         raise ViolationError(f"{what}: it cannot be opened: {error!r}") from error
+    compare(life, again, what)
+    assert again.broker is not None
+    fresh = again.broker.enqueue("new", b"")
+    if fresh <= life.told_id:
+        raise ViolationError(f"{what}: id {fresh} was told before, up to {life.told_id}")
+    again.told_id = fresh
+    if again.fsync == "always":
+        again.told_lsn = again.last_lsn()
+
+
+def compare(life: Life, again: Life, what: str) -> None:
+    """What was just opened holds the records of `life` up to one point, and all that was promised. Goes on from there.
+
+    Raises ViolationError.
+    """
+    before, last_lsn = dict(life.bodies), max(life.bodies, default=0)
     lsn = again.last_lsn()
     if not life.told_lsn <= lsn <= last_lsn:
         raise ViolationError(f"{what}: records up to {lsn} are there, {life.told_lsn} to {last_lsn} may be")
@@ -221,20 +255,27 @@ def check(life: Life, again: Life, what: str) -> None:
         raise ViolationError(f"{what}: records {changed} came back as others")
     again.bodies = {n: body for n, body in before.items() if n <= lsn}
     again.told_lsn, again.told_id, again.leases = lsn, life.told_id, list(life.leases)
-    found, expected = again.engine.dump(), again.expected(lsn)
+    agree(again, what)
+
+
+def agree(life: Life, what: str) -> None:
+    """The state is what the records say, and its structures agree. Raises ViolationError."""
+    found, expected = life.engine.dump(), life.expected(life.last_lsn())
     if found != expected:
         parts = [name for name in found if found[name] != expected[name]]
-        raise ViolationError(f"{what}: {parts} differ from what the records up to {lsn} say")
+        raise ViolationError(f"{what}: {parts} differ from what the records up to {life.last_lsn()} say")
     try:
-        again.engine.audit()
+        life.engine.audit()
     except AssertionError as error:
         raise ViolationError(f"{what}: the structures do not agree: {error}") from error
-    fresh = broker.enqueue("new", b"")
-    if fresh <= life.told_id:
-        raise ViolationError(f"{what}: id {fresh} was told before, up to {life.told_id}")
-    again.told_id = fresh
-    if again.fsync == "always":
-        again.told_lsn = again.last_lsn()
+
+
+def same_moment(clock: ManualClock) -> ManualClock:
+    """A clock of the same boot that stands where this one does, and moves on by itself."""
+    other = ManualClock()
+    other.boot_id = clock.boot_id
+    other._elapsed_ms, other._wall_offset_ms = clock._elapsed_ms, clock._wall_offset_ms
+    return other
 
 
 class Hunt:
@@ -251,24 +292,25 @@ class Hunt:
         place.mkdir()
         return place
 
-    def hunt(self, seed: int) -> None:
-        """One life and its power cuts. Raises ViolationError."""
+    def hunt(self, seed: int, *, everywhere: bool = False) -> None:
+        """One life and its power cuts: CUTS of them, or one before every disk operation. Raises ViolationError."""
         rng = random.Random(seed)
         fsync = rng.choice(("always", "always", "never"))
         operations = self._live(seed, fsync, frozenset())
-        again = self._live(seed, fsync, frozenset(rng.randint(1, operations) for _ in range(CUTS)))
+        cuts = range(1, operations + 1) if everywhere else [rng.randint(1, operations) for _ in range(CUTS)]
+        again = self._live(seed, fsync, frozenset(cuts), EVERY_WAY if everywhere else ANY_WAY)
         if again != operations:
             raise ViolationError(f"seed {seed}: {again} disk operations, {operations} the first time")
 
-    def _live(self, seed: int, fsync: str, cuts: frozenset[int]) -> int:
+    def _live(self, seed: int, fsync: str, cuts: frozenset[int], ways: Sequence[str | None] = ANY_WAY) -> int:
         """The life of a seed, with power cuts before these operations; how many disk operations it has."""
         rng = random.Random(f"life {seed}")
         life = Life(self.place(), ManualClock(), fsync)
 
         def cut(operation: int) -> None:
             if operation in cuts:
-                for number in range(AFTERMATHS):
-                    self._cut(life, seed, operation, number)
+                for number, way in enumerate(ways):
+                    self._cut(life, seed, operation, number, way)
 
         life.disk.before = cut
         try:
@@ -284,18 +326,16 @@ class Hunt:
             shutil.rmtree(life.directory)
         return life.disk.operations
 
-    def _cut(self, life: Life, seed: int, operation: int, number: int) -> None:
+    def _cut(self, life: Life, seed: int, operation: int, number: int, way: str | None) -> None:
         """The power is cut before this operation; and once more, some calls later."""
         what = f"seed {seed}, power cut before operation {operation}, aftermath {number}"
-        clock = ManualClock()  # of the same boot, at the same moment; this one moves on by itself
-        clock.boot_id = life.clock.boot_id
-        clock._elapsed_ms, clock._wall_offset_ms = life.clock._elapsed_ms, life.clock._wall_offset_ms
+        clock = same_moment(life.clock)
         generation = [life]
         try:
             for turn in range(2):
                 origin = generation[-1]
                 directory = self.place()
-                origin.disk.crash(directory, f"{what} {turn}")
+                origin.disk.crash(directory, f"{what} {turn}", way)
                 again = Life(directory, clock, life.fsync)
                 generation.append(again)
                 check(origin, again, f"{what}, turn {turn + 1}")

@@ -13,7 +13,8 @@ import rivetq.local
 import rivetq.machine
 from rivetq import Broker
 from rivetq.io import SystemDisk
-from rivetq.local import MANY_SEGMENTS
+from rivetq.local import MANY_SEGMENTS, LocalEngine
+from rivetq.machine import Machine
 from rivetq.testing import ManualClock
 
 
@@ -159,6 +160,32 @@ def test_a_checkpoint_that_failed_is_not_tried_again_at_every_call(
         monkeypatch.undo()
         broker.checkpoint()  # on demand it is tried at once
         assert broker.metrics()["checkpoints"] == 1
+
+
+@pytest.mark.parametrize("where", ["snapshot", "_take_run", "_take_jobs"])
+def test_an_interrupted_checkpoint_forgets_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """The next one writes all that this one had taken."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with Broker(tmp_path / "live", clock=ManualClock(), window_jobs=1024) as broker:
+        broker.enqueue_many("q", [b"x"] * 1000)
+        loose = broker.enqueue("q", b"loose", priority=9)
+        broker.lease("q")
+        owner = Machine if where == "snapshot" else LocalEngine
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(owner, where, interrupt)
+            broker.checkpoint()
+        broker.checkpoint()
+        state = inside(broker).dump()
+        shutil.copytree(tmp_path / "live", tmp_path / "copy")
+    with Broker(tmp_path / "copy", clock=broker.clock, release_on_open=False) as broker:
+        inside(broker).audit()
+        assert inside(broker).dump() == state
+        assert broker.get(loose) is not None
 
 
 def rot_a_run(path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from rivetq.testing.disk import SECTOR_BYTES, PowerCut, SimulatedDisk
+from rivetq.testing.disk import SECTOR_BYTES, WAYS, PowerCut, SimulatedDisk
 
 SEEDS = range(300)
 
@@ -114,9 +115,12 @@ def test_a_cut_off_end_may_come_back_until_it_is_synced(root: Path, states: Stat
     assert disk.pread(fd, 100, 0) == b"long\0\0\0\0"
 
 
-def test_a_failed_sync_loses_the_data_and_the_next_one_says_ok(root: Path, states: States) -> None:
+@pytest.mark.parametrize("first_name", ["file", "other"], ids=["its name", "a name it got since"])
+def test_a_failed_sync_loses_the_data_and_the_next_one_says_ok(root: Path, states: States, first_name: str) -> None:
     disk = SimulatedDisk(root)
-    fd = durable(disk, root, "file", b"old")
+    fd = durable(disk, root, first_name, b"old")
+    disk.rename(str(root / first_name), str(root / "file"))
+    disk.sync_directory(str(root))
     disk.pwrite(fd, b"new", 0)
     disk.fail(disk.operations + 1, errno.EIO, calls=("fdatasync",))
     with pytest.raises(OSError, match="Input/output") as caught:
@@ -125,6 +129,43 @@ def test_a_failed_sync_loses_the_data_and_the_next_one_says_ok(root: Path, state
     disk.fdatasync(fd)
     assert disk.pread(fd, 3, 0) == b"new", "its caller still sees it"
     assert all(state == {"file": b"old"} for state in states(disk))
+
+
+def test_a_short_write_writes_its_first_half(root: Path) -> None:
+    disk = SimulatedDisk(root)
+    fd = durable(disk, root, "file", b"")
+    disk.shorten(disk.operations + 1, times=2)
+    assert disk.pwrite(fd, b"12345", 0) == 2
+    assert disk.pwrite(fd, b"345", 2) == 1
+    assert disk.pwrite(fd, b"45", 3) == 2
+    assert disk.pread(fd, 10, 0) == b"12345"
+    disk.shorten(disk.operations + 1, times=100)
+    disk.mend()
+    assert disk.pwrite(fd, b"67", 5) == 2
+
+
+def test_a_mended_disk_works_again(root: Path) -> None:
+    disk = SimulatedDisk(root)
+    fd = durable(disk, root, "file", b"old")
+    disk.fail(0, errno.EIO, times=1000)
+    disk.cut_power(0)
+    with pytest.raises(PowerCut):
+        disk.pwrite(fd, b"new", 0)
+    disk.mend()
+    assert disk.pwrite(fd, b"new", 0) == 3
+
+
+def test_each_way_of_a_power_cut_may_be_asked_for(root: Path, tmp_path: Path) -> None:
+    disk = SimulatedDisk(root)
+    fd = durable(disk, root, "file", b"old")
+    disk.pwrite(fd, b"new", 0)
+    found: dict[str, set[bytes]] = {way: set() for way in WAYS}
+    for way, seed in itertools.product(WAYS, range(30)):
+        target = tmp_path / way / str(seed)
+        target.mkdir(parents=True)
+        disk.crash(target, seed, way)
+        found[way].add((target / "file").read_bytes())
+    assert found == {"none": {b"old"}, "all": {b"new"}, "moment": {b"old", b"new"}, "each": {b"old", b"new"}}
 
 
 def test_a_call_fails_as_often_as_was_asked_and_changes_nothing(root: Path) -> None:

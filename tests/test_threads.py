@@ -22,13 +22,17 @@ from rivetq import (
     Broker,
     BrokerClosedError,
     BrokerFailedError,
+    BrokerLockedError,
     ForkedBrokerError,
     LeaseLostError,
     LeaseRef,
     RetryPolicy,
+    StorageError,
 )
 from rivetq.engine import Enqueue
 from rivetq.io import SystemDisk
+from rivetq.owner import DirectoryLock
+from rivetq.testing import ManualClock
 
 AT_ONCE = RetryPolicy(max_attempts=None, base=0, jitter="none")
 PATIENCE = 20.0
@@ -461,6 +465,66 @@ def test_close_may_come_twice(tmp_path: Path) -> None:
         broker.close()
     with Broker(tmp_path / "q") as broker:
         assert broker.stats("q").ready == 1
+
+
+def interrupt(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["_stop", "_finish"])
+def test_a_close_that_was_cut_short_is_finished_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also by the one at the end of the program."""
+    broker = Broker(tmp_path / "q", clock=ManualClock())
+    broker.enqueue("q", b"x")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(rivetq.local.LocalEngine, where, interrupt)
+        broker.close()
+    with pytest.raises(BrokerClosedError):
+        broker.stats()
+    broker.close()
+    with Broker(tmp_path / "q") as broker:
+        assert broker.stats("q").ready == 1
+
+
+def test_what_a_close_lets_go_of_it_lets_go_of_whatever_becomes_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker(tmp_path / "q")
+    broker.enqueue("q", b"x")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(inside(broker)._log, "abandon", interrupt)
+        broker.close()
+    with Broker(tmp_path / "q") as broker:  # though nobody called close() once more
+        assert broker.stats("q").ready == 1
+
+
+@pytest.mark.parametrize("name", ["rivetq-timer", "rivetq-keeper", "rivetq-sync"])
+def test_an_opening_that_gets_no_thread_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    start = threading.Thread.start
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched, pytest.raises(StorageError, match="can't start new thread"):
+        patched.setattr(threading.Thread, "start", limited)
+        Broker(tmp_path / "q", fsync="interval")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rivetq")]
+    with Broker(tmp_path / "q") as broker:
+        broker.enqueue("q", b"x")
+
+
+def test_a_lock_that_nobody_knows_of_any_more_is_let_go(tmp_path: Path) -> None:
+    lock: DirectoryLock | None = DirectoryLock(str(tmp_path), 0)
+    with pytest.raises(BrokerLockedError):
+        DirectoryLock(str(tmp_path), 0)
+    del lock
+    DirectoryLock(str(tmp_path), 0).release()
 
 
 @pytest.mark.parametrize("path", ["q", ":memory:"])

@@ -77,6 +77,7 @@ class LiveEngine:
         self._offset_ms = now_ms - clock.boot_ms()
         self._lock = threading.Lock()  # guards the machine, the log's tail and all below
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
+        self._finished = False  # close() is through
         self._failure: BaseException | None = None
         self._lessees: dict[str, dict[_Lessee, None]] = {}  # by queue, in order of arrival
         self._behind = False  # the last tick left something for the next
@@ -84,7 +85,7 @@ class LiveEngine:
         self._timer_poked = threading.Event()
         self._close_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._unsubscribe: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = _nothing
         _live.add(self)
 
     def start(self) -> None:
@@ -94,8 +95,8 @@ class LiveEngine:
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     # With files
 
@@ -503,27 +504,30 @@ class LiveEngine:
             return
         with self._close_lock:
             with self._lock:
-                failed = self._ended == "failed"
-                if self._ended == "closed":
+                if self._finished:
                     return
+                # Not after a failure, nor in place of a close() that was cut short, by Ctrl-C say: that only lets go.
+                save = self._ended is None
                 self._ended = "closed"
                 for waiting in self._lessees.values():
                     for lessee in waiting:
                         lessee.wake()
-            self._unsubscribe()
+            unsubscribe, self._unsubscribe = self._unsubscribe, _nothing
+            unsubscribe()
             self._timer_poked.set()
-            self._stop(failed)
+            self._stop()
             for thread in self._threads:
                 if thread is not threading.current_thread():
                     thread.join(JOIN_S)
-            self._finish(failed)
+            self._finish(save)
             _live.discard(self)
+            self._finished = True
 
-    def _stop(self, failed: bool) -> None:
+    def _stop(self) -> None:
         """Tell further threads to end."""
 
-    def _finish(self, failed: bool) -> None:
-        """Save and let go of what the threads used; they have ended."""
+    def _finish(self, save: bool) -> None:
+        """Save, and let go of what the threads used; they have ended."""
 
     def forked(self) -> None:
         """In the child: no lock is touched, its holder does not exist here."""
@@ -563,6 +567,10 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _nothing() -> None:
+    """In place of what was done already."""
 
 
 def _number(state: JobState | None) -> int | None:

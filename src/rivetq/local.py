@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -137,7 +137,13 @@ class LocalEngine(LiveEngine):
         except OSError as error:
             raise StorageError(f"{path}: cannot be used as a broker's directory: {error}") from error
         self._recovery_ms = round((time.monotonic() - started) * 1000)
-        self.start()
+        try:
+            self.start()
+        except BaseException as error:  # the threads that run end, and the directory is free
+            self.close()
+            if isinstance(error, RuntimeError):  # "can't start new thread"
+                raise StorageError(f"{path}: cannot be used as a broker's directory: {error}") from error
+            raise
 
     def _open(self, clock: Clock, release_on_open: bool) -> None:
         found = recover(self._disk, self._path, self._index, clock, self._new_machine)
@@ -427,16 +433,18 @@ class LocalEngine(LiveEngine):
             self._check()  # whoever waited for _keeper_lock while close() had it comes too late
         machine = self._machine
         self._tidy()
-        with self._lock:
-            taken = machine.changes
-            assert taken is not None
-            machine.changes = Changes()
-            snapshot, lsn = machine.snapshot(), self._last_lsn()
-            unsaved, self._unsaved_bytes = self._unsaved_bytes, 0
-            runs = [self._take_run(run) for run in taken.runs]
-            # What is in a run now is written with it, whoever takes it out before its slice.
-            loose = taken.jobs & machine.jobs.keys()
+        taken, unsaved = Changes(), 0
         try:
+            with self._lock:
+                changes = machine.changes
+                assert changes is not None
+                snapshot, lsn = machine.snapshot(), self._last_lsn()
+                runs = [self._take_run(run) for run in changes.runs]
+                # What is in a run now is written with it, whoever takes it out before its slice.
+                loose = changes.jobs & machine.jobs.keys()
+                unsaved = self._unsaved_bytes
+                # Last, and at once: whatever breaks in finds them in one place or in the other.
+                taken, machine.changes, self._unsaved_bytes = changes, Changes(), 0
             jobs = [item for part in self._slices(sorted(loose)) for item in self._take_jobs(part)]
             jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs - loose]
             with self._lock:
@@ -680,20 +688,20 @@ class LocalEngine(LiveEngine):
 
     # Ending
 
-    def _stop(self, failed: bool) -> None:
+    def _stop(self) -> None:
         self._keeper_poked.set()
         self._sync_poked.set()
 
-    def _finish(self, failed: bool) -> None:
-        try:
-            if not failed:
-                self._save()
-        except BaseException:  # close() never raises; the log holds everything that was answered
-            logger.exception("rivetq: %s: closing could not save all", self._path)
-        finally:
-            self._log.abandon()
-            self._index.close()
-            self._owner.release()
+    def _finish(self, save: bool) -> None:
+        with ExitStack() as last:  # each of them, whatever becomes of the others
+            last.callback(self._owner.release)
+            last.callback(self._index.close)
+            last.callback(self._log.abandon)
+            try:
+                if save:
+                    self._save()
+            except BaseException:  # close() never raises; the log holds everything that was answered
+                logger.exception("rivetq: %s: closing could not save all", self._path)
 
     def _save(self) -> None:
         machine = self._machine

@@ -21,6 +21,8 @@ from .model import moment
 class DirectoryLock:
     """Held until `release`. Raises BrokerLockedError if another live broker has it."""
 
+    _fd = -1
+
     def __init__(self, directory: str, wall_ms: int) -> None:
         self._path = os.path.join(directory, "LOCK")
         self._created = False
@@ -57,6 +59,9 @@ class DirectoryLock:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:  # Ctrl-C, before anybody else knew of it
+        self.release()
 
     def refuse(self) -> None:
         """Release after an opening that was refused: the directory is as it was before."""

@@ -211,6 +211,8 @@ def segment_id(name: str) -> int | None:
 class SegmentFile:
     """An open segment: the descriptor is closed with the last reference, so no reader ever meets a reused number."""
 
+    _fd = -1
+
     def __init__(self, disk: Disk, path: str, fd: int, size: int, zeroed: int) -> None:
         self._disk = disk
         self._fd = fd

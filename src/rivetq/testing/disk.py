@@ -21,6 +21,9 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 SECTOR_BYTES = 512
+WAYS = ("none", "all", "moment", "each")
+"""What is left of the changes since the last syncs: none, all, those up to one moment, or some of each file and
+directory by itself."""
 FILE_MODE, DIRECTORY_MODE = 0o600, 0o700
 
 
@@ -97,6 +100,7 @@ class SimulatedDisk:
         self._cut_at: int | None = None
         self._cut_behind = False
         self._faults: list[tuple[int, int, int, frozenset[str]]] = []
+        self._short = range(0)
         self._tree = self._adopt(self.root)
 
     def _adopt(self, path: str) -> _Directory:
@@ -127,7 +131,19 @@ class SimulatedDisk:
         """
         self._faults.append((at, at + times, error, frozenset(calls)))
 
-    def _operate(self, call: str, path: str, *numbers: int, act: Callable[[], Any]) -> Any:
+    def shorten(self, at: int, *, times: int = 1) -> None:
+        """Let a pwrite that is the `at`th changing call, or one of the next `times`, write only its first half."""
+        self._short = range(at, at + times)
+
+    def mend(self) -> None:
+        """From here on nothing goes wrong any more. What failed syncs took is still lost."""
+        self._cut_at = None
+        self._faults.clear()
+        self._short = range(0)
+
+    def _operate(
+        self, call: str, path: str, *numbers: int, act: Callable[[], Any], fail: Callable[[], None] | None = None
+    ) -> Any:
         if self.before is not None:
             self.before(self.operations + 1)
         self.operations += 1
@@ -137,19 +153,13 @@ class SimulatedDisk:
             raise PowerCut
         for first, end, error, calls in self._faults:
             if first <= number < end and (not calls or call in calls):
-                if call == "fdatasync":
-                    self._forget(path)
+                if fail is not None:
+                    fail()
                 raise OSError(error, os.strerror(error), path)
         result = act()
         if number == self._cut_at:
             raise PowerCut
         return result
-
-    def _forget(self, path: str) -> None:
-        """A sync failed: what it should have written is clean in the cache, and nowhere else."""
-        node = self._find(path)
-        if isinstance(node, _File):
-            node.since.clear()
 
     # Where things are
 
@@ -179,10 +189,11 @@ class SimulatedDisk:
         file, path = self._files[fd]
 
         def act() -> int:
-            self._take(max(0, offset + len(data) - file.size))
-            file.since.append((self.operations, offset, bytes(data)))
-            file.size = max(file.size, offset + len(data))
-            return os.pwrite(fd, data, offset)
+            part = data[: len(data) // 2] if self.operations in self._short and len(data) > 1 else data
+            self._take(max(0, offset + len(part) - file.size))
+            file.since.append((self.operations, offset, bytes(part)))
+            file.size = max(file.size, offset + len(part))
+            return os.pwrite(fd, part, offset)
 
         written: int = self._operate("pwrite", path, offset, len(data), act=act)
         return written
@@ -195,7 +206,8 @@ class SimulatedDisk:
             file.durable = file.keep(file.since)
             file.since.clear()
 
-        self._operate("fdatasync", path, act=act)
+        # Failed: what it should have written is clean in the cache, and nowhere else.
+        self._operate("fdatasync", path, act=act, fail=file.since.clear)
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         """`size` bytes, fewer only at the end of the file."""
@@ -331,20 +343,23 @@ class SimulatedDisk:
         for fd in list(self._files):
             self.close(fd)
 
-    def crash(self, target: str | os.PathLike[str], seed: int | str) -> None:
-        """Write what the disk may hold after a power cut now into the empty directory `target`."""
-        _Aftermath(self, seed).write(self._tree, os.fspath(target), self.root)
+    def crash(self, target: str | os.PathLike[str], seed: int | str, way: str | None = None) -> None:
+        """Write what the disk may hold after a power cut now into the empty directory `target`.
+
+        Args:
+            way: what becomes of the changes since the last syncs: one of `WAYS`; None: by the seed.
+        """
+        _Aftermath(self, seed, way).write(self._tree, os.fspath(target), self.root)
 
 
 class _Aftermath:
     """One state that a power cut may leave, by a seed."""
 
-    def __init__(self, disk: SimulatedDisk, seed: int | str) -> None:
+    def __init__(self, disk: SimulatedDisk, seed: int | str, way: str | None) -> None:
         self._random = random.Random(seed)
         self._opaque = disk._opaque
-        # Everything together, so that the frequent extremes are met: nothing, all, or all up to one moment; or each
-        # file and directory by itself.
-        self.way = self._random.choice(["none", "all", "moment", "each", "each", "each"])
+        chosen = self._random.choice(["none", "all", "moment", "each", "each", "each"])
+        self.way = way or chosen
         self.moment = self._random.randint(0, disk.operations)
 
     def write(self, directory: _Directory, target: str, origin: str) -> None:

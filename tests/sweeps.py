@@ -264,8 +264,9 @@ class Tracer:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         file = frame.f_code.co_filename
-        if file not in TRACED:
-            return None
+        caller = frame.f_back
+        if file not in TRACED or (caller is not None and caller.f_code.co_name == "__del__"):
+            return None  # what is raised in a finalizer Python itself ignores
         # Leaving a `with` is a line of its own to a trace, and so is `try:`; nothing can break in there in earnest.
         if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith(("with ", "try:")):
             place = file, frame.f_lineno

@@ -519,6 +519,24 @@ def test_a_read_that_fails_is_a_typed_error(tmp_path: Path, disk: TroubledDisk) 
         assert isinstance(caught.value.__cause__, OSError)
 
 
+def test_a_segment_that_cannot_be_removed_fails_the_broker_and_loses_nothing(
+    tmp_path: Path, disk: TroubledDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "q", segment_bytes=65_536) as broker:
+        kept = broker.enqueue("q", b"kept")
+        broker.enqueue_many("q", [b"x" * 1000] * 50)
+        broker.ack_many([job for job in broker.lease_many("q", 51) if job.id != kept])
+        with monkeypatch.context() as patched, pytest.raises(BrokerFailedError) as caught:
+            patched.setattr(disk, "unlink", lambda path: eio())
+            broker.compact()
+        assert isinstance(caught.value.__cause__, OSError)
+        with pytest.raises(BrokerFailedError):
+            broker.stats()
+    with Broker(tmp_path / "q", segment_bytes=65_536) as broker:
+        assert [job.id for job in broker.jobs("q")] == [kept]
+        inside(broker).audit()
+
+
 def test_a_disk_that_fails_while_space_is_got_fails_the_broker(tmp_path: Path, disk: TroubledDisk) -> None:
     with Broker(tmp_path / "q", segment_bytes=65_536) as broker:
         broker.enqueue("q", b"x")

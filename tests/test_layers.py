@@ -16,11 +16,11 @@ FLOORS = [
     "backoff", "ratelimit", "entry", "run", "window", "keys", "state", "machine", "decide",
     "fields", "codec", "values", "record",
     # files
-    "io", "owner", "segment", "log", "index", "recovery",
+    "io", "owner", "segment", "log", "index", "recovery", "backup",
     # engines
-    "group", "live", "memory", "local",
+    "group", "live", "memory", "local", "salvage",
     # public
-    "arguments", "broker", "__init__",
+    "arguments", "broker", "__init__", "tools", "__main__",
 ]  # fmt: skip
 TESTING = {"testing/__init__", "testing/clock", "testing/disk", "testing/plugin", "testing/conformance"}
 PURE = set(FLOORS[FLOORS.index("backoff") : FLOORS.index("io")])

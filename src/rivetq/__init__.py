@@ -12,7 +12,7 @@
 
 from .broker import Broker, Transaction
 from .clock import Clock, SystemClock
-from .engine import Capabilities
+from .engine import Backup, Capabilities
 from .errors import (
     BrokerClosedError,
     BrokerFailedError,
@@ -37,6 +37,7 @@ from .model import Job, JobState, Lease, LeaseRef, QueueConfig, QueueStats, Rate
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backup",
     "Broker",
     "BrokerClosedError",
     "BrokerFailedError",

@@ -25,7 +25,7 @@ from .arguments import (
     encoded,
 )
 from .clock import Clock, SystemClock
-from .engine import Ack, Capabilities, Engine, Enqueue, Extend, Nack, Operation, Reject, Release
+from .engine import Ack, Backup, Capabilities, Engine, Enqueue, Extend, Nack, Operation, Reject, Release
 from .errors import DuplicateJobError, LeaseLostError, UsageError
 from .local import FsyncMode, LocalEngine
 from .memory import MemoryEngine
@@ -526,6 +526,29 @@ class Broker(_Enqueues):
         return self._engine.stats(None if queue is None else checked_text(queue, "queue", MAX_QUEUE_BYTES))
 
     # Housekeeping: the broker does all of this by itself
+
+    def backup(self, out: str | os.PathLike[str], *, link: bool = True) -> Backup:
+        """Copy the directory to `out` while everything goes on, and read the copy back.
+
+        The copy is the state after one record, and holds all that was answered before this call. Opened by a broker of
+        its own it goes on from there; its index is rebuilt then.
+
+        Args:
+            out: a path at which there is nothing, or an empty directory. It appears when the copy is complete.
+            link: log files that do not change any more are linked, where the file system can: quick, and no space is
+                taken; but a bad block is one for both. False: all is copied.
+
+        Returns:
+            What is in it: records, jobs, segments, bytes.
+
+        Raises:
+            StorageError: there is something at `out`, or it cannot be written.
+            CorruptLogError: the log of this broker is damaged.
+            UsageError: the queue is in memory.
+        """
+        if not isinstance(link, bool):
+            raise UsageError(f"link: True or False expected, got {link!r}")
+        return self._engine.backup(os.path.abspath(checked_path(out)), link=link)
 
     def checkpoint(self) -> None:
         """Bring the index up to date now, so that the next opening replays little."""

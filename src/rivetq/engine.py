@@ -96,6 +96,21 @@ class Extend:
 Operation = Enqueue | Ack | Nack | Release | Reject | Extend
 
 
+@attrs.frozen(kw_only=True)
+class Backup:
+    """A copy that was taken and read back."""
+
+    path: str
+    records: int
+    """The number of the last record: the copy is the state after that one."""
+    jobs: int
+    """Waiting, leased and dead ones."""
+    segments: int
+    linked: int
+    """How many of the segments share their bytes with the original; the others were copied."""
+    bytes: int
+
+
 class Engine(Protocol):
     """What `Broker` delegates to. Every method may raise any error of the tree; all are thread-safe.
 
@@ -145,6 +160,10 @@ class Engine(Protocol):
     # Housekeeping
     def maintain(self, verb: str) -> None:
         """ "sync", "checkpoint", "compact" or "rotate"; an engine without files has nothing to do."""
+        ...
+
+    def backup(self, out: str, *, link: bool) -> Backup:
+        """A copy of all at a new path, as it is at one moment. Raises UsageError if there are no files."""
         ...
 
     def metrics(self) -> dict[str, int]: ...

@@ -20,9 +20,9 @@ from typing import Any
 
 from . import decide
 from .clock import Clock
-from .engine import Capabilities, Enqueue, Operation
+from .engine import Backup, Capabilities, Enqueue, Operation
 from .entry import READY, SCHEDULED, STATES, Entry
-from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError
+from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError, UsageError
 from .events import Event, Leased
 from .machine import NEVER_MS, Machine
 from .model import Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
@@ -549,6 +549,10 @@ class LiveEngine:
 
     def maintain(self, verb: str) -> None:
         self._check()
+
+    def backup(self, out: str, *, link: bool) -> Backup:
+        self._check()
+        raise UsageError("a queue in memory has nothing that could be copied")
 
     def metrics(self) -> dict[str, int]:
         self._check()

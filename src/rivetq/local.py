@@ -20,9 +20,10 @@ from typing import Any, Literal, NamedTuple
 import lmdb
 
 from . import decide
+from .backup import take
 from .clock import Clock
 from .codec import decode_record, encode_record, encode_snapshot
-from .engine import Capabilities
+from .engine import Backup, Capabilities
 from .entry import Entry
 from .errors import DiskFullError, StorageError, UsageError
 from .events import Copied, Enqueued, Event, IdsReserved, KeyCopied, SegmentsDropped
@@ -384,10 +385,25 @@ class LocalEngine(LiveEngine):
             case _:
                 raise UsageError(f"maintain: unknown verb {verb!r}")
 
+    def backup(self, out: str, *, link: bool) -> Backup:
+        self._check()
+        self._sync_all()
+        return take(self._disk, self._path, out, self.clock, link=link, least_lsn=self._log.durable_lsn)
+
+    def record(self, events: Sequence[Event]) -> None:
+        """Write down what was decided elsewhere; not synced (see salvage)."""
+        self._change(lambda now_ms: (list(events), None), sync=False)
+
     def _flush(self) -> None:
         """Write the log's buffer, a begun segment without records included."""
-        try:
+        with self._or_fail():
             self._log.flush()
+
+    @contextmanager
+    def _or_fail(self) -> Iterator[None]:
+        """What the disk refuses stops the broker."""
+        try:
+            yield
         except Exception as error:
             self._fail(error)
             raise self._failed_error("unknown") from error
@@ -400,11 +416,8 @@ class LocalEngine(LiveEngine):
 
     def _wait_durable(self, lsn: int) -> None:
         """Whatever the mode."""
-        try:
+        with self._or_fail():
             self._group.wait(lsn)
-        except Exception as error:
-            self._fail(error)
-            raise self._failed_error("unknown") from error
 
     def _rotate(self) -> None:
         while True:
@@ -610,7 +623,8 @@ class LocalEngine(LiveEngine):
         self._sync_all()
         with self._lock:
             self._check()
-        self._log.drop(upto)
+        with self._or_fail():
+            self._log.drop(upto)
 
     def _copy_segment(self, segment: int) -> None:
         with self._lock:

@@ -66,6 +66,12 @@ def read_mark(data: bytes | None, log_id: bytes) -> int:
     return int(lsn) if found_id == log_id and crc == crc32c(data[: _MARK.size]) else 0
 
 
+def encode_mark(log_id: bytes, lsn: int) -> bytes:
+    """What the mark file holds when this record is on disk."""
+    data = _MARK.pack(log_id, lsn)
+    return data + crc32c(data).to_bytes(4, "little")
+
+
 @attrs.define
 class _Begin:
     """In the buffer: from here on frames go into this segment."""
@@ -433,8 +439,7 @@ class Log:
         self._write_mark()
 
     def _write_mark(self) -> None:
-        data = _MARK.pack(self._log_id, self.durable_lsn)
-        write_all(self._disk, self._mark_fd, data + crc32c(data).to_bytes(4, "little"), 0)
+        write_all(self._disk, self._mark_fd, encode_mark(self._log_id, self.durable_lsn), 0)
 
     # Read and drop
 

@@ -991,13 +991,7 @@ class Machine:
 
     def dump(self) -> dict[str, Any]:
         """The whole state in canonical order, for comparing two machines."""
-        jobs = [
-            (e.id, e.queue.name, STATES[e.state].value, e.spec.priority, e.attempts, e.token, e.spec.max_attempts,
-             e.spec.retry, e.spec.visibility_ms, e.enqueued_at_ms, e.due_ms if e.state == SCHEDULED else 0,
-             e.deadline_ms if e.state == LEASED else 0, e.died_at_ms, e.last_error, dict(e.spec.headers), e.key,
-             e.length, e.crc)
-            for e in sorted(self.everything(), key=lambda entry: entry.id)
-        ]  # fmt: skip
+        jobs = [facts(e) for e in sorted(self.everything(), key=lambda entry: entry.id)]
         keys = sorted(
             (self.numbers[number].name, text, key.job_id, key.expires_ms)
             for (number, text), key in self.keys.all().items()
@@ -1065,3 +1059,13 @@ class Machine:
         assert {s: n for s, n in live.items() if n} == counted, f"live bytes: counted {counted}, found {live}"
         counted = {s: n for s, n in self.keys.counts.items() if n and s}
         assert counts == counted, f"keys per segment: counted {counted}, found {counts}"
+
+
+def facts(e: Entry) -> tuple[Any, ...]:
+    """All that makes a job what it is, besides its place in the log; for comparing."""
+    return (
+        e.id, e.queue.name, STATES[e.state].value, e.spec.priority, e.attempts, e.token, e.spec.max_attempts,
+        e.spec.retry, e.spec.visibility_ms, e.enqueued_at_ms, e.due_ms if e.state == SCHEDULED else 0,
+        e.deadline_ms if e.state == LEASED else 0, e.died_at_ms, e.last_error, dict(e.spec.headers), e.key,
+        e.length, e.crc,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import attrs
 import lmdb
@@ -69,11 +69,11 @@ def recover(disk: Disk, directory: str, index: Index, clock: Clock, new_machine:
     reader = _Reader(disk, log_directory, numbers)
     reader.check_links()
     found = reader.recovered(index, new_machine, read_mark(mark, reader.headers[-1].log_id))
-    found.now_ms = _now(clock, reader.headers[-1], found.machine.now_ms)
+    found.now_ms = time_line(clock, reader.headers[-1], found.machine.now_ms)
     return found
 
 
-def _now(clock: Clock, last: Header, latest_ms: int) -> int:
+def time_line(clock: Clock, last: Header, latest_ms: int) -> int:
     """The time line goes on: by the boot-time clock within one boot, else by the wall clock, and never back.
 
     So a step of the wall clock changes nothing within a boot; after a reboot with the clock set back, what was
@@ -82,6 +82,22 @@ def _now(clock: Clock, last: Header, latest_ms: int) -> int:
     if last.boot_id == clock.boot_id:
         return max(latest_ms, last.now_ms + clock.boot_ms() - last.boot_ms)
     return max(latest_ms, clock.wall_ms())
+
+
+def records(disk: Disk, directory: str) -> Iterator[tuple[SegmentFile, Record]]:
+    """All records in order, each with its file. Raises CorruptLogError, at the latest behind the last good one."""
+    log_directory = os.path.join(directory, "log")
+    numbers = list_segments(disk, log_directory)
+    mark = read_file(disk, os.path.join(log_directory, "mark"))
+    if not numbers:
+        return
+    reader = _Reader(disk, log_directory, numbers)
+    reader.check_links()
+    for i, file in enumerate(reader.files[:-1]):
+        for record in reader.read_sealed(i):
+            yield file, record
+    for record in reader.read_tail(read_mark(mark, reader.headers[-1].log_id))[1]:
+        yield reader.files[-1], record
 
 
 class _Reader:
@@ -107,7 +123,7 @@ class _Reader:
 
     def recovered(self, index: Index, new_machine: Callable[[], Machine], mark_lsn: int) -> Recovered:
         last = self.headers[-1]
-        scan, tail = self._read_tail(mark_lsn)
+        scan, tail = self.read_tail(mark_lsn)
         end_lsn = max(mark_lsn, scan.witness_lsn)
         machine, applied_lsn = self._from_index(index, new_machine, last.log_id, scan.next_lsn - 1)
         end_lsn = max(end_lsn, applied_lsn)  # the index is never ahead of the disk: one more witness
@@ -121,7 +137,7 @@ class _Reader:
             rebuilding = False
         start = max(i for i, header in enumerate(self.headers) if header.first_lsn <= applied_lsn + 1)
         for i in range(start, len(self.numbers) - 1):
-            for record in self._read_sealed(i):
+            for record in self.read_sealed(i):
                 if record.frame.lsn > applied_lsn:
                     apply_record(machine, self.files[i].path, record, self.numbers[i])
             if rebuilding:
@@ -153,7 +169,7 @@ class _Reader:
         found.sizes.update(dict.fromkeys(self.dropped, 0))  # so that the log drops them once more
         return found
 
-    def _read_tail(self, mark_lsn: int) -> tuple[Scan, list[Record]]:
+    def read_tail(self, mark_lsn: int) -> tuple[Scan, list[Record]]:
         """The last segment up to its end; CorruptLogError if a record that was synced is not there."""
         file = self.files[-1]
         scan = Scan(file.read_all(), self.headers[-1])
@@ -167,7 +183,7 @@ class _Reader:
             )
         return scan, records
 
-    def _read_sealed(self, i: int) -> list[Record]:
+    def read_sealed(self, i: int) -> list[Record]:
         """All records of a segment that has a successor."""
         upto_lsn = self.headers[i + 1].first_lsn - 1
         scan = Scan(self.files[i].read_all(), self.headers[i])

@@ -1,0 +1,146 @@
+"""A copy of a log as it is at one moment, taken while its owner works on.
+
+The log is its records in order, and what is behind any of them may be missing: so a copy of all segments, the last one
+up to its last whole record, is the state after that record. Sealed segments never change and are linked where the file
+system can; the tail is copied. Nobody has to stand still for it, not even in another process: a segment that goes
+meanwhile (a compaction drops the oldest first) only makes the copy begin anew.
+
+The index is not copied. The first opening of the copy rebuilds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+
+from .clock import Clock
+from .engine import Backup
+from .errors import CorruptLogError, StorageError
+from .index import Index
+from .io import Disk, read_file, replace_file, write_all
+from .log import encode_mark, list_segments, read_mark
+from .machine import Machine
+from .recovery import recover
+from .segment import Scan, SegmentFile, corrupt, read_header, segment_name
+
+ROUNDS = 5
+"""So often a copy is begun, since its original may move under it."""
+_CHUNK_BYTES = 1 << 22
+_PARTIAL = ".partial"
+
+
+def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = True, least_lsn: int = 0) -> Backup:
+    """Copy the log of a directory to `out`, which does not exist or is empty, and read the copy back.
+
+    Args:
+        link: sealed segments may share their bytes with the original.
+        least_lsn: the copy has this record at least.
+
+    Raises:
+        StorageError: there is something at `out`, or it cannot be written.
+        CorruptLogError: the log is damaged. Nothing is left at `out`.
+    """
+    source = os.path.join(directory, "log")
+    with under_another_name(disk, out) as partial:
+        log = os.path.join(partial, "log")
+        for turn in range(1, ROUNDS + 1):
+            disk.make_directory(log)
+            try:
+                numbers, linked, last_lsn = _copy_segments(disk, source, log, link, least_lsn)
+                break
+            except (FileNotFoundError, CorruptLogError) as error:  # it moved meanwhile, or is damaged in earnest
+                if turn == ROUNDS:
+                    if isinstance(error, CorruptLogError):
+                        raise
+                    raise StorageError(f"{directory}: its segments go quicker than they are copied; again") from error
+                shutil.rmtree(log)
+        machine = recover(disk, partial, Index(disk, os.path.join(partial, "index")), clock, Machine).machine
+        size = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
+    jobs = sum(sum(queue.counts) for queue in machine.queues.values())
+    return Backup(path=out, records=last_lsn, jobs=jobs, segments=len(numbers), linked=linked, bytes=size)
+
+
+@contextlib.contextmanager
+def under_another_name(disk: Disk, out: str) -> Iterator[str]:
+    """A new directory that gets its name, durably, when it is complete. On an error nothing of it is left.
+
+    Raises StorageError if there is something at `out` or it cannot be written.
+    """
+    partial = out + _PARTIAL
+    if os.path.lexists(partial):
+        raise StorageError(f"{partial}: what another call began is there; remove it if that has ended")
+    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+        raise StorageError(f"{out}: there is something already; give the name of a directory to be made")
+    try:
+        disk.make_directory(partial)
+        try:
+            yield partial
+            disk.sync_directory(partial)
+            disk.rename(partial, out)
+            disk.sync_directory(os.path.dirname(out))
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written: {error}") from error
+
+
+def _copy_segments(disk: Disk, source: str, log: str, link: bool, least_lsn: int) -> tuple[list[int], int, int]:
+    """Ids of the segments, how many were linked, the last record."""
+    mark = read_file(disk, os.path.join(source, "mark"))  # first: what it testifies is in the files by now
+    numbers = list_segments(disk, source)
+    if not numbers:
+        raise StorageError(f"{source}: there is no log")
+    linked = 0
+    for name in map(segment_name, numbers[:-1]):
+        linked += _link(disk, os.path.join(source, name), os.path.join(log, name), link)
+    path = os.path.join(source, segment_name(numbers[-1]))
+    tail = SegmentFile.open(disk, path)
+    header, data = read_header(tail), tail.read_all()
+    scan = Scan(data, header)
+    for _ in scan.records():
+        pass
+    last_lsn = scan.next_lsn - 1
+    known_lsn = max(least_lsn, read_mark(mark, header.log_id), scan.later_witness_lsn())
+    if last_lsn < known_lsn:
+        raise corrupt(path, scan.end_in_file, f"record {scan.next_lsn} is not there, but {known_lsn} records were")
+    _write(disk, os.path.join(log, segment_name(numbers[-1])), data[: scan.end])
+    replace_file(disk, os.path.join(log, "mark"), encode_mark(header.log_id, last_lsn))  # which syncs the names too
+    return numbers, linked, last_lsn
+
+
+def _link(disk: Disk, old: str, new: str, link: bool) -> bool:
+    """Whether it was linked, not copied."""
+    if link:
+        try:
+            os.link(old, new)
+            return True
+        except FileNotFoundError:
+            raise
+        except OSError:
+            pass  # another file system, or one without links
+    source = disk.open(old)
+    try:
+        target = disk.create(new)
+        try:
+            at = 0
+            while data := disk.pread(source, _CHUNK_BYTES, at):
+                write_all(disk, target, data, at)
+                at += len(data)
+            disk.fdatasync(target)
+        finally:
+            disk.close(target)
+    finally:
+        disk.close(source)
+    return False
+
+
+def _write(disk: Disk, path: str, data: bytes) -> None:
+    fd = disk.create(path)
+    try:
+        write_all(disk, fd, data, 0)
+        disk.fdatasync(fd)
+    finally:
+        disk.close(fd)

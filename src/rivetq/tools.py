@@ -1,0 +1,267 @@
+"""Tools for the bad day, and for the day before: verify, rebuild the index, salvage, dump, back up.
+
+They work on a directory, not on a broker. `python -m rivetq` is the same as commands.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from .arguments import checked_path
+from .backup import take
+from .broker import Broker
+from .clock import SystemClock
+from .codec import decode_record
+from .engine import Backup
+from .errors import CorruptLogError, StorageError
+from .events import Copied, Enqueued, Event
+from .index import Index
+from .io import SystemDisk
+from .log import list_segments
+from .machine import Machine, facts
+from .owner import DirectoryLock
+from .recovery import Recovered, records, recover
+from .salvage import Salvage
+from .salvage import salvage as _salvage
+from .state import Place
+
+Path = str | os.PathLike[str]
+_NO_INDEX = "no index"
+"""A name that no file has."""
+
+
+@attrs.define(kw_only=True)
+class Problem:
+    """Something that is not as it should be."""
+
+    file: str
+    offset: int | None
+    what: str
+
+
+@attrs.define(kw_only=True)
+class Verification:
+    """What reading every byte of a directory showed."""
+
+    path: str
+    segments: int = 0
+    bytes: int = 0
+    """Of the log."""
+    records: int = 0
+    jobs: int = 0
+    log: Problem | None = None
+    """Damage of the log: an opening is refused, see `salvage`. What comes behind it was not looked at."""
+    index: Problem | None = None
+    """The index does not match: nothing is lost, the next opening or `rebuild_index` builds it anew."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Nothing is damaged."""
+        return self.log is None and self.index is None
+
+
+def verify(path: Path) -> Verification:
+    """Read every byte of a directory that no broker has open, check every checksum, compare the index with the log.
+
+    Nothing is changed. A directory that was never closed may have no index, or one whose last checkpoint was cut
+    short by the crash: the second is a `Verification.index` problem, the first is none.
+
+    Raises:
+        StorageError: there is no log.
+        BrokerLockedError: a broker has it open; verify a backup of it instead.
+    """
+    directory = _directory(path)
+    with _owned(directory):
+        found = Verification(path=directory)
+        disk, log = SystemDisk(), os.path.join(directory, "log")
+        names = [os.path.join(log, name) for name in disk.list(log)]
+        found.segments = len(list_segments(disk, log))
+        found.bytes = sum(map(os.path.getsize, names))
+        try:
+            for _, record in records(disk, directory):
+                decode_record(record.body)
+                found.records += 1
+            whole = _serving(_recovered(directory, _NO_INDEX))
+        except CorruptLogError as error:
+            found.log = Problem(file=error.file, offset=error.offset, what=str(error))
+            return found
+        found.jobs = sum(sum(queue.counts) for queue in whole.queues.values())
+        found.index = _compare(directory, whole)
+        return found
+
+
+def rebuild_index(path: Path) -> int:
+    """Build the index anew from the log; how many jobs there are. Leases stay as they are.
+
+    Raises:
+        CorruptLogError: the log is damaged; the index stays as it is.
+        BrokerLockedError: a broker has it open.
+    """
+    directory = _directory(path)
+    with _owned(directory):
+        _recovered(directory, _NO_INDEX)
+        Index(SystemDisk(), os.path.join(directory, "index")).clear()
+    with Broker(directory, release_on_open=False) as broker:
+        stats = broker.stats()
+        return stats.ready + stats.scheduled + stats.leased + stats.dead
+
+
+def salvage(path: Path, out: Path) -> Salvage:
+    """Write all that can be read of a damaged log into the new directory `out`, which a broker can open.
+
+    The damaged one is only read. See `Salvage` for what it tells; the same is in `out` as `salvage.json`. Where records
+    are missing, jobs are missing, and jobs whose end was in such a record come again.
+
+    Raises:
+        StorageError: there is no log, or something at `out`, or it cannot be written.
+        BrokerLockedError: a broker has it open.
+    """
+    directory = _directory(path)
+    with _owned(directory):
+        return _salvage(SystemDisk(), directory, os.path.abspath(checked_path(out)), SystemClock())
+
+
+def backup(path: Path, out: Path, *, link: bool = True) -> Backup:
+    """Copy a directory, whether a broker has it open or not; see `Broker.backup`."""
+    return take(SystemDisk(), _directory(path), os.path.abspath(checked_path(out)), SystemClock(), link=link)
+
+
+def dump(path: Path, *, payloads: bool = False) -> Iterator[dict[str, Any]]:
+    """The records of a log in order, each as values that JSON knows. A broker may have it open.
+
+    Args:
+        payloads: with the payloads, in base64.
+
+    Raises:
+        CorruptLogError: behind the last record that can be read.
+    """
+    directory = _directory(path)
+    for file, record in records(SystemDisk(), directory):
+        now_ms, events = decode_record(record.body)
+        yield {
+            "lsn": record.frame.lsn,
+            "file": os.path.basename(file.path),
+            "offset": record.at,
+            "at_ms": now_ms,
+            "events": [_event(event, record.body if payloads else None) for event in events],
+        }
+
+
+def _event(event: Event, body: bytes | None) -> dict[str, Any]:
+    value: dict[str, Any] = {"event": type(event).__name__}
+    for name, item in attrs.asdict(event, recurse=False).items():
+        if name not in ("payload", "payloads", "payload_at"):
+            value[name] = _plain(item)
+    if body is not None and isinstance(event, Enqueued | Copied):
+        at, found = event.payload_at, []
+        for length in event.lengths if isinstance(event, Enqueued) else (event.length,):
+            found.append(base64.b64encode(body[at : at + length]).decode())
+            at += length
+        value["payloads"] = found
+    return value
+
+
+def _plain(item: Any) -> Any:
+    if attrs.has(type(item)):
+        return attrs.asdict(item)
+    if isinstance(item, Mapping):
+        return dict(item)
+    return [_plain(each) for each in item] if isinstance(item, list | tuple) else item
+
+
+def _directory(path: Path) -> str:
+    directory = os.path.abspath(checked_path(path))
+    if not list_segments(SystemDisk(), os.path.join(directory, "log")):
+        raise StorageError(f"{directory}: there is no log; the directory of a broker has one")
+    return directory
+
+
+@contextlib.contextmanager
+def _owned(directory: str) -> Iterator[None]:
+    """No broker has it, or gets it meanwhile. What cannot be written nobody else can open either."""
+    try:
+        lock = DirectoryLock(directory, SystemClock().wall_ms())
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise StorageError(f"{directory}: cannot be locked: {error}") from error
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.refuse()
+
+
+def _recovered(directory: str, index: str) -> Recovered:
+    disk = SystemDisk()
+    return recover(disk, directory, Index(disk, os.path.join(directory, index)), SystemClock(), Machine)
+
+
+def _serving(found: Recovered) -> Machine:
+    """The state that an opening would serve: with the records that it would write again."""
+    machine = found.machine
+    for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
+        now_ms, events = decode_record(body)
+        machine.advance(max(machine.now_ms, now_ms))
+        for event in events:
+            machine.apply(event, now_ms, Place(lsn=lsn))
+    return machine
+
+
+def _compare(directory: str, whole: Machine) -> Problem | None:
+    """The index, with what the log has behind it, against the log alone."""
+    path = os.path.join(directory, "index")
+    if not os.path.exists(os.path.join(path, "manifest")):
+        return None
+    disk = SystemDisk()
+    index = Index(disk, path)
+    try:
+        found = recover(disk, directory, index, SystemClock(), Machine)
+        if not found.applied_lsn:
+            return Problem(
+                file=os.path.join(path, "data.mdb"), offset=None,
+                what="does not match its manifest: a crash cut a checkpoint short, or it is damaged",
+            )  # fmt: skip
+        machine = _serving(found)
+        now_ms = max(machine.now_ms, whole.now_ms)
+        for each in (machine, whole):
+            each.advance(now_ms)
+        what = _difference(whole, machine)
+    except StorageError as error:
+        what = str(error)
+    finally:
+        index.close()
+    return None if what is None else Problem(file=os.path.join(path, "data.mdb"), offset=None, what=what)
+
+
+def _difference(whole: Machine, machine: Machine) -> str | None:
+    """What the index says otherwise than the log."""
+    for queue in whole.numbers.values():
+        other = machine.numbers.get(queue.number)
+        totals = (queue.name, queue.config, queue.counts, queue.enqueued, queue.acked, queue.cancelled, queue.purged)
+        if other is None or totals != (
+            other.name, other.config, other.counts, other.enqueued, other.acked, other.cancelled, other.purged
+        ):  # fmt: skip
+            return f"queue {queue.name!r} has other totals or another configuration than the log says"
+    for entry in whole.everything():
+        job = machine.look(entry.id, entry.queue.number, entry.spec.priority)
+        if job is None or facts(job) != facts(entry):
+            return f"job {entry.id} is not what the log says"
+    keys = [{name: (key.job_id, key.expires_ms) for name, key in each.keys.all().items()} for each in (whole, machine)]
+    for name in {*keys[0], *keys[1]}:
+        one, other_key = keys[0].get(name), keys[1].get(name)
+        if one != other_key and not _has_ended(one or other_key, whole.now_ms):
+            return f"key {name[1]!r} stands for something else than the log says"
+    return None
+
+
+def _has_ended(key: tuple[int, int] | None, now_ms: int) -> bool:
+    """A key whose window is over may be there or not."""
+    return key is not None and 0 < key[1] <= now_ms

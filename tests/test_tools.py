@@ -1,0 +1,555 @@
+"""The tools for the bad day: what they find, what they save, what they leave alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inside import inside
+
+import rivetq.backup
+from rivetq import Broker, BrokerLockedError, CorruptLogError, RetryPolicy, StorageError, UsageError, tools
+from rivetq.__main__ import main
+from rivetq.codec import decode_record
+from rivetq.events import Acked, Cancelled, Enqueued, Leased, Purged
+from rivetq.segment import Record, Scan, decode_header
+
+SEGMENT_BYTES = 65_536
+NO_WAIT = RetryPolicy(base=0, max_attempts=3)
+
+
+def fill(broker: Broker) -> None:
+    """Something of everything, over several segments."""
+    broker.configure_queue("mail", idempotency_ttl=1000, visibility_timeout=500)
+    broker.enqueue_many("mail", [b"m%d" % n for n in range(60)], idempotency_keys=[f"k{n}" for n in range(60)])
+    broker.enqueue("mail", b"later", delay=1000, headers={"a": "ä"}, priority=9)
+    broker.enqueue_many("bulk", [b"x" * 5000] * 40, retry=NO_WAIT)
+    broker.checkpoint()
+    broker.ack_many(broker.lease_many("mail", 10))
+    broker.rotate()
+    for lease in broker.lease_many("mail", 3):
+        broker.nack(lease, error="no", delay=0)
+    for lease in broker.lease_many("mail", 2):
+        broker.reject(lease, error="never")
+    broker.rotate()
+    broker.cancel(broker.jobs("mail")[5].id)
+    broker.lease_many("mail", 4)
+    broker.enqueue("last", b"the last one")
+    broker.sync()
+
+
+@pytest.fixture
+def busy(tmp_path: Path) -> Iterator[Broker]:
+    """A broker in the middle of its work."""
+    with Broker(tmp_path / "data", segment_bytes=SEGMENT_BYTES) as broker:
+        fill(broker)
+        yield broker
+
+
+@pytest.fixture
+def closed(busy: Broker) -> Path:
+    busy.close()
+    return Path(busy.path)
+
+
+@pytest.fixture
+def killed(busy: Broker, tmp_path: Path) -> Path:
+    """What a killed process would leave."""
+    return Path(shutil.copytree(busy.path, tmp_path / "killed", ignore=shutil.ignore_patterns("LOCK", "spare-*")))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All but the lock, which comes and goes."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != "LOCK"]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def state(directory: Path) -> dict[str, Any]:
+    """What a broker finds there; leases as they were."""
+    copy = directory.with_name(directory.name + " looked at")
+    shutil.copytree(directory, copy)
+    try:
+        with Broker(copy, segment_bytes=SEGMENT_BYTES, release_on_open=False) as broker:
+            inside(broker).audit()
+            return inside(broker).dump()
+    finally:
+        shutil.rmtree(copy)
+
+
+def segments(directory: Path) -> list[Path]:
+    return sorted((directory / "log").glob("*.log"))
+
+
+def records(path: Path) -> list[Record]:
+    data = path.read_bytes()
+    return list(Scan(data, decode_header(data, str(path))).records())
+
+
+def rot(path: Path, at: int, size: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    for i in range(at, at + size):
+        data[i] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+# verify
+
+
+@pytest.mark.parametrize("which", ["closed", "killed"])
+def test_verify_finds_a_healthy_directory_whole_and_changes_nothing(which: str, request: pytest.FixtureRequest) -> None:
+    directory: Path = request.getfixturevalue(which)
+    before = contents(directory)
+    found = tools.verify(directory)
+    assert found.is_whole, found
+    assert found.jobs == len(state(directory)["jobs"]) == 91
+    assert found.segments == len(segments(directory)) >= 4
+    assert found.records > 12
+    assert contents(directory) == before
+
+
+def test_verify_counts_what_a_crash_left_unsynced(tmp_path: Path) -> None:
+    with Broker(tmp_path / "live", fsync="never") as broker:
+        broker.enqueue_many("q", [b"x"] * 7)
+        shutil.copytree(broker.path, tmp_path / "killed", ignore=shutil.ignore_patterns("spare-*"))
+    found = tools.verify(tmp_path / "killed")
+    assert found.is_whole
+    assert found.jobs == 7
+
+
+def test_verify_sees_damage_in_every_segment(closed: Path) -> None:
+    """Also where an opening would not look, since the index has it."""
+    for path in segments(closed):
+        for record in records(path)[:3]:
+            rot(path, record.body_offset)
+            found = tools.verify(closed)
+            assert found.log is not None
+            assert (found.log.file, found.log.offset) == (str(path), record.at)
+            assert not found.is_whole
+            rot(path, record.body_offset)
+    assert tools.verify(closed).is_whole
+
+
+def test_verify_sees_an_index_that_does_not_match(closed: Path) -> None:
+    rot(closed / "index" / "data.mdb", 5000)
+    found = tools.verify(closed)
+    assert found.log is None
+    assert found.index is not None
+    assert found.index.file == str(closed / "index" / "data.mdb")
+    shutil.rmtree(closed / "index")
+    assert tools.verify(closed).is_whole, "no index is no damage"
+
+
+@pytest.mark.parametrize("what", ["a job", "a total", "a key", "nothing"])
+def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """An index with right checksums that says something else: a bug would make one."""
+    honest = rivetq.tools._serving
+    seen: list[object] = []
+
+    def serving(found: Any) -> Any:
+        machine = honest(found)
+        seen.append(machine)
+        if len(seen) == 2:
+            if what == "a job":
+                next(iter(machine.jobs.values())).attempts += 1
+            elif what == "a total":
+                machine.queues["mail"].acked += 1
+            elif what == "a key":
+                machine.keys.forget(machine.queues["mail"].number, "k30")
+        return machine
+
+    monkeypatch.setattr(rivetq.tools, "_serving", serving)
+    found = tools.verify(closed)
+    assert len(seen) == 2
+    assert (found.index is None) == (what == "nothing")
+
+
+def test_verify_refuses_what_a_broker_has_open_or_what_is_no_directory(busy: Broker, tmp_path: Path) -> None:
+    with pytest.raises(BrokerLockedError):
+        tools.verify(busy.path)
+    for nothing in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(StorageError, match="there is no log"):
+            tools.verify(nothing)
+    with pytest.raises(UsageError):
+        tools.verify(3)  # type: ignore[arg-type]
+    assert not (tmp_path / "nowhere").exists()
+    assert not (tmp_path / "LOCK").exists()
+
+
+# rebuild_index
+
+
+def test_rebuild_index_makes_an_index_that_says_what_the_log_says(killed: Path) -> None:
+    before = state(killed)
+    rot(killed / "index" / "data.mdb", 5000)
+    assert tools.rebuild_index(killed) == 91
+    assert tools.verify(killed).is_whole
+    assert (killed / "index" / "manifest").exists()
+    assert state(killed) == before, "leases stay as they are"
+
+
+def test_rebuild_index_leaves_the_index_alone_if_the_log_is_damaged(closed: Path) -> None:
+    path = segments(closed)[0]
+    rot(path, records(path)[1].body_offset)
+    before = contents(closed)
+    with pytest.raises(CorruptLogError):
+        tools.rebuild_index(closed)
+    assert contents(closed) == before
+
+
+# salvage
+
+
+@pytest.mark.parametrize("which", ["closed", "killed"])
+def test_salvage_of_a_healthy_log_is_all_of_it(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    directory: Path = request.getfixturevalue(which)
+    before, was = contents(directory), state(directory)
+    report = tools.salvage(directory, tmp_path / "out")
+    assert report.is_whole, report
+    assert contents(directory) == before
+    assert state(tmp_path / "out") == was
+    assert sum(count for states in report.jobs.values() for count in states.values()) == 91
+    assert json.loads((tmp_path / "out" / "salvage.json").read_text())["records"] == report.records
+
+
+def test_salvage_saves_what_is_before_and_behind_any_damaged_record(closed: Path, tmp_path: Path) -> None:
+    """Each record in turn: the others are there, the job states are what they say, and a broker can work with it."""
+    was = {job[0]: job for job in state(closed)["jobs"]}
+    count = 0
+    for path in segments(closed):
+        for record in records(path):
+            rot(path, record.body_offset + 3, 2)
+            out = tmp_path / f"out {count}"
+            report = tools.salvage(closed, out)
+            assert report.missing == [(record.frame.lsn, record.frame.lsn)]
+            (stretch,) = report.unreadable
+            assert (stretch.file, stretch.start) == (str(path), record.at)
+            assert record.at < stretch.end <= path.stat().st_size
+            found = {job[0]: job for job in state(out)["jobs"]}
+            lost = was.keys() - found.keys()
+            assert len(lost) in (0, 1, 40, 49), "only the jobs of one enqueue"
+            assert tools.verify(out).is_whole
+            with Broker(out, segment_bytes=SEGMENT_BYTES) as broker:
+                assert broker.enqueue("new", b"x") > max(was), "ids are not given twice"
+            shutil.rmtree(out)
+            rot(path, record.body_offset + 3, 2)
+            count += 1
+    assert count > 12
+
+
+@pytest.mark.parametrize("what", ["header", "missing", "zeros", "cut"])
+@pytest.mark.parametrize("which", [0, 1, 2, -1])
+def test_salvage_goes_on_without_a_whole_segment(closed: Path, tmp_path: Path, what: str, which: int) -> None:
+    path = segments(closed)[which]
+    size = path.stat().st_size
+    inside_header = records(path)[0].at
+    expected = alive(closed, without=None if what == "header" else path)
+    if what == "header":
+        rot(path, 30, 4)
+    elif what == "missing":
+        path.unlink()
+    elif what == "zeros":
+        path.write_bytes(bytes(size))
+    else:
+        os.truncate(path, inside_header + 10)
+    report = tools.salvage(closed, tmp_path / "out")
+    assert not report.is_whole
+    assert tools.verify(tmp_path / "out").is_whole
+    found = state(tmp_path / "out")
+    assert expected <= {job[0] for job in found["jobs"]}
+    assert {queue[0] for queue in found["queues"]} <= {"mail", "bulk", "last"}
+
+
+def alive(directory: Path, without: Path | None) -> set[int]:
+    """Ids of the jobs that the records say are there; those of one segment left out."""
+    born: set[int] = set()
+    ended: set[int] = set()
+    for path in segments(directory):
+        for record in records(path) if path != without else ():
+            for event in decode_record(record.body)[1]:
+                match event:
+                    case Enqueued():
+                        born |= set(range(event.first_id, event.first_id + len(event.lengths)))
+                    case Acked() | Purged():
+                        ended |= set(event.ids)
+                    case Cancelled():
+                        ended.add(event.id)
+    return born - ended
+
+
+def test_salvage_takes_an_ack_for_one_though_the_lease_cannot_be_read(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data") as broker:
+        acked, retried, buried = broker.enqueue_many("q", [b"a", b"b", b"c"], retry=NO_WAIT)
+        first, second, third = broker.lease_many("q", 3)
+        first.ack()
+        second.nack(error="no", delay=0)
+        third.reject(error="never")
+    (path,) = segments(tmp_path / "data")
+    (leased,) = [r for r in records(path) if isinstance(decode_record(r.body)[1][0], Leased)]
+    rot(path, leased.body_offset)
+    tools.salvage(tmp_path / "data", tmp_path / "out")
+    with Broker(tmp_path / "out") as broker:
+        assert broker.get(acked) is None
+        jobs = {job.id: (job.state, job.attempts, job.last_error) for job in broker.jobs("q")}
+    assert jobs == {retried: ("ready", 1, "no"), buried: ("dead", 1, "never")}
+
+
+def test_salvage_reads_around_sectors_that_the_disk_does_not_give(
+    closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = max(segments(closed), key=lambda path: path.stat().st_size)
+    honest = rivetq.io.SystemDisk.pread
+
+    def bad_sector(disk: object, fd: int, size: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{fd}") == str(path) and offset <= 36_864 < offset + size:
+            raise OSError(5, "Input/output error")
+        return honest(disk, fd, size, offset)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rivetq.io.SystemDisk, "pread", bad_sector)
+    report = tools.salvage(closed, tmp_path / "out")
+    assert any("does not give" in stretch.what and stretch.start == 36_864 for stretch in report.unreadable)
+    monkeypatch.undo()
+    assert tools.verify(tmp_path / "out").is_whole
+    assert len(state(tmp_path / "out")["jobs"]) >= 50
+
+
+def test_salvage_of_a_log_that_is_too_new_is_refused(closed: Path, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="there is something"):
+        tools.salvage(closed, closed)
+    with pytest.raises(StorageError, match="there is no log"):
+        tools.salvage(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# backup
+
+
+def test_a_backup_of_a_running_broker_is_its_state(busy: Broker, tmp_path: Path) -> None:
+    was = inside(busy).dump()
+    found = busy.backup(tmp_path / "out")
+    assert (found.jobs, found.segments) == (91, len(segments(tmp_path / "out")))
+    assert found.linked == found.segments - 1
+    assert tools.verify(tmp_path / "out").is_whole
+    assert state(tmp_path / "out") == was
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+    busy.enqueue("q", b"not in it")
+    assert state(tmp_path / "out") == was
+    with Broker(tmp_path / "out", segment_bytes=SEGMENT_BYTES) as copy:
+        copy.purge("bulk")
+        copy.compact()
+    assert busy.stats("bulk").ready == 40, "what happens to the copy happens to it alone"
+    assert tools.verify(busy.backup(tmp_path / "another").path).is_whole
+
+
+def test_a_backup_may_copy_all_bytes(busy: Broker, tmp_path: Path) -> None:
+    assert busy.backup(tmp_path / "out", link=False).linked == 0
+    assert {path.stat().st_nlink for path in segments(tmp_path / "out")} == {1}
+    assert state(tmp_path / "out") == inside(busy).dump()
+
+
+def test_where_nothing_can_be_linked_it_is_copied(
+    busy: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_link(old: str, new: str) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", no_link)
+    assert busy.backup(tmp_path / "out").linked == 0
+    assert state(tmp_path / "out") == inside(busy).dump()
+
+
+def test_every_backup_amid_many_calls_and_compactions_is_one_past_state(tmp_path: Path) -> None:
+    """By the broker, and by somebody else who only sees its files."""
+    with Broker(tmp_path / "data", segment_bytes=SEGMENT_BYTES, fsync="never") as broker:
+        over = threading.Event()
+
+        def work() -> None:
+            while not over.is_set():
+                broker.enqueue_many("q", [b"x" * 900] * 10)
+                broker.ack_many(broker.lease_many("q", 10))
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for n in range(12):
+                least = broker.stats("q").enqueued
+                out = tmp_path / f"out {n}"
+                found = broker.backup(out) if n % 2 else tools.backup(broker.path, out)
+                assert tools.verify(out).is_whole
+                with Broker(out, segment_bytes=SEGMENT_BYTES) as copy:
+                    inside(copy).audit()
+                    stats = copy.stats("q")
+                    assert stats.enqueued >= least
+                    assert stats.enqueued % 10 == stats.acked % 10 == 0, "batches are whole"
+                    assert found.jobs == stats.ready + stats.scheduled + stats.leased + stats.dead
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join()
+        assert inside(broker)._machine.oldest_segment > 1, "no segment was dropped meanwhile"
+
+
+def test_a_backup_that_cannot_be_made_leaves_nothing(
+    busy: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    (tmp_path / "half.partial").mkdir()
+    for out, message in (("there", "there is something"), ("half", "another call"), ("data/LOCK/x", "cannot be")):
+        with pytest.raises(StorageError, match=message):
+            busy.backup(tmp_path / out)
+    path = segments(Path(busy.path))[0]
+    offset = records(path)[1].body_offset
+    rot(path, offset)
+    with pytest.raises(CorruptLogError):
+        busy.backup(tmp_path / "out")
+    rot(path, offset)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rivetq.backup, "write_all", full)
+    with pytest.raises(StorageError, match="No space"):
+        busy.backup(tmp_path / "out")
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "half.partial", "there"]
+    with pytest.raises(UsageError):
+        busy.backup(tmp_path / "out", link=1)  # type: ignore[arg-type]
+    (tmp_path / "empty").mkdir()
+    assert busy.backup(tmp_path / "empty").jobs == 91
+
+
+def test_a_backup_whose_tail_lacks_a_synced_record_is_damage(closed: Path, tmp_path: Path) -> None:
+    path = segments(closed)[-1]
+    os.truncate(path, records(path)[-1].at)
+    with pytest.raises(CorruptLogError):
+        tools.backup(closed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_backup_whose_tail_rots_is_not_taken_for_a_torn_one(busy: Broker, tmp_path: Path) -> None:
+    """The copy has a mark of its own."""
+    busy.backup(tmp_path / "out")
+    path = segments(tmp_path / "out")[-1]
+    rot(path, records(path)[-1].body_offset)
+    with pytest.raises(CorruptLogError):
+        Broker(tmp_path / "out")
+
+
+def test_segments_that_always_go_are_an_error_in_the_end(
+    busy: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*args: object) -> bool:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(rivetq.backup, "_link", gone)
+    with pytest.raises(StorageError, match="quicker"):
+        busy.backup(tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_queue_in_memory_has_no_backup(tmp_path: Path) -> None:
+    with Broker(":memory:") as broker, pytest.raises(UsageError, match="in memory"):
+        broker.backup(tmp_path / "out")
+
+
+# dump
+
+
+def test_dump_tells_every_record_of_a_log_also_of_a_running_broker(busy: Broker) -> None:
+    found = list(tools.dump(busy.path, payloads=True))
+    assert [record["lsn"] for record in found] == list(range(1, len(found) + 1))
+    events = [event for record in found for event in record["events"]]
+    assert {"QueueCreated", "QueueConfigured", "Enqueued", "Leased", "Acked", "Retried", "Buried", "Cancelled"} <= {
+        event["event"] for event in events
+    }
+    last = [event for event in events if event["event"] == "Enqueued"][-1]
+    assert last["payloads"] == ["dGhlIGxhc3Qgb25l"]
+    assert all("payloads" not in event for record in tools.dump(busy.path) for event in record["events"])
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_dump_ends_with_the_damage(closed: Path) -> None:
+    path = segments(closed)[1]
+    rot(path, records(path)[0].body_offset)
+    seen = []
+    with pytest.raises(CorruptLogError) as caught:
+        seen.extend(tools.dump(closed))
+    assert caught.value.file == str(path)
+
+
+# The commands
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "rivetq", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_commands_tell_by_their_exit_status(
+    closed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def status(*arguments: object) -> int:
+        return main([str(argument) for argument in arguments])
+
+    assert status("verify", closed) == 0
+    assert status("backup", closed, tmp_path / "copy", "--copy") == 0
+    rot(closed / "index" / "data.mdb", 5000)
+    assert status("verify", closed) == 3
+    assert status("rebuild-index", closed) == 0
+    assert status("verify", closed) == 0
+    assert status("salvage", closed, tmp_path / "whole") == 0
+    path = segments(closed)[1]
+    offset = records(path)[0].at
+    rot(path, offset + 40)
+    capsys.readouterr()
+    assert status("verify", closed) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["log"]["offset"] == offset
+    assert str(path) in err
+    assert status("rebuild-index", closed) == 1
+    assert status("dump", closed) == 1
+    assert status("backup", closed, tmp_path / "no") == 1
+    assert status("salvage", closed, tmp_path / "saved") == 1
+    assert status("verify", tmp_path / "saved") == 0
+    assert status("salvage", closed, tmp_path / "saved") == 2
+    assert status("verify", tmp_path / "nowhere") == 2
+
+
+def test_the_commands_run_from_a_shell(closed: Path, tmp_path: Path) -> None:
+    code, out, err = run("verify", closed)
+    assert (code, err) == (0, "")
+    assert json.loads(out)["jobs"] == 91
+    code, out, _ = run("dump", closed)
+    assert code == 0
+    assert len([json.loads(line) for line in out.splitlines()]) == json.loads(run("verify", closed)[1])["records"]
+    assert run("verify")[0] == 2
+    assert run("nonsense", closed)[0] == 2
+    with Broker(tmp_path / "open"):
+        code, _, err = run("verify", tmp_path / "open")
+        assert code == 2
+        assert "another broker has it open" in err
+
+
+def test_a_reader_that_goes_away_ends_a_dump(closed: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rivetq", "dump", "--payloads", str(closed)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert child.stdout is not None
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr is not None
+    assert child.stderr.read() == b""
+    child.stderr.close()
+    assert child.wait(60) == 0

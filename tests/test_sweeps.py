@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import sweeps
 from simulation import ViolationError
 from sweeps import SWEEPS, Share, run
 
+import rivetq.log
 from rivetq.group import GroupCommit
 from rivetq.local import LocalEngine
 from rivetq.log import Log
@@ -51,8 +53,9 @@ def test_the_sweep_of_errors_sees_a_sync_that_is_repeated(monkeypatch: pytest.Mo
 
 def test_the_sweep_of_exceptions_sees_a_failure_that_nobody_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalEngine, "_fail", lambda self, error: None)
-    with pytest.raises(ViolationError, match="before"):
-        run("exceptions", 0, Share(trials=30, stride=71))
+    monkeypatch.setattr(sweeps, "TRACED", {rivetq.log.__file__})
+    with pytest.raises(ViolationError, match=r"before log.py"):
+        run("exceptions", 0, Share(trials=60, stride=16))
 
 
 def test_the_sweep_of_sequences_sees_an_answer_before_its_sync(monkeypatch: pytest.MonkeyPatch) -> None:

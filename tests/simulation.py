@@ -30,6 +30,7 @@ from unittest import mock
 import rivetq.local
 from rivetq import Broker, DiskFullError, Lease, LeaseLostError, RateLimit, RetryPolicy
 from rivetq.codec import decode_record
+from rivetq.index import Index
 from rivetq.live import LiveEngine
 from rivetq.local import LocalEngine
 from rivetq.log import Log
@@ -51,6 +52,10 @@ class ViolationError(AssertionError):
     """A promise was broken; the message says which, and how to see it again."""
 
 
+class IndexAheadError(ViolationError):
+    """A checkpoint wrote what is not on disk yet (I20)."""
+
+
 class Life:
     """A broker on a simulated disk, what it was told to keep, and what it wrote down."""
 
@@ -66,7 +71,7 @@ class Life:
         self.broker: Broker | None = None
 
     def open(self) -> Broker:
-        """The broker of this life. Its log writes down in `bodies` what it appends."""
+        """The broker of this life. Its log writes down in `bodies` what it appends; its index is never ahead."""
         life = self
 
         class NotingLog(Log):
@@ -74,8 +79,17 @@ class Life:
                 life.bodies[self.next_lsn] = body
                 return super().append(body)
 
-        disk = mock.patch.object(rivetq.local, "SystemDisk", return_value=self.disk)
-        with disk, mock.patch.object(rivetq.local, "Log", NotingLog):
+        class NotingIndex(Index):
+            def write(self, log_id: bytes, applied_lsn: int, *args: Any, **items: Any) -> None:
+                if applied_lsn > life.engine._log.durable_lsn:
+                    raise IndexAheadError(f"the index goes up to {applied_lsn}, the disk not yet")
+                super().write(log_id, applied_lsn, *args, **items)
+
+        with (
+            mock.patch.object(rivetq.local, "SystemDisk", return_value=self.disk),
+            mock.patch.object(rivetq.local, "Log", NotingLog),
+            mock.patch.object(rivetq.local, "Index", NotingIndex),
+        ):
             self.broker = Broker(
                 self.directory, segment_bytes=SEGMENT_BYTES, fsync=cast(Any, self.fsync), clock=self.clock,
                 release_on_open=False, cache_bytes=20_000, window_jobs=1024,
@@ -317,6 +331,8 @@ class Hunt:
             with by_the_seed_alone():
                 life.begin()
                 life.live(rng, STEPS)
+        except IndexAheadError as error:
+            raise ViolationError(f"seed {seed}: {error}") from error
         except ViolationError:
             raise
         except BaseException as error:

@@ -8,7 +8,7 @@ import pytest
 import simulation
 from simulation import Hunt, ViolationError, hunt
 
-from rivetq.group import GroupCommit
+from rivetq.local import LocalEngine
 from rivetq.testing import ManualClock
 
 
@@ -44,13 +44,13 @@ def violations(seeds: range) -> list[str]:
     return found
 
 
-def no_sync(self: GroupCommit, lsn: int) -> None:
-    """In place of `wait`: the answer before the sync."""
-    self._target.write(lsn)  # type: ignore[attr-defined]  # the log, here
+def no_sync(self: LocalEngine, lsn: int, *, sync: bool = True) -> None:
+    """In place of `_settle`: the answer before the sync."""
+    self._log.write(lsn)
 
 
 def test_the_hunt_sees_an_answer_before_its_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GroupCommit, "wait", no_sync)
+    monkeypatch.setattr(LocalEngine, "_settle", no_sync)
     found = violations(range(10))
     assert len(found) > 5
     assert any("records up to" in each for each in found), "what was promised is missing"
@@ -62,8 +62,14 @@ def test_the_hunt_sees_a_name_that_was_not_synced(monkeypatch: pytest.MonkeyPatc
         hunt(range(20), 3000)
 
 
+def test_the_hunt_sees_an_index_that_is_ahead_of_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalEngine, "_wait_durable", lambda self, lsn: None)
+    with pytest.raises(ViolationError, match=r"seed \d+: the index goes up to"):
+        hunt(range(20), 3000)
+
+
 def test_the_hunt_names_the_seed_and_the_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GroupCommit, "wait", no_sync)
+    monkeypatch.setattr(LocalEngine, "_settle", no_sync)
     found = []
     for _ in range(2):
         with pytest.raises(ViolationError) as caught:

@@ -235,7 +235,12 @@ class LocalEngine(LiveEngine):
 
     def _begin_segment(self, snapshot: bytes, now_ms: int, body_length: int = 1) -> None:
         boot_id, boot_ms = self.clock.boot_id, self.clock.boot_ms()
-        self._log.begin_segment(snapshot, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms, body_length=body_length)
+        try:
+            self._log.begin_segment(snapshot, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms, body_length=body_length)
+        except BaseException as error:
+            # The log may be half in the old segment and half in the new one: nobody may go on from here.
+            self._fail(error)
+            raise
 
     def _make_room(self, need: NeedRoomError) -> None:
         try:

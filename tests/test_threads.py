@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import random
 import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from inside import inside
+from model import Model, Policy
 
 import rivetq.live
 import rivetq.local
@@ -24,6 +26,7 @@ from rivetq import (
     BrokerFailedError,
     BrokerLockedError,
     ForkedBrokerError,
+    Lease,
     LeaseLostError,
     LeaseRef,
     RetryPolicy,
@@ -84,6 +87,146 @@ def await_waiting(broker: Broker, queue: str, count: int) -> None:
     while len(inside(broker)._lessees.get(queue, ())) < count:
         assert time.monotonic() < end, "nobody waits"
         time.sleep(0.001)
+
+
+# -- The order of the log is an order that explains every answer
+
+
+class Call(NamedTuple):
+    """One call that changed something: its record, when it began and ended, and how the model makes it again."""
+
+    lsn: int
+    began: int
+    ended: int
+    again: Callable[[Model], object]
+    answer: object
+
+
+class Witness:
+    """Makes calls and remembers them with the number of their record."""
+
+    def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Call] = []
+        self._broker = broker
+        self._moments = itertools.count()
+        self._mine = threading.local()
+        honest = rivetq.live.LiveEngine._record
+
+        def record(engine: Any, *args: Any) -> int:
+            self._mine.lsn = lsn = honest(engine, *args)
+            return lsn
+
+        monkeypatch.setattr(rivetq.live.LiveEngine, "_record", record)
+
+    def call(self, verb: str, *args: Any, again: Callable[[Any], Callable[[Model], object]], **options: Any) -> Any:
+        """`again` makes, of the broker's answer, the same call on the model: it returns what the answer should be."""
+        self._mine.lsn = 0
+        began = next(self._moments)
+        answer = getattr(self._broker, verb)(*args, **options)
+        ended = next(self._moments)
+        if self._mine.lsn:
+            self.calls.append(Call(self._mine.lsn, began, ended, again(answer), answer))
+        return answer
+
+
+def enqueued(
+    payloads: list[bytes], keys: list[str | None], priority: int
+) -> Callable[[Any], Callable[[Model], object]]:
+    def again(answer: Any) -> Callable[[Model], object]:
+        ids = [answer] if isinstance(answer, int) else list(answer)
+
+        def on(model: Model) -> object:
+            due = model.enqueue("q", list(zip(payloads, keys, strict=True)), ids, priority=priority)
+            return due[0] if isinstance(answer, int) else due
+
+        return on
+
+    return again
+
+
+def leased(most: int) -> Callable[[Any], Callable[[Model], object]]:
+    def again(answer: list[Lease]) -> Callable[[Model], object]:
+        def on(model: Model) -> object:
+            jobs = model.lease(["q"], most, [lease.token for lease in answer])
+            facts = [(job.id, job.token, job.payload, job.attempts, job.last_error) for job in jobs]
+            assert facts == [(each.id, each.token, each.payload, each.attempt, each.last_error) for each in answer]
+            return answer
+
+        return on
+
+    return again
+
+
+def answered(verb: str, *args: Any, **options: Any) -> Callable[[Any], Callable[[Model], object]]:
+    def again(answer: Any) -> Callable[[Model], object]:
+        def on(model: Model) -> object:
+            return getattr(model, verb)(*args, **options)
+
+        return on
+
+    return again
+
+
+@pytest.mark.usefixtures("restless")
+@pytest.mark.parametrize("fsync", ["always", "never"])
+def test_the_order_of_the_log_is_the_order_in_time_and_explains_every_answer(
+    tmp_path: Path, fsync: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 threads. (a) A call that ended before another began has the lower record. (b) One thread that makes the
+    calls in the order of their records, on the model, gets every answer."""
+    with opened(tmp_path, fsync, clock=ManualClock()) as broker:
+        witness = Witness(broker, monkeypatch)
+        broker.configure_queue("q", retry=AT_ONCE, visibility_timeout=3600)
+
+        def work(number: int) -> None:
+            rng = random.Random(number)
+            for n in range(25):
+                payload, priority = b"%d.%d" % (number, n), rng.choice((3, 5, 9))
+                if rng.random() < 0.5:
+                    key = f"k{rng.randrange(200)}" if rng.random() < 0.3 else None
+                    witness.call(
+                        "enqueue", "q", payload, priority=priority, idempotency_key=key,
+                        again=enqueued([payload], [key], priority),
+                    )  # fmt: skip
+                else:
+                    witness.call(
+                        "enqueue_many", "q", [payload] * 3, priority=priority,
+                        again=enqueued([payload] * 3, [None] * 3, priority),
+                    )  # fmt: skip
+                for lease in witness.call("lease_many", "q", 2, again=leased(2)):
+                    settle(lease, rng)
+
+        def settle(lease: Lease, rng: random.Random) -> None:
+            ref = (lease.id, lease.token)
+            match rng.randrange(5):
+                case 0:
+                    witness.call(
+                        "nack", lease, error="no", delay=0, again=answered("nack", ref, error="no", delay_ms=0)
+                    )
+                case 1:
+                    witness.call("release", lease, again=answered("release", ref))
+                case 2:
+                    witness.call("reject", lease, error="bad", again=answered("reject", ref, error="bad"))
+                    witness.call("cancel", lease.id, again=answered("cancel", lease.id))
+                case _:
+                    witness.call("ack", lease, again=answered("ack", [ref]))
+
+        in_threads(32, work)
+        calls = sorted(witness.calls, key=lambda call: call.lsn)
+        assert len(calls) > 32 * 60
+        assert len({call.lsn for call in calls}) == len(calls)
+        latest = 0
+        for call in calls:
+            assert call.ended > latest, f"record {call.lsn} came behind one whose call began after this had ended"
+            latest = max(latest, call.began)
+        model = Model(0)
+        model.configure("q", retry=Policy(None, 0.0, 2.0, 3600.0, "none"), visibility_ms=3_600_000)
+        for call in calls:
+            assert call.again(model) == call.answer, f"record {call.lsn}"
+        stats, expected = broker.stats("q"), model.stats("q")
+        assert {name: getattr(stats, name) for name in expected if name != "oldest_age"} == {
+            name: value for name, value in expected.items() if name != "oldest_age"
+        }
 
 
 # -- Lost and twice

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types coverage wheel bench bench-full crash sweeps clean
+.PHONY: demo test check format lint types coverage wheel bench bench-full crash sweeps rot planted clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,7 +16,9 @@ demo: $(VENV)/ready ## the main job on real input, killed three times on the way
 test: $(VENV)/ready ## all tests
 	$(BIN)/python -m pytest
 
-check: format lint types coverage wheel demo ## what CI runs
+check: format lint types coverage wheel demo ## what CI runs: all of this, and a fair share of the longer hunts
+	$(MAKE) crash CYCLES=300 STATES=20000
+	$(BIN)/python tests/sweeps.py --trials 400 --stride 11
 
 format: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -56,9 +58,15 @@ crash: $(VENV)/ready ## kill -9 a writing process CYCLES times, then look at STA
 	$(BIN)/python -m pytest tests/test_kill.py --cycles $(CYCLES) -s
 	$(BIN)/python tests/simulation.py --states $(STATES) --seed $(SEED)
 
+rot: $(VENV)/ready ## three mutations of every byte of log and index, and every cut of every file
+	$(BIN)/python -m pytest tests/test_recovery.py -k "damage or cut" --every-byte -s
+
 SWEEPS ?=
 sweeps: $(VENV)/ready ## what can go wrong at every place: SWEEPS="errors exceptions ..." for some of them, SEED
 	$(BIN)/python tests/sweeps.py $(SWEEPS) --seed $(SEED)
+
+planted: $(VENV)/ready ## plant twelve bugs, one at a time, and say which tests catch them
+	$(BIN)/python tests/planted.py
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,7 +1,8 @@
-"""Flips bits in the files of a directory, one at a time, and opens it after each: a process of its own, for signals.
+"""Damages the files of a directory, one byte at a time, and opens it after each: a process of its own, for signals.
 
-Reads one JSON object: directory, boot_id, bits (how many per byte), places: [[file, start, stop, step], ...].
-Writes one line per flip, at once: [file, offset, bit, outcome, ...] where outcome is
+Reads one JSON object: directory, boot_id, mutations (how many per byte; 0: the file is cut off there), places:
+[[file, start, stop, step], ...].
+Writes one line per damage, at once: [file, offset, which, outcome, ...] where outcome is
 
     equal       the state and every payload are as they were
     payload     the state is as it was, and a payload is refused when it is read: the file and offset that it names
@@ -16,6 +17,8 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +88,27 @@ def main() -> None:
     state, contents = machine.dump(), payloads(machine, log)
     for name, start, stop, step in task["places"]:
         fd = os.open(directory / name, os.O_RDWR)
+        whole = os.pread(fd, os.fstat(fd).st_size, 0)
         for offset in range(start, stop, step):
-            (value,) = os.pread(fd, 1, offset)
-            for n in range(task["bits"]):
-                bit = (offset * 5 + n) % 8
-                os.pwrite(fd, bytes((value ^ 1 << bit,)), offset)
-                line = [name, offset, bit, *outcome(directory, clock, state, contents)]
+            for n, damage in enumerate(damages(whole, offset, task["mutations"])):
+                damage(fd)
+                line = [name, offset, n, *outcome(directory, clock, state, contents)]
                 os.write(1, json.dumps(line).encode() + b"\n")
-            os.pwrite(fd, bytes((value,)), offset)
+            os.pwrite(fd, whole[offset:] if not task["mutations"] else whole[offset : offset + 1], offset)
         os.close(fd)
+
+
+def damages(whole: bytes, offset: int, mutations: int) -> list[Callable[[int], object]]:
+    """One flipped bit, a byte of zeros, a byte of ones (or another bit, if it is that already); or a cut."""
+    if not mutations:
+        return [lambda fd: os.ftruncate(fd, offset)]
+    value = whole[offset]
+    others = (value ^ 1 << offset * 5 % 8, 0 if value else 0x80, 0xFF if value != 0xFF else 0x7F)
+    return [partial(_put, other, offset) for other in others[:mutations]]
+
+
+def _put(value: int, offset: int, fd: int) -> None:
+    os.pwrite(fd, bytes((value,)), offset)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import lmdb
 import pytest
+from conftest import Extent
 
 import rivetq.recovery
 from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy
@@ -32,7 +34,6 @@ from rivetq.state import Place
 from rivetq.testing import ManualClock
 
 SEGMENT_BYTES = 65_536
-BITS = int(os.environ.get("RIVETQ_ROT_BITS", "1"))
 """Bits flipped, one at a time, in each byte: 1 to 8."""
 CHILD = Path(__file__).with_name("flip_child.py")
 NO_RETRY = RetryPolicy(base=0)
@@ -364,28 +365,31 @@ def test_a_log_cut_inside_its_header_is_refused(busy: Ledger, tmp_path: Path) ->
         assert caught.value.offset == (cut if cut < 20 else 0)
 
 
-# -- one flipped bit in every byte
+# -- damage in every byte, and every cut: `make rot` for all of it
 
 
 class Outcome(NamedTuple):
-    """What an opening, in a process of its own, made of one flipped bit."""
+    """What an opening, in a process of its own, made of one damaged byte or one cut."""
 
     file: str
     offset: int
-    bit: int
+    which: int
     kind: str
     error: str = ""
     named: str = ""
     named_offset: int = 0
 
 
-def flip_everywhere(directory: Path, boot_id: str, places: Sequence[tuple[str, int, int, int]]) -> list[Outcome]:
-    """Two children share the places; a signal, a hang or a place without an outcome fails the test."""
+def damage_everywhere(
+    directory: Path, boot_id: str, places: Sequence[tuple[str, int, int, int]], mutations: int
+) -> list[Outcome]:
+    """So many mutations of each byte, or (0) a cut there. Two children share the places; a signal, a hang or a place
+    without an outcome fails the test."""
     before = {name: content for name, (_, _, content) in everything(directory).items()}
     children, files, found = [], [], []
     for n, part in enumerate((places[::2], places[1::2])):
         copy = shutil.copytree(directory, directory.with_name(f"{directory.name}-{n}"))
-        task = {"directory": str(copy), "boot_id": boot_id, "bits": BITS, "places": part}
+        task = {"directory": str(copy), "boot_id": boot_id, "mutations": mutations, "places": part}
         output = copy.with_suffix(".out").open("w+")
         child = subprocess.Popen([sys.executable, CHILD], stdin=subprocess.PIPE, stdout=output, stderr=output)
         assert child.stdin is not None
@@ -394,18 +398,21 @@ def flip_everywhere(directory: Path, boot_id: str, places: Sequence[tuple[str, i
         children.append((child, copy, part))
         files.append(output)
     for (child, copy, part), output in zip(children, files, strict=True):
-        code = child.wait(300)
+        code = child.wait(3600)
         output.seek(0)
         lines = output.read().splitlines()
         output.close()
         assert code == 0, f"ended by {code} behind {lines[-20:]}"
         found += [Outcome(*json.loads(line)) for line in lines]
-        assert len(lines) == BITS * sum(len(range(*place[1:])) for place in part)
+        assert len(lines) == max(1, mutations) * sum(len(range(*place[1:])) for place in part)
         assert {name: content for name, (_, _, content) in everything(copy).items()} == before, "opening wrote"
+    kinds = Counter(outcome.kind for outcome in found)
+    print(f"\n{len(found):,} {'damaged bytes' if mutations else 'cuts'}: {dict(kinds)}")
     return found
 
 
 def in_chunks(name: str, stop: int, step: int = 1) -> list[tuple[str, int, int, int]]:
+    step = max(1, step)
     return [(name, at, min(stop, at + 256 * step), step) for at in range(0, stop, 256 * step)]
 
 
@@ -436,13 +443,15 @@ def frames_and_padding(path: Path) -> tuple[dict[int, int], set[int]]:
     return begins, padding
 
 
-def test_a_flipped_bit_in_the_log_is_refused_by_file_and_offset_or_harmless(closed: Ledger, tmp_path: Path) -> None:
+def test_a_damaged_byte_in_the_log_is_refused_by_file_and_offset_or_harmless(
+    closed: Ledger, tmp_path: Path, extent: Extent
+) -> None:
     """Without an index: every byte of every segment is read."""
     directory = shutil.copytree(closed.path, tmp_path / "directory")
     lose_index(directory)
     places = [place for path in segments(directory) for place in in_chunks(f"log/{path.name}", path.stat().st_size)]
     places += in_chunks("log/mark", 28)
-    found = flip_everywhere(directory, closed.clock.boot_id, places)
+    found = damage_everywhere(directory, closed.clock.boot_id, places, extent.mutations)
     parts = {f"log/{path.name}": frames_and_padding(path) for path in segments(closed.path)}
     for flip in found:
         begins, padding = parts.get(flip.file, ({}, set(range(28))))
@@ -452,14 +461,20 @@ def test_a_flipped_bit_in_the_log_is_refused_by_file_and_offset_or_harmless(clos
             assert (flip.kind, flip.error) == ("refused", "CorruptLogError"), flip
             assert flip.named.endswith(flip.file), flip
             assert flip.named_offset == begins[flip.offset], flip
-    assert len(found) > 4_000 * BITS
+    assert len(found) > 4_000 * extent.mutations
 
 
-def test_a_flipped_bit_in_a_log_with_an_index_never_gives_another_state(closed: Ledger, tmp_path: Path) -> None:
+def test_a_damaged_byte_in_a_log_with_an_index_never_gives_another_state(
+    closed: Ledger, tmp_path: Path, extent: Extent
+) -> None:
     """What the index saves from reading is checked when it is read: payloads in older segments."""
     directory = shutil.copytree(closed.path, tmp_path / "directory")
-    places = [place for path in segments(directory) for place in in_chunks(f"log/{path.name}", path.stat().st_size, 3)]
-    found = flip_everywhere(directory, closed.clock.boot_id, places)
+    places = [
+        place
+        for path in segments(directory)
+        for place in in_chunks(f"log/{path.name}", path.stat().st_size, 3 * extent.step)
+    ]
+    found = damage_everywhere(directory, closed.clock.boot_id, places, extent.mutations)
     last = segments(directory)[-1].name
     for flip in found:
         assert flip.kind in {"equal", "refused", "payload"}, flip
@@ -472,7 +487,7 @@ def test_a_flipped_bit_in_a_log_with_an_index_never_gives_another_state(closed: 
     assert {flip.kind for flip in found} == {"equal", "refused", "payload"}
 
 
-def test_a_flipped_bit_in_the_index_changes_nothing(tmp_path: Path) -> None:
+def test_a_damaged_byte_in_the_index_changes_nothing(tmp_path: Path, extent: Extent) -> None:
     directory = tmp_path / "directory"
     with open_ledger(directory) as ledger:
         for n in range(6):
@@ -482,11 +497,34 @@ def test_a_flipped_bit_in_the_index_changes_nothing(tmp_path: Path) -> None:
     sizes = {path.name: path.stat().st_size for path in (directory / "index").iterdir()}
     assert {"data.mdb", "manifest"} <= sizes.keys()
     places = [place for name, size in sizes.items() for place in in_chunks(f"index/{name}", size)]
-    for flip in flip_everywhere(directory, ledger.clock.boot_id, places):
+    for flip in damage_everywhere(directory, ledger.clock.boot_id, places, extent.mutations):
         assert flip.kind == "equal", flip
 
 
-def test_a_flipped_bit_in_what_is_not_used_yet_changes_nothing(tmp_path: Path) -> None:
+def test_a_cut_of_any_file_is_refused_by_file_and_offset_or_harmless(
+    closed: Ledger, tmp_path: Path, extent: Extent
+) -> None:
+    """With its mark and its index, and without the index. What is behind the last record may go."""
+    for index in (True, False):
+        directory = shutil.copytree(closed.path, tmp_path / f"directory {index}")
+        if not index:
+            lose_index(directory)
+        places = [p for path in segments(directory) for p in in_chunks(f"log/{path.name}", path.stat().st_size)]
+        places += in_chunks("log/mark", 28)
+        for path in (directory / "index").glob("*"):
+            places += in_chunks(f"index/{path.name}", path.stat().st_size, 131 * extent.step)
+        found = damage_everywhere(directory, closed.clock.boot_id, places, 0)
+        for cut in found:
+            if cut.kind == "equal":
+                continue
+            assert (cut.kind, cut.error) in {("refused", "CorruptLogError"), ("payload", "CorruptLogError")}, cut
+            assert cut.file.endswith(".log"), cut
+            assert cut.named.endswith(cut.file), cut
+            assert cut.named_offset <= cut.offset if cut.kind == "refused" else index, cut
+        assert {cut.kind for cut in found} >= {"equal", "refused"}
+
+
+def test_damage_in_what_is_not_used_yet_changes_nothing(tmp_path: Path, extent: Extent) -> None:
     """The zeros behind the last frame, and the spares."""
     with open_ledger(tmp_path / "live", fsync="always") as ledger:
         ledger.broker.enqueue("q", b"payload")
@@ -500,7 +538,7 @@ def test_a_flipped_bit_in_what_is_not_used_yet_changes_nothing(tmp_path: Path) -
     assert spares
     places = [(f"log/{segment_name(1)}", used, used + 64, 1), (f"log/{segment_name(1)}", used, SEGMENT_BYTES, 997)]
     places += [(f"log/{name}", 0, SEGMENT_BYTES, 7919) for name in spares]
-    for flip in flip_everywhere(directory, clock.boot_id, places):
+    for flip in damage_everywhere(directory, clock.boot_id, places, extent.mutations):
         assert flip.kind == "equal", flip
 
 

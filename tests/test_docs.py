@@ -108,3 +108,16 @@ def test_every_public_method_says_what_it_does(name: str) -> None:
     ]
     # Those of the system's clock do what the protocol says.
     assert not silent or cls is rivetq.SystemClock, f"{name}: no docstring on {', '.join(silent)}"
+
+
+def test_every_promise_names_its_tests() -> None:
+    """Each fault that is covered, and each paragraph of what is promised, links to a test that is there."""
+    page = (ROOT / "docs" / "guarantees.md").read_text()
+    faults = page.partition("## Faults that are covered")[2].partition("\n## ")[0]
+    rows = [line for line in faults.splitlines() if line.startswith("| ")][1:]
+    promises = page.partition("## What is promised")[2].partition("\n## ")[0]
+    paragraphs = [text for text in promises.split("\n\n") if text.strip().startswith("**")]
+    assert len(rows) >= 8
+    assert len(paragraphs) >= 10
+    for claim in rows + paragraphs:
+        assert re.search(r"\]\(\.\./(tests|src/rivetq/testing)/\w+\.py\)", claim), f"no test for: {claim[:80]}"

@@ -606,3 +606,50 @@ def test_the_pytest_plugin_gives_a_broker_and_its_clock(tmp_path: Path) -> None:
     done = subprocess.run([*command, "test_users.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
+
+
+# The clock of a live broker
+
+
+@pytest.mark.parametrize("step_s", [-10 * 365 * 86_400, -86_400, 86_400, 10 * 365 * 86_400])
+def test_a_step_of_the_wall_clock_changes_nothing_for_a_live_broker(tmp_path: Path, step_s: float) -> None:
+    clock = ManualClock()
+    clock.advance(5000)
+    with Broker(tmp_path / "q", clock=clock) as broker:
+        ready, later, held = (
+            broker.enqueue("q", b"r"),
+            broker.enqueue("later", b"l", delay=60),
+            broker.enqueue("h", b"h"),
+        )
+        lease = broker.lease("h", visibility_timeout=60)
+        assert lease is not None
+        clock.step_wall(step_s)
+        clock.advance(59.999)
+        assert broker.stats("q").ready == 1
+        assert broker.stats("later").scheduled == 1
+        assert broker.stats("h").leased == 1
+        broker.checkpoint()
+        clock.advance(0.001)
+        found = [broker.lease(name) for name in ("q", "later")]
+        assert [each.id for each in found if each is not None] == [ready, later]
+        with pytest.raises(LeaseLostError):
+            lease.ack()
+        job = broker.get(held)
+        assert job is not None
+        assert job.last_error == "lease expired"
+
+
+def test_the_time_of_a_suspend_counts(tmp_path: Path) -> None:
+    """The machine wakes up eight hours later, and nobody was told."""
+    clock = ManualClock()
+    with Broker(tmp_path / "q", clock=clock) as broker:
+        later = broker.enqueue("q", b"l", delay=3600)
+        broker.enqueue("h", b"h")
+        lease = broker.lease("h")
+        assert lease is not None
+        clock._elapsed_ms += 8 * 3_600_000
+        found = broker.lease("q")
+        assert found is not None
+        assert found.id == later
+        with pytest.raises(LeaseLostError):
+            lease.ack()

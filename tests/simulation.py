@@ -83,6 +83,7 @@ class Life:
             def write(self, log_id: bytes, applied_lsn: int, *args: Any, **items: Any) -> None:
                 if applied_lsn > life.engine._log.durable_lsn:
                     raise IndexAheadError(f"the index goes up to {applied_lsn}, the disk not yet")
+                life.disk.elsewhere(self._data)  # LMDB writes it
                 super().write(log_id, applied_lsn, *args, **items)
 
         with (

@@ -25,8 +25,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -183,7 +184,10 @@ def _troubled(sweep: Sweep, base: Life, trouble: str | None, times: int, at: int
         life.disk.shorten(at, times=times)
     elif trouble is not None:
         life.disk.fail(at, getattr(errno, trouble), times=times)
-    _suffer(base, life, sweep.seed, what)
+    for _ in _suffer(base, life, sweep.seed, what):
+        if at and life.disk.operations >= at:  # it has met it, and goes on: what does the disk hold now?
+            sweep._cut(life, f"{what}; a power cut soon after", ("none",))
+            at = 0
     if close and life.broker is not None:
         life.broker.close()
     operations = life.disk.operations
@@ -193,8 +197,8 @@ def _troubled(sweep: Sweep, base: Life, trouble: str | None, times: int, at: int
     return operations
 
 
-def _suffer(base: Life, life: Life, seed: int, what: str) -> None:
-    """Open, make some calls while the disk fails."""
+def _suffer(base: Life, life: Life, seed: int, what: str) -> Iterator[None]:
+    """Open, make some calls while the disk fails; after each that leaves a live broker its caller may look."""
     rng = random.Random(f"{seed} steps")
     try:
         life.open()
@@ -203,9 +207,9 @@ def _suffer(base: Life, life: Life, seed: int, what: str) -> None:
     except BaseException as error:
         raise ViolationError(f"{what}: an opening ends with {error!r}") from error
     compare(base, life, what)
-    for step in range(STEPS):
+    for step, call in enumerate(_calls(life, rng)):
         try:
-            life.step(rng)
+            call()
         except LeaseLostError:
             pass
         except BrokerFailedError:
@@ -218,7 +222,22 @@ def _suffer(base: Life, life: Life, seed: int, what: str) -> None:
         if life.engine._ended == "failed":  # the keeper met it
             _takes_no_call(life, what)
             return
+        yield
     agree(life, what)
+
+
+def _calls(life: Life, rng: random.Random) -> Iterator[Callable[[], object]]:
+    """Some by the seed, and in between all that the keeper does."""
+    broker = life.broker
+    assert broker is not None
+    for number in range(STEPS):
+        yield partial(life.step, rng)
+        if number == STEPS // 3:
+            yield broker.rotate
+        elif number == STEPS // 2:
+            yield broker.checkpoint
+        elif number == STEPS - 2:
+            yield broker.compact
 
 
 def _takes_no_call(life: Life, what: str) -> None:
@@ -327,8 +346,8 @@ def _interrupted_life(base: Life, life: Life, rng: random.Random, tracer: Tracer
             raise ViolationError(f"{what}: {error!r}") from error
         return
     compare(base, life, what)
-    for step in range(STEPS):
-        if not _step(life, rng, tracer, f"{what}, step {step}"):
+    for step, call in enumerate(_calls(life, rng)):
+        if not _step(life, call, tracer, f"{what}, step {step}"):
             break
     _close(life, tracer)
 
@@ -347,13 +366,13 @@ def _close(life: Life, tracer: Tracer) -> None:
         sys.settrace(before)
 
 
-def _step(life: Life, rng: random.Random, tracer: Tracer, what: str) -> bool:
+def _step(life: Life, call: Callable[[], object], tracer: Tracer, what: str) -> bool:
     """One call; whether the broker goes on. Raises ViolationError."""
     before, hit = sys.gettrace(), tracer.hit
     try:
         sys.settrace(tracer)
         try:
-            life.step(rng)
+            call()
         finally:
             sys.settrace(before)
     except LeaseLostError:

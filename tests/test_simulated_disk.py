@@ -232,6 +232,11 @@ def test_what_somebody_else_writes_is_left_as_it_is_or_damaged_or_gone(root: Pat
     (root / "index").mkdir()
     (root / "index" / "data").write_bytes(b"x" * 2000)
     disk.close(disk.create(str(root / "index" / "more")))
+    disk.fail(disk.operations + 1, errno.ENOSPC)
+    with pytest.raises(OSError, match="No space"):
+        disk.elsewhere(str(root / "index" / "data"))
+    disk.elsewhere(str(root / "index" / "data"))
+    assert disk.trace[-1] == ("elsewhere", "index/data")
     found = [state.get("index/data") for state in states(disk)]
     assert {None, b"x" * 2000} < set(found)
     assert all(data is None or len(data) == 2000 for data in found)

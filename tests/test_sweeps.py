@@ -8,14 +8,13 @@ from simulation import ViolationError
 from sweeps import SWEEPS, Share, run
 
 import rivetq.log
-from rivetq.group import GroupCommit
 from rivetq.local import LocalEngine
 from rivetq.log import Log
 
 
 @pytest.mark.parametrize(
     ("name", "trials", "stride"),
-    [("crash", 300, 1), ("errors", 100, 11), ("exceptions", 60, 73), ("sequences", 60, 73)],
+    [("crash", 300, 1), ("errors", 100, 43), ("exceptions", 60, 73), ("sequences", 60, 73)],
     ids=list(SWEEPS),
 )
 def test_nothing_that_goes_wrong_breaks_a_promise(name: str, trials: int, stride: int) -> None:
@@ -48,7 +47,7 @@ honest_sync = Log.sync
 def test_the_sweep_of_errors_sees_a_sync_that_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Log, "sync", a_sync_that_is_repeated)
     with pytest.raises(ViolationError, match="EIO x 1 "):
-        run("errors", 0, Share(trials=50))
+        run("errors", 0, Share(trials=60))
 
 
 def test_the_sweep_of_exceptions_sees_a_failure_that_nobody_notes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +58,7 @@ def test_the_sweep_of_exceptions_sees_a_failure_that_nobody_notes(monkeypatch: p
 
 
 def test_the_sweep_of_sequences_sees_an_answer_before_its_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GroupCommit, "wait", lambda self, lsn: self._target.write(lsn))
+    monkeypatch.setattr(LocalEngine, "_settle", lambda self, lsn, sync=True: self._log.write(lsn))
     with pytest.raises(ViolationError, match="records up to"):
         run("sequences", 0, Share(trials=50))
 

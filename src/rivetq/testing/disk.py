@@ -304,6 +304,10 @@ class SimulatedDisk:
         if self.space is not None and isinstance(node, _File):
             self.space += node.size
 
+    def elsewhere(self, path: str) -> None:
+        """Somebody else is about to change an opaque file, past this disk: a call as any other, which may fail."""
+        self._operate("elsewhere", path, act=lambda: None)
+
     def list(self, directory: str) -> list[str]:
         """Names in a directory, sorted; none if it does not exist."""
         try:

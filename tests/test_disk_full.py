@@ -279,6 +279,10 @@ def test_a_full_file_system_refuses_jobs_until_something_is_removed(small_disk: 
     ballast.write_bytes(bytes(2**20))
     with Broker(small_disk / "q", segment_bytes=segment_bytes) as broker:
         count = fill(broker)
+        started = time.perf_counter()
+        with pytest.raises(DiskFullError):
+            broker.enqueue("q", b"x" * 3000)
+        print(f"refused after {1000 * (time.perf_counter() - started):.1f} ms")
         assert count > 100
         for _ in range(50):
             broker.nack(lease(broker), error="e" * 1000)

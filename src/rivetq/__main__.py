@@ -1,7 +1,7 @@
 """`python -m rivetq COMMAND DIR`: the tools for the bad day as commands.
 
-Exit status: 0 all is well; 1 the log is damaged, or something was missing (verify, salvage, dump, backup); 3 only the
-index is (verify); 2 it could not be done: wrong arguments, no log, a broker has the directory, no space.
+Exit status: 0 all is well; 1 the log is damaged, or something was missing (salvage); 3 only the index or the mark is
+damaged (verify); 2 it could not be done: wrong arguments, no log, a broker has the directory, no space; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import attrs
 from . import tools
 from .errors import CorruptLogError, RivetQError
 
-WHOLE, DAMAGED, NOT_DONE, INDEX = 0, 1, 2, 3
+WHOLE, DAMAGED, NOT_DONE, LOG_WHOLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,12 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CorruptLogError as error:
         print(f"rivetq: {error}", file=sys.stderr)
         return DAMAGED
-    except RivetQError as error:
-        print(f"rivetq: {error}", file=sys.stderr)
-        return NOT_DONE
     except BrokenPipeError:  # `dump | head`
         sys.stderr.close()  # else the interpreter complains once more at its end
         return WHOLE
+    except (RivetQError, OSError) as error:
+        print(f"rivetq: {error}", file=sys.stderr)
+        return NOT_DONE
+    except KeyboardInterrupt:
+        print("rivetq: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,10 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 def _verify(given: argparse.Namespace) -> int:
     found = tools.verify(given.directory)
     _print(found)
-    for problem in (found.log, found.index):
+    for problem in (found.log, found.index, found.mark):
         if problem is not None:
             print(f"rivetq: {problem.file}: {problem.what}", file=sys.stderr)
-    return DAMAGED if found.log else INDEX if found.index else WHOLE
+    return WHOLE if found.is_whole else DAMAGED if found.log else LOG_WHOLE
 
 
 def _rebuild_index(given: argparse.Namespace) -> int:

@@ -19,13 +19,13 @@ from .clock import Clock
 from .engine import Backup
 from .errors import CorruptLogError, StorageError
 from .index import Index
-from .io import Disk, read_file, replace_file, write_all
+from .io import DIRECTORY_MODE, Disk, read_file, replace_file, write_all
 from .log import encode_mark, list_segments, read_mark
 from .machine import Machine
 from .recovery import recover
 from .segment import Scan, SegmentFile, corrupt, read_header, segment_name
 
-ROUNDS = 5
+ROUNDS = 20
 """So often a copy is begun, since its original may move under it."""
 _CHUNK_BYTES = 1 << 22
 _PARTIAL = ".partial"
@@ -43,7 +43,7 @@ def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = Tru
         CorruptLogError: the log is damaged. Nothing is left at `out`.
     """
     source = os.path.join(directory, "log")
-    with under_another_name(disk, out) as partial:
+    with under_another_name(disk, out, directory) as partial:
         log = os.path.join(partial, "log")
         for turn in range(1, ROUNDS + 1):
             disk.make_directory(log)
@@ -63,19 +63,26 @@ def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = Tru
 
 
 @contextlib.contextmanager
-def under_another_name(disk: Disk, out: str) -> Iterator[str]:
+def under_another_name(disk: Disk, out: str, directory: str) -> Iterator[str]:
     """A new directory that gets its name, durably, when it is complete. On an error nothing of it is left.
 
-    Raises StorageError if there is something at `out` or it cannot be written.
+    Raises StorageError if there is something at `out`, or it lies in `directory`, or it cannot be written.
     """
     partial = out + _PARTIAL
-    if os.path.lexists(partial):
-        raise StorageError(f"{partial}: what another call began is there; remove it if that has ended")
-    if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
+    own = os.path.realpath(directory)
+    if os.path.commonpath((own, os.path.realpath(out))) == own:
+        raise StorageError(f"{out}: it would lie in the directory that it is made of; give another name")
+    if os.path.lexists(out) and (os.path.islink(out) or not os.path.isdir(out) or os.listdir(out)):
         raise StorageError(f"{out}: there is something already; give the name of a directory to be made")
     try:
-        disk.make_directory(partial)
+        if not os.path.isdir(parent := os.path.dirname(out)):
+            disk.make_directory(parent)
         try:
+            os.mkdir(partial, DIRECTORY_MODE)
+        except FileExistsError:
+            raise StorageError(f"{partial}: what another call began is there; remove it if that has ended") from None
+        try:
+            os.chmod(partial, DIRECTORY_MODE)
             yield partial
             disk.sync_directory(partial)
             disk.rename(partial, out)

@@ -272,14 +272,15 @@ class Index:
         except OSError:
             return 0, 0
         try:
-            size = at = crc = 0
+            at = crc = 0
             while data := self._disk.pread(fd, _CHUNK_BYTES, at):
                 crc = crc32c(data, crc)
                 at += len(data)
-            size = at
+            return at, crc
+        except OSError:  # a bad sector, a directory: no data file either
+            return 0, 0
         finally:
             self._disk.close(fd)
-        return size, crc
 
 
 _LEFT_ALONE: list[Any] = []  # environments of a parent process: closing one in the child would touch its files

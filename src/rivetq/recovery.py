@@ -87,11 +87,15 @@ def time_line(clock: Clock, last: Header, latest_ms: int) -> int:
 def records(disk: Disk, directory: str) -> Iterator[tuple[SegmentFile, Record]]:
     """All records in order, each with its file. Raises CorruptLogError, at the latest behind the last good one."""
     log_directory = os.path.join(directory, "log")
-    numbers = list_segments(disk, log_directory)
+    # Somebody may be writing: what the mark testifies is in the files by now, and a segment may go before it is opened.
     mark = read_file(disk, os.path.join(log_directory, "mark"))
+    numbers = list_segments(disk, log_directory)
     if not numbers:
         return
-    reader = _Reader(disk, log_directory, numbers)
+    try:
+        reader = _Reader(disk, log_directory, numbers)
+    except FileNotFoundError:
+        reader = _Reader(disk, log_directory, list_segments(disk, log_directory))
     reader.check_links()
     for i, file in enumerate(reader.files[:-1]):
         for record in reader.read_sealed(i):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 
 import attrs
 from crc32c import crc32c
@@ -39,11 +40,11 @@ from .log import Log, list_segments, read_mark
 from .machine import Machine
 from .record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes
 from .recovery import time_line
-from .segment import Header, SegmentFile, corrupt, read_header, segment_name
+from .segment import HEADER_SALT_AT, Header, SegmentFile, corrupt, read_header, segment_name
 from .state import Place, Snapshot
 
 REPORT = "salvage.json"
-SKIPPED_IDS = 2**20
+SKIPPED_IDS = 2**40
 """Ids that are not given any more, if a record is missing: it may have told them to somebody."""
 _BATCH_JOBS, _BATCH_BYTES = 256, 1 << 20
 _SEGMENT_BYTES = 64 * 2**20
@@ -89,7 +90,10 @@ def salvage(disk: Disk, directory: str, out: str, clock: Clock) -> Salvage:
     """
     wreck = _Wreck(disk, os.path.join(directory, "log"))
     wreck.read()
-    with under_another_name(disk, out) as partial:
+    if stale := wreck.stale():
+        wreck = _Wreck(disk, os.path.join(directory, "log"), without=stale)
+        wreck.read()
+    with under_another_name(disk, out, directory) as partial:
         report = wreck.report
         report.path = out
         _write(disk, wreck, partial, clock)
@@ -113,8 +117,8 @@ class _Part:
 class _Wreck:
     """A log, all of it that can be read applied to a machine."""
 
-    def __init__(self, disk: Disk, directory: str) -> None:
-        numbers = list_segments(disk, directory)
+    def __init__(self, disk: Disk, directory: str, without: Collection[int] = ()) -> None:
+        numbers = [number for number in list_segments(disk, directory) if number not in without]
         if not numbers:
             raise StorageError(f"{directory}: there is no log")
         self.report = Salvage(path="", segments=len(numbers))
@@ -132,10 +136,11 @@ class _Wreck:
             if number not in self._parts:
                 self._note(os.path.join(self._directory, segment_name(number)), 0, 0, "the file is missing")
         self._read_headers()
-        start = self._parts[first].header
+        order = self._in_order()
+        start = order[0].header
         if start is not None:
             self._last_lsn = start.first_lsn - 1
-        for part in self._parts.values():
+        for part in order:
             self._replay(part)
         for number in range(self.machine.oldest_segment, first):
             self._note(os.path.join(self._directory, segment_name(number)), 0, 0, "the file is missing")
@@ -143,6 +148,11 @@ class _Wreck:
         if header is not None:
             mark = read_file(self._disk, os.path.join(self._directory, "mark"))
             self._skip_to(read_mark(mark, header.log_id) + 1)
+
+    def stale(self) -> list[int]:
+        """Segments before a gap that the log knows of: they were dropped, and a power cut brought them back."""
+        gone = [n for n in range(min(self._parts), self.machine.oldest_segment) if n not in self._parts]
+        return [number for number in self._parts if gone and number < gone[-1]]
 
     def newest_header(self) -> Header | None:
         """The last one that can be read."""
@@ -166,21 +176,40 @@ class _Wreck:
             self._last_lsn = lsn - 1
 
     def _read_headers(self) -> None:
-        upto_lsn: int | None = None
-        for part in reversed(self._parts.values()):
-            part.upto_lsn = upto_lsn
+        for part in self._parts.values():
             try:
                 part.header = read_header(part.file)
                 part.snapshot = decode_snapshot(part.header.snapshot)
             except (CorruptLogError, ValueError, OSError) as error:
                 self._note(part.file.path, 0, 0, f"the header cannot be read: {error}")
+            if part.snapshot is not None:
+                self._names.update((queue.number, queue.name) for queue in part.snapshot.queues)
+
+    def _in_order(self) -> list[_Part]:
+        """The files as their headers say that they follow each other; those of another log are left out."""
+        logs = Counter(part.header.log_id for part in self._parts.values() if part.header is not None)
+        log_id = logs.most_common(1)[0][0] if logs else b""
+        order = []
+        for part in self._parts.values():
+            header = part.header
+            original = None if header is None else self._parts.get(header.id)
+            if header is not None and header.log_id != log_id:
+                self._note(part.file.path, 0, part.file.size, "this is a file of another log")
+            elif header is not None and original not in (None, part) and _same(header, original):
+                self._note(part.file.path, 0, part.file.size, f"this is a copy of segment {header.id}")
+            else:
+                order.append(part)
+                continue
+            part.header = None
+        order.sort(key=lambda part: part.number if part.header is None else part.header.id)
+        upto_lsn: int | None = None
+        for part in reversed(order):
+            part.upto_lsn = upto_lsn
             if part.header is not None:
                 upto_lsn = part.header.first_lsn
             elif (first := next(_frames(self._data(part), None), None)) is not None:
                 upto_lsn = first[1].lsn
-        for part in self._parts.values():
-            if part.snapshot is not None:
-                self._names.update((queue.number, queue.name) for queue in part.snapshot.queues)
+        return order
 
     def _data(self, part: _Part) -> bytes:
         """All bytes of a segment; zeros where the disk gives none."""
@@ -246,10 +275,17 @@ class _Wreck:
         for event in events:
             for number in _queues_of(event):
                 if number not in machine.numbers:
-                    machine.apply(QueueCreated(number, self._names.get(number, f"queue-{number}")), now_ms, place)
+                    machine.apply(QueueCreated(number, self._name(number)), now_ms, place)
             for job_id in _delivered(event):
                 self._deliver(job_id, now_ms, place)
             machine.apply(event, now_ms, place)
+
+    def _name(self, number: int) -> str:
+        """Of a queue whose creation cannot be read."""
+        name = self._names.get(number, f"salvaged queue {number}")
+        while name in self.machine.queues:
+            name += "'"
+        return name
 
     def _deliver(self, job_id: int, now_ms: int, place: Place) -> None:
         """A delivery of the job is about to end; if the record of its beginning is missing, that is made up for."""
@@ -272,19 +308,35 @@ def _queues_of(event: Event) -> Sequence[int]:
 
 
 def _delivered(event: Event) -> Sequence[int]:
-    """Ids of the jobs that the event takes for leased."""
+    """Ids of the jobs that the event takes for leased, or has a newer word of."""
     match event:
         case Acked():
             return event.ids
-        case Retried() | Released() | Buried() | Extended():
+        case Retried() | Released() | Buried() | Extended() | Copied():
             return [event.id]
         case _:
             return []
 
 
+def _same(header: Header, other: _Part | None) -> bool:
+    """The other file has this header."""
+    return other is not None and other.header is not None and other.header.crc == header.crc
+
+
 def _frames(data: bytes, header: Header | None) -> Iterator[tuple[int, Frame]]:
-    """Whole frames with their places, also behind bytes that are none. Without a header the first tells the salt."""
-    at, salt = (0, None) if header is None else (header.size, header.salt)
+    """Whole frames with their places, also behind bytes that are none.
+
+    Without a header the salt is what the damaged one says, if there is a frame with it; else that of the first frame.
+    """
+    if header is not None:
+        yield from _frames_with(data, header.size, header.salt)
+        return
+    claimed = int.from_bytes(data[HEADER_SALT_AT : HEADER_SALT_AT + 4], "little")
+    found = next(_frames_with(data, 0, claimed), None) if claimed else None
+    yield from _frames_with(data, 0, None if found is None else claimed)
+
+
+def _frames_with(data: bytes, at: int, salt: int | None) -> Iterator[tuple[int, Frame]]:
     end = len(data.rstrip(b"\0"))
     while at < end:
         tried = int.from_bytes(data[at + SALT_AT : at + SALT_AT + 4], "little") if salt is None else salt

@@ -26,6 +26,7 @@ The first frame chains to the header's crc.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ such a folio costs a fifth more."""
 FIRST_ZEROS_BYTES = 1 << 16  # at creation; small, so that opening a directory costs little
 _PREFIX = struct.Struct("<8sIII")
 _FIXED = struct.Struct("<IIIQQQQ16s40s")
+HEADER_SALT_AT = _PREFIX.size + 4
 
 
 @attrs.frozen(kw_only=True)
@@ -241,7 +243,12 @@ class SegmentFile:
     @classmethod
     def open(cls, disk: Disk, path: str) -> SegmentFile:
         """An existing one, for reading, or a spare for its first use."""
-        fd = disk.open(path, write=True)
+        try:
+            fd = disk.open(path, write=True)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            fd = disk.open(path)  # for looking only
         size = disk.size(fd)
         return cls(disk, path, fd, size, min(FIRST_ZEROS_BYTES, size))
 

@@ -23,8 +23,8 @@ from .engine import Backup
 from .errors import CorruptLogError, StorageError
 from .events import Copied, Enqueued, Event
 from .index import Index
-from .io import SystemDisk
-from .log import list_segments
+from .io import SystemDisk, read_file
+from .log import list_segments, read_mark
 from .machine import Machine, facts
 from .owner import DirectoryLock
 from .recovery import Recovered, records, recover
@@ -60,11 +60,13 @@ class Verification:
     """Damage of the log: an opening is refused, see `salvage`. What comes behind it was not looked at."""
     index: Problem | None = None
     """The index does not match: nothing is lost, the next opening or `rebuild_index` builds it anew."""
+    mark: Problem | None = None
+    """The mark, which testifies how far the log was on disk, cannot be read: the next opening writes it anew."""
 
     @property
     def is_whole(self) -> bool:
         """Nothing is damaged."""
-        return self.log is None and self.index is None
+        return self.log is None and self.index is None and self.mark is None
 
 
 def verify(path: Path) -> Verification:
@@ -78,7 +80,7 @@ def verify(path: Path) -> Verification:
         BrokerLockedError: a broker has it open; verify a backup of it instead.
     """
     directory = _directory(path)
-    with _owned(directory):
+    with _owned(directory), _readable(directory):
         found = Verification(path=directory)
         disk, log = SystemDisk(), os.path.join(directory, "log")
         names = [os.path.join(log, name) for name in disk.list(log)]
@@ -88,12 +90,16 @@ def verify(path: Path) -> Verification:
             for _, record in records(disk, directory):
                 decode_record(record.body)
                 found.records += 1
-            whole = _serving(_recovered(directory, _NO_INDEX))
+            whole = _recovered(directory, _NO_INDEX)
+            _serve(whole)
         except CorruptLogError as error:
-            found.log = Problem(file=error.file, offset=error.offset, what=str(error))
+            found.log = Problem(file=error.file, offset=error.offset, what=str(error).removeprefix(f"{error.file}: "))
             return found
-        found.jobs = sum(sum(queue.counts) for queue in whole.queues.values())
-        found.index = _compare(directory, whole)
+        found.jobs = sum(sum(queue.counts) for queue in whole.machine.queues.values())
+        mark = os.path.join(log, "mark")
+        if not read_mark(read_file(disk, mark), whole.log_id) and whole.end_lsn:
+            found.mark = Problem(file=mark, offset=None, what="is missing, damaged or of another log")
+        found.index = _compare(directory, whole.machine)
         return found
 
 
@@ -102,15 +108,19 @@ def rebuild_index(path: Path) -> int:
 
     Raises:
         CorruptLogError: the log is damaged; the index stays as it is.
+        StorageError: the index cannot be written (a full disk, say); the next opening tries it again.
         BrokerLockedError: a broker has it open.
     """
     directory = _directory(path)
-    with _owned(directory):
-        _recovered(directory, _NO_INDEX)
-        Index(SystemDisk(), os.path.join(directory, "index")).clear()
+    index = Index(SystemDisk(), os.path.join(directory, "index"))
+    with _owned(directory), _readable(directory):
+        log_id = _recovered(directory, _NO_INDEX).log_id
+        index.clear()
     with Broker(directory, release_on_open=False) as broker:
         stats = broker.stats()
-        return stats.ready + stats.scheduled + stats.leased + stats.dead
+    if index.manifest(log_id) is None:
+        raise StorageError(f"{directory}: the index could not be written, see the log of this program")
+    return stats.ready + stats.scheduled + stats.leased + stats.dead
 
 
 def salvage(path: Path, out: Path) -> Salvage:
@@ -124,13 +134,15 @@ def salvage(path: Path, out: Path) -> Salvage:
         BrokerLockedError: a broker has it open.
     """
     directory = _directory(path)
-    with _owned(directory):
+    with _owned(directory), _readable(directory):
         return _salvage(SystemDisk(), directory, os.path.abspath(checked_path(out)), SystemClock())
 
 
 def backup(path: Path, out: Path, *, link: bool = True) -> Backup:
     """Copy a directory, whether a broker has it open or not; see `Broker.backup`."""
-    return take(SystemDisk(), _directory(path), os.path.abspath(checked_path(out)), SystemClock(), link=link)
+    directory = _directory(path)
+    with _readable(directory):
+        return take(SystemDisk(), directory, os.path.abspath(checked_path(out)), SystemClock(), link=link)
 
 
 def dump(path: Path, *, payloads: bool = False) -> Iterator[dict[str, Any]]:
@@ -143,15 +155,16 @@ def dump(path: Path, *, payloads: bool = False) -> Iterator[dict[str, Any]]:
         CorruptLogError: behind the last record that can be read.
     """
     directory = _directory(path)
-    for file, record in records(SystemDisk(), directory):
-        now_ms, events = decode_record(record.body)
-        yield {
-            "lsn": record.frame.lsn,
-            "file": os.path.basename(file.path),
-            "offset": record.at,
-            "at_ms": now_ms,
-            "events": [_event(event, record.body if payloads else None) for event in events],
-        }
+    with _readable(directory):
+        for file, record in records(SystemDisk(), directory):
+            now_ms, events = decode_record(record.body)
+            yield {
+                "lsn": record.frame.lsn,
+                "file": os.path.basename(file.path),
+                "offset": record.at,
+                "at_ms": now_ms,
+                "events": [_event(event, record.body if payloads else None) for event in events],
+            }
 
 
 def _event(event: Event, body: bytes | None) -> dict[str, Any]:
@@ -178,9 +191,19 @@ def _plain(item: Any) -> Any:
 
 def _directory(path: Path) -> str:
     directory = os.path.abspath(checked_path(path))
-    if not list_segments(SystemDisk(), os.path.join(directory, "log")):
-        raise StorageError(f"{directory}: there is no log; the directory of a broker has one")
+    with _readable(directory):
+        if not list_segments(SystemDisk(), os.path.join(directory, "log")):
+            raise StorageError(f"{directory}: there is no log; the directory of a broker has one")
     return directory
+
+
+@contextlib.contextmanager
+def _readable(directory: str) -> Iterator[None]:
+    """What the system refuses is a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{directory}: cannot be used: {error}") from error
 
 
 @contextlib.contextmanager
@@ -204,7 +227,7 @@ def _recovered(directory: str, index: str) -> Recovered:
     return recover(disk, directory, Index(disk, os.path.join(directory, index)), SystemClock(), Machine)
 
 
-def _serving(found: Recovered) -> Machine:
+def _serve(found: Recovered) -> Machine:
     """The state that an opening would serve: with the records that it would write again."""
     machine = found.machine
     for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
@@ -229,7 +252,7 @@ def _compare(directory: str, whole: Machine) -> Problem | None:
                 file=os.path.join(path, "data.mdb"), offset=None,
                 what="does not match its manifest: a crash cut a checkpoint short, or it is damaged",
             )  # fmt: skip
-        machine = _serving(found)
+        machine = _serve(found)
         now_ms = max(machine.now_ms, whole.now_ms)
         for each in (machine, whole):
             each.advance(now_ms)

@@ -31,10 +31,12 @@ from typing import Any
 from inside import inside
 
 from rivetq import Broker, RetryPolicy
+from rivetq.local import FsyncMode
 
 QUEUE = "work"
 SEGMENT_BYTES = 65_536
 THREADS = 4
+MODES: tuple[FsyncMode, ...] = ("always", "always", "interval", "never")
 PLENTY = 150
 """Ready jobs above which the threads rather take than put."""
 POLICY = RetryPolicy(max_attempts=4, base=0, jitter="none")
@@ -160,7 +162,8 @@ def found(broker: Broker, keys: list[str]) -> dict[str, Any]:
 
 def live(directory: str, journal_path: str, seed: str, order: dict[str, Any]) -> None:
     """One life: does not return unless a thread fails."""
-    broker = Broker(directory, segment_bytes=SEGMENT_BYTES)
+    fsync = MODES[order["life"] % len(MODES)]  # a process that dies loses nothing in any of them
+    broker = Broker(directory, segment_bytes=SEGMENT_BYTES, fsync=fsync, fsync_interval=0.02)
     report = found(broker, order["keys"])
     say(json.dumps(report))
     journal = Journal(journal_path, order["life"])

@@ -1,6 +1,7 @@
 """Sweeps: every place at which something can go wrong, one after the other.
 
     python tests/sweeps.py crash        a power cut before every disk operation, and each kind of what is left
+    python tests/sweeps.py recovery     the same for every disk operation of an opening after a crash
     python tests/sweeps.py errors       a failing or short call at every disk operation, once and for good
     python tests/sweeps.py exceptions   KeyboardInterrupt and MemoryError before every line of log, engine and index
     python tests/sweeps.py sequences    all sequences of up to three calls, a power cut at every disk operation
@@ -53,12 +54,14 @@ import rivetq.log
 import rivetq.segment
 from rivetq import BrokerFailedError, DiskFullError, LeaseLostError, RivetQError, StorageError
 from rivetq.testing import ManualClock
+from rivetq.testing.disk import SimulatedDisk
 
 HANG_S = 60.0
 """A trial takes some hundredths of a second. One that hangs ends its process and says where."""
 STEPS_BEFORE, STEPS, STEPS_AFTER = 30, 18, 3
 TRACED = {module.__file__ for module in (rivetq.log, rivetq.segment, rivetq.live, rivetq.local, rivetq.index)}
-TROUBLES = tuple(itertools.product(("EIO", "ENOSPC", "short"), (1, 1_000_000)))
+TROUBLES = (*itertools.product(("EIO", "ENOSPC", "short"), (1, 1_000_000)), ("full", 1))
+"""What a call meets, once or for good; or from there on there is little space, which comes back at the end."""
 
 
 @attrs.define
@@ -152,10 +155,47 @@ class Sweep:
 def crash(sweep: Sweep) -> int:
     """Whole lives, one after the other; a trial is a state."""
     share, found, seed = sweep.share, Hunt(sweep.directory), sweep.seed + sweep.share.first
-    while found.states * share.of < (share.trials or 1):
+    while found.states * share.of < (share.trials or 5000):
+        faulthandler.dump_traceback_later(HANG_S * 10, exit=True)
         found.hunt(seed, everywhere=True)
         seed += share.of
     return found.states
+
+
+def recovery(sweep: Sweep) -> int:
+    """Processes die, leaving much that is not synced; before every disk operation of the next opening the power is cut.
+
+    A trial is such an opening.
+    """
+    for number in itertools.count():
+        for fsync in ("always", "never"):
+            if (sweep.share.trials is None and number == 10) or sweep.share.is_over:
+                return sweep.share.made
+            if sweep.share.takes():
+                _reopening(sweep, number, fsync)
+    raise AssertionError("it goes on until its share is over")
+
+
+def _reopening(sweep: Sweep, number: int, fsync: str) -> None:
+    what = f"seed {sweep.seed}, dead process {number}, fsync {fsync}"
+    directory = sweep.place()
+    directory.mkdir()
+    life = Life(directory, ManualClock(), fsync)
+    rng = random.Random(f"{sweep.seed} {number}")
+    life.begin()
+    life.live(rng, rng.randint(5, 40))
+    life.end()
+    life.disk.mend()
+    again = Life(directory, same_moment(life.clock), fsync, life.disk)
+    life.disk.before = lambda n: sweep._cut(life, f"{what}, power cut before operation {n}", ("none", "all", "each"))
+    try:
+        again.open()
+        life.disk.before = None
+        compare(life, again, what)
+    finally:
+        life.disk.before = None
+        again.end()
+    shutil.rmtree(directory)
 
 
 # Errors
@@ -165,36 +205,63 @@ def errors(sweep: Sweep) -> int:
     """Every disk operation of an opening and some calls fails, or every one from there on."""
     for fsync in ("always", "never"):
         base = sweep.dead(fsync)
-        operations = _troubled(sweep, base, None, 1, 0, close=True)
-        for (trouble, times), close in itertools.product(TROUBLES, (False, True)):
-            for at in range(1, operations + 1):
-                if sweep.share.is_over:
-                    return sweep.share.made
-                if sweep.share.takes():
-                    _troubled(sweep, base, trouble, times, at, close=close)
+        places = []
+        for close in (False, True):
+            calls = [call[0] for call in _troubled(sweep, base, None, 1, 0, close=close).trace]
+            for (trouble, times), (at, call) in itertools.product(TROUBLES, enumerate(calls, 1)):
+                if trouble != "short" or call == "pwrite":
+                    places.append((trouble, times, at, close))
+        random.Random(sweep.seed).shuffle(places)  # so that a part of them is a part of each
+        for trouble, times, at, close in places:
+            if sweep.share.is_over:
+                return sweep.share.made
+            if sweep.share.takes():
+                _troubled(sweep, base, trouble, times, at, close=close)
         shutil.rmtree(base.directory)
     return sweep.share.made
 
 
-def _troubled(sweep: Sweep, base: Life, trouble: str | None, times: int, at: int, *, close: bool) -> int:
-    """One trial; how many disk operations it had."""
+def _troubled(sweep: Sweep, base: Life, trouble: str | None, times: int, at: int, *, close: bool) -> SimulatedDisk:
+    """One trial; its disk."""
     what = f"seed {sweep.seed}, fsync {base.fsync}, {trouble} x {times} at {at}, closed {close}"
     life = sweep.again(base)
     if trouble == "short":
         life.disk.shorten(at, times=times)
+    elif trouble == "full":
+
+        def use_up(number: int) -> None:
+            if number == at:
+                life.disk.space = at * 997 % 40_000
+
+        life.disk.before = use_up
     elif trouble is not None:
         life.disk.fail(at, getattr(errno, trouble), times=times)
     for _ in _suffer(base, life, sweep.seed, what):
         if at and life.disk.operations >= at:  # it has met it, and goes on: what does the disk hold now?
             sweep._cut(life, f"{what}; a power cut soon after", ("none",))
             at = 0
+    if trouble == "full":
+        life.disk.space = None
+        _goes_on(life, what)
+    life.disk.before = None
     if close and life.broker is not None:
         life.broker.close()
-    operations = life.disk.operations
     life.end()
     sweep.aftermath(life, what)
     shutil.rmtree(life.directory)
-    return operations
+    return life.disk
+
+
+def _goes_on(life: Life, what: str) -> None:
+    """There is space again: a broker that lives takes jobs without being opened again."""
+    if life.broker is None or life.engine._ended is not None:
+        return
+    try:
+        life._told(life.broker.enqueue("mail", b"space again"))
+    except BaseException as error:
+        raise ViolationError(f"{what}: there is space again, and an enqueue ends with {error!r}") from error
+    if life.fsync == "always":
+        life.told_lsn = max(life.told_lsn, life.last_lsn())
 
 
 def _suffer(base: Life, life: Life, seed: int, what: str) -> Iterator[None]:
@@ -307,8 +374,9 @@ def exceptions(sweep: Sweep) -> int:
         places = [
             Place(file, line, visit)
             for (file, line), visits in sorted(seen.visits.items())
-            for visit in {1, rng.randint(1, visits)}
+            for visit in sorted({1, rng.randint(1, visits)})
         ]
+        rng.shuffle(places)  # so that a part of them is a part of each file
         for place, error in itertools.product(places, (KeyboardInterrupt, MemoryError)):
             if sweep.share.is_over:
                 return sweep.share.made
@@ -522,6 +590,7 @@ def _sequence(sweep: Sweep, base: Life, names: tuple[str, ...], calls: dict[str,
 
 SWEEPS: dict[str, Callable[[Sweep], int]] = {
     "crash": crash,
+    "recovery": recovery,
     "errors": errors,
     "exceptions": exceptions,
     "sequences": sequences,

@@ -19,7 +19,16 @@ import pytest
 from inside import inside
 
 import rivetq.local
-from rivetq import Broker, BrokerClosedError, BrokerFailedError, DiskFullError, Lease, LeaseLostError, RetryPolicy
+from rivetq import (
+    Broker,
+    BrokerClosedError,
+    BrokerFailedError,
+    CorruptLogError,
+    DiskFullError,
+    Lease,
+    LeaseLostError,
+    RetryPolicy,
+)
 from rivetq.io import SystemDisk
 from rivetq.log import RESERVE_BYTES
 from rivetq.testing import ManualClock
@@ -521,6 +530,27 @@ def test_a_read_that_fails_is_a_typed_error(tmp_path: Path, disk: TroubledDisk) 
             broker.lease("q")
         disk.fail_read = None
         assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize("what", ["cannot be read", "is damaged"])
+def test_a_segment_that_a_compaction_cannot_read_stops_the_broker(
+    tmp_path: Path, disk: TroubledDisk, what: str
+) -> None:
+    with Broker(tmp_path / "q", segment_bytes=65_536, cache_bytes=0) as broker:
+        broker.enqueue_many("q", [b"x" * 500] * 60)
+        broker.rotate()
+        broker.ack_many(broker.lease_many("q", 50))
+        broker.rotate()
+        if what == "is damaged":
+            path = tmp_path / "q/log/0000000000000001.log"
+            path.write_bytes(path.read_bytes()[:5000] + b"????" + path.read_bytes()[5004:])
+        else:
+            disk.fail_read = eio
+        with pytest.raises(CorruptLogError if what == "is damaged" else BrokerFailedError):
+            broker.compact()
+        disk.fail_read = None
+        with pytest.raises(BrokerFailedError):
+            broker.enqueue("q", b"y")
 
 
 def test_a_segment_that_cannot_be_removed_fails_the_broker_and_loses_nothing(

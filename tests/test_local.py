@@ -653,3 +653,16 @@ def test_the_time_of_a_suspend_counts(tmp_path: Path) -> None:
         assert found.id == later
         with pytest.raises(LeaseLostError):
             lease.ack()
+
+
+def test_jobs_for_a_paused_queue_wake_nobody(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q") as broker:
+        broker.enqueue("q", b"first")
+        broker.pause("q")
+        machine = inside(broker)._machine
+        machine.woken.clear()
+        broker.enqueue("q", b"second")
+        assert not machine.woken
+        assert broker.lease("q") is None
+        broker.resume("q")
+        assert len(broker.lease_many("q", 5)) == 2

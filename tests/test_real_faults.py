@@ -5,6 +5,7 @@ Needs strace and the right to trace; skips with the reason where one is missing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -76,7 +77,8 @@ def run(directory: Path, inject: str) -> Run:
         pytest.skip(reason)
     trace = directory.with_suffix(".trace")
     done = subprocess.run(
-        ["strace", "-f", "-qq", "-y", "-o", str(trace), "-e", "trace=fdatasync,pwrite64", "-e", f"inject={inject}",
+        ["strace", "-f", "-qq", "-y", "-o", str(trace),
+         "-e", "trace=fdatasync,pwrite64,close", "-e", f"inject={inject}",
          sys.executable, "-c", textwrap.dedent(CHILD), str(directory)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
@@ -104,7 +106,8 @@ def test_a_sync_that_really_fails_is_never_repeated_and_nothing_answered_is_lost
     injected = next(i for i, line in enumerate(trace) if "EIO" in line and "INJECTED" in line)
     found = re.search(r"fdatasync\((\d+)<([^>]+)>", trace[injected])
     assert found is not None
-    repeated = [line for line in trace[injected + 1 :] if f"fdatasync({found[1]}<{found[2]}>" in line]
+    after = itertools.takewhile(lambda line: f"close({found[1]}<" not in line, trace[injected + 1 :])
+    repeated = [line for line in after if f"fdatasync({found[1]}<" in line]  # whatever its name is by then
     assert repeated == [], "a failed sync was tried again"
     failed = [line for line in said if line[0] == "failed"]
     if "spare" in found[2] and not failed:  # a spare that could not be made is no part of the log yet
@@ -127,6 +130,14 @@ def test_a_write_that_really_fails_loses_nothing_that_was_answered(tmp_path: Pat
     said, trace = run(directory, f"pwrite64:error={error}:when={when}")
     assert any(error in line and "INJECTED" in line for line in trace)
     assert not [line for line in said if line[0] == "went on"]
+    failed = [line[1:] for line in said if line[0] == "failed"]
+    assert failed or said[-1] == ["closed"], "neither an error nor an end"
+    for name, _, cause in failed:
+        assert (name, cause) in {
+            ("BrokerFailedError", "OSError"),
+            ("StorageError", "OSError"),
+            ("DiskFullError", "OSError"),
+        }
     check(directory, said)
 
 

@@ -823,6 +823,10 @@ def test_a_crash_between_writing_again_and_cutting_the_old_segment_is_no_damage(
         assert ledger.state() == torn.state()
 
 
+def test_where_there_is_no_log_there_are_no_records(tmp_path: Path) -> None:
+    assert list(rivetq.recovery.records(SystemDisk(), str(tmp_path))) == []
+
+
 def test_a_missing_mark_is_fine(directory: Path, closed: Ledger) -> None:
     lose_mark(directory)
     with open_ledger(directory, closed.still_clock()) as ledger:
@@ -914,8 +918,8 @@ def test_index_and_tail_give_the_state_that_the_log_alone_gives(tmp_path: Path) 
     assert state_of(rebuilt) == state == ledger.states[max(ledger.states) - 1]
 
 
-def test_an_index_ahead_of_the_log_is_rebuilt(torn: Ledger, tmp_path: Path) -> None:
-    """The log lost records that the index has, and nobody knows of them: the log is what counts."""
+def test_a_log_that_ends_before_its_index_is_damage(torn: Ledger, tmp_path: Path) -> None:
+    """The log lost records that the index has, and nobody else knows of them: the index was written after them."""
     with open_ledger(tmp_path / "live2", torn.clock) as ledger:
         ledger.broker.enqueue("q", b"kept")
         lsn = max(ledger.states)
@@ -925,8 +929,9 @@ def test_an_index_ahead_of_the_log_is_rebuilt(torn: Ledger, tmp_path: Path) -> N
     lose_mark(directory)
     last = segments(directory)[-1]
     os.truncate(last, next(r.at for r in records_of(last) if r.frame.lsn == lsn + 1))
-    assert not served_by_index(directory)
-    assert state_of(recovered(directory, ledger.still_clock())) == ledger.states[lsn]
+    error = refusal_of(directory)
+    assert (error.file, error.offset) == (str(last), last.stat().st_size)
+    assert f"record {lsn + 1} is not there" in str(error)
 
 
 def test_an_index_behind_the_oldest_segment_is_rebuilt(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A slice of the hunt: power cuts on a simulated disk (see simulation.py; `make power-cuts` runs any number)."""
+"""A slice of the hunt: power cuts on a simulated disk (see simulation.py; `make crash` runs any number)."""
 
 from __future__ import annotations
 

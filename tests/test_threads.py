@@ -620,14 +620,17 @@ def test_a_close_that_was_cut_short_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Also by the one at the end of the program."""
-    broker = Broker(tmp_path / "q", clock=ManualClock())
+    broker = Broker(tmp_path / "q", clock=ManualClock(), fsync="never")
     broker.enqueue("q", b"x")
+    log = inside(broker)._log
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(rivetq.local.LocalEngine, where, interrupt)
         broker.close()
     with pytest.raises(BrokerClosedError):
         broker.stats()
     broker.close()
+    if where == "_stop":  # it had not begun to save
+        assert log.durable_lsn == log.next_lsn - 1
     with Broker(tmp_path / "q") as broker:
         assert broker.stats("q").ready == 1
 
@@ -683,7 +686,7 @@ def test_an_opening_that_gets_no_thread_leaves_nothing_behind(
 
 
 def test_a_lock_that_nobody_knows_of_any_more_is_let_go(tmp_path: Path) -> None:
-    lock: DirectoryLock | None = DirectoryLock(str(tmp_path), 0)
+    lock = DirectoryLock(str(tmp_path), 0)
     with pytest.raises(BrokerLockedError):
         DirectoryLock(str(tmp_path), 0)
     del lock

@@ -584,8 +584,10 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(
     path = segments(Path(busy.path))[0]
     offset = records(path)[1].body_offset
     rot(path, offset)
-    with pytest.raises(CorruptLogError):
+    with pytest.raises(CorruptLogError) as caught:
         busy.backup(tmp_path / "out")
+    assert caught.value.file == str(path), "the original, not the copy"
+    assert str(path) in str(caught.value)
     rot(path, offset)
 
     def full(*args: object) -> None:

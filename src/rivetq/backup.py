@@ -25,7 +25,7 @@ from .machine import Machine
 from .recovery import recover
 from .segment import Scan, SegmentFile, corrupt, read_header, segment_name
 
-ROUNDS = 20
+ROUNDS, TAIL_ROUNDS = 20, 3
 """So often a copy is begun, since its original may move under it."""
 _CHUNK_BYTES = 1 << 22
 _PARTIAL = ".partial"
@@ -50,13 +50,18 @@ def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = Tru
             try:
                 numbers, linked, last_lsn = _copy_segments(disk, source, log, link, least_lsn)
                 break
-            except (FileNotFoundError, CorruptLogError) as error:  # it moved meanwhile, or is damaged in earnest
+            except FileNotFoundError as error:  # dropped meanwhile
                 if turn == ROUNDS:
-                    if isinstance(error, CorruptLogError):
-                        raise
                     raise StorageError(f"{directory}: its segments go quicker than they are copied; again") from error
-                shutil.rmtree(log)
-        machine = recover(disk, partial, Index(disk, os.path.join(partial, "index")), clock, Machine).machine
+            except CorruptLogError:  # the tail was written while it was read, or it is damaged in earnest
+                if turn >= TAIL_ROUNDS:
+                    raise
+            shutil.rmtree(log)
+        try:
+            machine = recover(disk, partial, Index(disk, os.path.join(partial, "index")), clock, Machine).machine
+        except CorruptLogError as error:  # the copy goes; what is damaged is the original
+            message, file = str(error).replace(log, source), error.file.replace(log, source)
+            raise CorruptLogError(message, file=file, offset=error.offset) from error
         size = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
     jobs = sum(sum(queue.counts) for queue in machine.queues.values())
     return Backup(path=out, records=last_lsn, jobs=jobs, segments=len(numbers), linked=linked, bytes=size)
@@ -91,7 +96,7 @@ def under_another_name(disk: Disk, out: str, directory: str) -> Iterator[str]:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        raise StorageError(f"{out}: cannot be written: {error}") from error
+        raise StorageError(f"{out}: cannot be made: {error}") from error
 
 
 def _copy_segments(disk: Disk, source: str, log: str, link: bool, least_lsn: int) -> tuple[list[int], int, int]:

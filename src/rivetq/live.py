@@ -78,6 +78,7 @@ class LiveEngine:
         self._lock = threading.Lock()  # guards the machine, the log's tail and all below
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
         self._finished = False  # close() is through
+        self._saving = False  # it has begun to save
         self._failure: BaseException | None = None
         self._lessees: dict[str, dict[_Lessee, None]] = {}  # by queue, in order of arrival
         self._behind = False  # the last tick left something for the next
@@ -506,8 +507,6 @@ class LiveEngine:
             with self._lock:
                 if self._finished:
                     return
-                # Not after a failure, nor in place of a close() that was cut short, by Ctrl-C say: that only lets go.
-                save = self._ended is None
                 self._ended = "closed"
                 for waiting in self._lessees.values():
                     for lessee in waiting:
@@ -519,6 +518,8 @@ class LiveEngine:
             for thread in self._threads:
                 if thread is not threading.current_thread():
                     thread.join(JOIN_S)
+            # Not after a failure, nor a second time: the first may have been cut short in the middle, by Ctrl-C say.
+            save, self._saving = self._failure is None and not self._saving, True
             self._finish(save)
             _live.discard(self)
             self._finished = True

@@ -321,6 +321,10 @@ class LocalEngine(LiveEngine):
             if isinstance(error, StorageError):
                 raise
             raise self._failed_error("unknown") from error
+        except BaseException as error:
+            if self._log.broken:
+                self._fail(error)
+            raise
 
     # The keeper: spares, checkpoints, compaction
 
@@ -406,12 +410,16 @@ class LocalEngine(LiveEngine):
 
     @contextmanager
     def _or_fail(self) -> Iterator[None]:
-        """What the disk refuses stops the broker."""
+        """What the disk refuses stops the broker, and so does what breaks into a write or a sync."""
         try:
             yield
         except Exception as error:
             self._fail(error)
             raise self._failed_error("unknown") from error
+        except BaseException as error:
+            if self._log.broken:
+                self._fail(error)
+            raise
 
     def _sync_all(self) -> None:
         with self._lock:
@@ -637,14 +645,15 @@ class LocalEngine(LiveEngine):
                 return
         batch: list[_Live] = []
         size = 0
-        for item in self._contents(segment):
-            batch.append(item)
-            size += len(item.payload)
-            if len(batch) == COPY_JOBS or size >= COPY_BYTES:
+        with self._reading():
+            for item in self._contents(segment):
+                batch.append(item)
+                size += len(item.payload)
+                if len(batch) == COPY_JOBS or size >= COPY_BYTES:
+                    self._copy(segment, batch)
+                    batch, size = [], 0
+            if batch:
                 self._copy(segment, batch)
-                batch, size = [], 0
-        if batch:
-            self._copy(segment, batch)
 
     def _copy(self, segment: int, batch: list[_Live]) -> None:
         """Rewrite at the tail those of the batch that still live in this segment."""

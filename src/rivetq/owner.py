@@ -12,6 +12,7 @@ import json
 import os
 import weakref
 from datetime import datetime
+from io import FileIO
 
 from .errors import BrokerLockedError
 from .io import FILE_MODE
@@ -21,47 +22,49 @@ from .model import moment
 class DirectoryLock:
     """Held until `release`. Raises BrokerLockedError if another live broker has it."""
 
-    _fd = -1
-
     def __init__(self, directory: str, wall_ms: int) -> None:
         self._path = os.path.join(directory, "LOCK")
         self._created = False
-        self._fd = self._acquire(directory)
+        # An object that closes itself: whatever breaks in, the lock is let go with the last who knows of it.
+        self._file = self._acquire(directory)
         _held.add(self)
-        self._former = os.pread(self._fd, 4096, 0)
+        self._former = os.pread(self._file.fileno(), 4096, 0)
         self._write(json.dumps({"pid": os.getpid(), "since_ms": wall_ms}).encode())
 
-    def _acquire(self, directory: str) -> int:
+    def _acquire(self, directory: str) -> FileIO:
         while True:
             self._created = not os.path.exists(self._path)
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
+            file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE), "r+")
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_there(file):
+                    if self._created:
+                        os.fchmod(file.fileno(), FILE_MODE)
+                    return file
+                file.close()  # a refused opening removed the file under us: try the one that is there now
             except BlockingIOError:
-                note = os.pread(fd, 4096, 0)
-                os.close(fd)
+                note = os.pread(file.fileno(), 4096, 0)
+                file.close()
                 raise _locked(directory, note) from None
             except BaseException:
-                os.close(fd)
+                file.close()
                 raise
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
-                    if self._created:
-                        os.fchmod(fd, FILE_MODE)
-                    return fd
-            os.close(fd)  # a refused opening removed the file under us: try the one that is there now
+
+    def _is_there(self, file: FileIO) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
+        return False
 
     def _write(self, note: bytes) -> None:
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, note, 0)
+        os.ftruncate(self._file.fileno(), 0)
+        os.pwrite(self._file.fileno(), note, 0)
 
     def release(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
     def __del__(self) -> None:  # Ctrl-C, before anybody else knew of it
-        self.release()
+        if hasattr(self, "_file"):
+            self.release()
 
     def refuse(self) -> None:
         """Release after an opening that was refused: the directory is as it was before."""

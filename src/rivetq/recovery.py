@@ -22,6 +22,7 @@ import lmdb
 
 from .clock import Clock
 from .codec import decode_record, decode_snapshot
+from .errors import CorruptLogError
 from .events import Event, SegmentsDropped
 from .index import Index
 from .io import Disk, read_file
@@ -129,7 +130,7 @@ class _Reader:
         last = self.headers[-1]
         scan, tail = self.read_tail(mark_lsn)
         end_lsn = max(mark_lsn, scan.witness_lsn)
-        machine, applied_lsn = self._from_index(index, new_machine, last.log_id, scan.next_lsn - 1)
+        machine, applied_lsn = self._from_index(index, new_machine, last.log_id, scan)
         end_lsn = max(end_lsn, applied_lsn)  # the index is never ahead of the disk: one more witness
         if machine is None:
             machine = new_machine()
@@ -180,12 +181,12 @@ class _Reader:
         records = list(scan.records())
         witness_lsn = max(mark_lsn, scan.later_witness_lsn())
         if witness_lsn >= scan.next_lsn:
-            raise corrupt(
-                file.path,
-                scan.end_in_file,
-                f"record {scan.next_lsn} is not there, but was on disk (up to {witness_lsn} were)",
-            )
+            raise self._lost(scan, witness_lsn)
         return scan, records
+
+    def _lost(self, scan: Scan, witness_lsn: int) -> CorruptLogError:
+        what = f"record {scan.next_lsn} is not there, but was on disk (up to {witness_lsn} were)"
+        return corrupt(self.files[-1].path, scan.end_in_file, what)
 
     def read_sealed(self, i: int) -> list[Record]:
         """All records of a segment that has a successor."""
@@ -199,10 +200,12 @@ class _Reader:
         return records
 
     def _from_index(
-        self, index: Index, new_machine: Callable[[], Machine], log_id: bytes, last_lsn: int
+        self, index: Index, new_machine: Callable[[], Machine], log_id: bytes, scan: Scan
     ) -> tuple[Machine | None, int]:
         manifest = index.manifest(log_id)
-        if manifest is None or not self.headers[0].first_lsn - 1 <= manifest.applied_lsn <= last_lsn:
+        if manifest is not None and manifest.applied_lsn >= scan.next_lsn:  # it is written when these are on disk
+            raise self._lost(scan, manifest.applied_lsn)
+        if manifest is None or manifest.applied_lsn < self.headers[0].first_lsn - 1:
             return None, 0
         machine = new_machine()
         try:

@@ -337,6 +337,7 @@ def every_call(broker: Broker, held: Lease) -> dict[str, Callable[[], object]]:
         "compact": lambda: broker.compact(),
         "rotate": lambda: broker.rotate(),
         "metrics": lambda: broker.metrics(),
+        "backup": lambda: broker.backup("nowhere"),
     }
 
 

@@ -255,6 +255,7 @@ VERBS = {
     "compact": lambda: broker.compact(),
     "rotate": lambda: broker.rotate(),
     "metrics": lambda: broker.metrics(),
+    "backup": lambda: broker.backup("nowhere"),
     "lease.ack": lambda: lease.ack(),
     "lease.nack": lambda: lease.nack(),
     "lease.release": lambda: lease.release(),

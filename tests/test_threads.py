@@ -746,6 +746,7 @@ def test_after_close_every_call_raises_and_says_that_nothing_was_done(tmp_path: 
         "compact": lambda: broker.compact(),
         "rotate": lambda: broker.rotate(),
         "metrics": lambda: broker.metrics(),
+        "backup": lambda: broker.backup("nowhere"),
     }
     outcomes: dict[str, str] = {}
     for name, call in calls.items():

@@ -18,7 +18,8 @@ test: $(VENV)/ready ## all tests
 
 check: format lint types coverage wheel demo ## what CI runs: all of this, and a fair share of the longer hunts
 	$(MAKE) crash CYCLES=300 STATES=20000
-	$(BIN)/python tests/sweeps.py --trials 400 --stride 11
+	$(BIN)/python tests/sweeps.py crash errors exceptions sequences --trials 400 --stride 11
+	$(BIN)/python tests/sweeps.py recovery --trials 40
 
 format: $(VENV)/ready
 	$(BIN)/ruff format --check .

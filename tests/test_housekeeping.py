@@ -13,6 +13,7 @@ import rivetq.local
 import rivetq.machine
 from rivetq import Broker
 from rivetq.io import SystemDisk
+from rivetq.keys import Keys
 from rivetq.local import MANY_SEGMENTS, LocalEngine
 from rivetq.machine import Machine
 from rivetq.testing import ManualClock
@@ -162,7 +163,7 @@ def test_a_checkpoint_that_failed_is_not_tried_again_at_every_call(
         assert broker.metrics()["checkpoints"] == 1
 
 
-@pytest.mark.parametrize("where", ["snapshot", "_take_run", "_take_jobs"])
+@pytest.mark.parametrize("where", ["snapshot", "_take_run", "_take_jobs", "written"])
 def test_an_interrupted_checkpoint_forgets_no_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -173,9 +174,9 @@ def test_an_interrupted_checkpoint_forgets_no_change(
 
     with Broker(tmp_path / "live", clock=ManualClock(), window_jobs=1024) as broker:
         broker.enqueue_many("q", [b"x"] * 1000)
-        loose = broker.enqueue("q", b"loose", priority=9)
+        loose = broker.enqueue("q", b"loose", priority=9, idempotency_key="k")
         broker.lease("q")
-        owner = Machine if where == "snapshot" else LocalEngine
+        owner = {"snapshot": Machine, "written": Keys}.get(where, LocalEngine)
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(owner, where, interrupt)
             broker.checkpoint()
@@ -185,7 +186,7 @@ def test_an_interrupted_checkpoint_forgets_no_change(
     with Broker(tmp_path / "copy", clock=broker.clock, release_on_open=False) as broker:
         inside(broker).audit()
         assert inside(broker).dump() == state
-        assert broker.get(loose) is not None
+        assert broker.find("q", "k") == loose
 
 
 def rot_a_run(path: Path) -> None:

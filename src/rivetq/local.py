@@ -500,11 +500,11 @@ class LocalEngine(LiveEngine):
                 self._not_before_s = time.monotonic() + CHECKPOINT_S
                 self._take_back(taken, unsaved)
                 return
-        except BaseException:
+            with self._lock:
+                machine.keys.written(self._index)
+        except BaseException:  # also behind a write that succeeded: then the same is written once more
             self._take_back(taken, unsaved)
             raise
-        with self._lock:
-            machine.keys.written(self._index)
         self._put_away_all()
 
     def _tidy(self) -> None:

@@ -350,8 +350,8 @@ class Tracer:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         file = frame.f_code.co_filename
-        caller = frame.f_back
-        if file not in TRACED or (caller is not None and caller.f_code.co_name == "__del__"):
+        names = {each.f_code.co_name for each in (frame, frame.f_back) if each is not None}
+        if file not in TRACED or "__del__" in names:
             return None  # what is raised in a finalizer Python itself ignores
         # Leaving a `with` is a line of its own to a trace, and so is `try:`; nothing can break in there in earnest.
         if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith(("with ", "try:")):

@@ -240,10 +240,9 @@ def _troubled(sweep: Sweep, base: Life, trouble: str | None, times: int, at: int
         if at and life.disk.operations >= at:  # it has met it, and goes on: what does the disk hold now?
             sweep._cut(life, f"{what}; a power cut soon after", ("none",))
             at = 0
+    life.disk.before = life.disk.space = None
     if trouble == "full":
-        life.disk.space = None
         _goes_on(life, what)
-    life.disk.before = None
     if close and life.broker is not None:
         life.broker.close()
     life.end()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,3 +28,25 @@ class Extent(NamedTuple):
 @pytest.fixture(scope="session")
 def extent(request: pytest.FixtureRequest) -> Extent:
     return Extent(3, 0) if request.config.getoption("--every-byte") else Extent(1, 1)
+
+
+@pytest.fixture
+def file_system(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes an empty file system of a size ("6m"). Skips where nothing can be mounted."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        if os.getuid():
+            pytest.skip("mounting a file system needs root")
+        place = tmp_path / f"file system of {size}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)

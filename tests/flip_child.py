@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from rivetq import CorruptLogError, FormatError
-from rivetq.codec import decode_record
 from rivetq.index import Index
 from rivetq.io import SystemDisk
 from rivetq.log import Log
 from rivetq.machine import Machine
-from rivetq.recovery import recover
+from rivetq.recovery import recover, replay
 from rivetq.state import Place
 from rivetq.testing import ManualClock
 
@@ -47,10 +46,7 @@ def opened(directory: Path, clock: ManualClock) -> tuple[Machine, Log]:
     found = recover(disk, str(directory), _open_indexes[0], clock, Machine)
     machine = found.machine
     for body in found.surplus:  # the mark is rotten: what it testified is written again
-        now_ms, events = decode_record(body)
-        machine.advance(max(machine.now_ms, now_ms))
-        for event in events:
-            machine.apply(event, now_ms, Place(NOWHERE, 0, 0))
+        replay(machine, body, Place(NOWHERE, 0, 0))
     machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
     log = Log(disk, str(directory / "log"), log_id=found.log_id, epoch=found.epoch, segment_bytes=1 << 16)
     return machine, log

@@ -46,7 +46,7 @@ BUGS = (
         "ack before fsync",
         "group.py",
         "        waiter = _Waiter(lsn)\n        try:\n            self._join(waiter)",
-        "        if lsn:\n            return self._target.write(lsn)  # type: ignore\n"
+        "        if lsn:\n            return self._target.write(lsn)\n"
         "        waiter = _Waiter(lsn)\n        try:\n            self._join(waiter)",
         "test_sweeps.py::test_nothing_that_goes_wrong_breaks_a_promise[sequences]",
     ),

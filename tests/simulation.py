@@ -30,12 +30,12 @@ from unittest import mock
 
 import rivetq.local
 from rivetq import Broker, DiskFullError, Lease, LeaseLostError, RateLimit, RetryPolicy
-from rivetq.codec import decode_record
 from rivetq.index import Index
 from rivetq.live import LiveEngine
 from rivetq.local import LocalEngine
 from rivetq.log import Log
 from rivetq.machine import Machine
+from rivetq.recovery import replay
 from rivetq.state import Place
 from rivetq.testing import ManualClock
 from rivetq.testing.disk import WAYS, PowerCut, SimulatedDisk
@@ -116,10 +116,7 @@ class Life:
         """The state after the records up to this one, as of now."""
         machine = Machine()
         for number in range(1, lsn + 1):
-            now_ms, events = decode_record(self.bodies[number])
-            machine.advance(max(now_ms, machine.now_ms))
-            for event in events:
-                machine.apply(event, now_ms, Place(lsn=number))
+            replay(machine, self.bodies[number], Place(lsn=number))
         machine.advance(max(machine.now_ms, self.engine._machine.now_ms))
         return machine.dump()
 

@@ -8,10 +8,9 @@ import functools
 import math
 import os
 import signal
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,26 +263,13 @@ def test_an_opening_without_any_space_is_refused_and_changes_nothing(tmp_path: P
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MiB."""
-    mounted = tmp_path / "small"
-    mounted.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(mounted)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    try:
-        yield mounted
-    finally:
-        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+def small_disk(file_system: Callable[[str], Path]) -> Path:
+    return file_system("6m")
 
 
 @pytest.mark.root
 @SIZES
 def test_a_full_file_system_refuses_jobs_until_something_is_removed(small_disk: Path, segment_bytes: int) -> None:
-    if os.getuid():
-        pytest.skip("mounting a small file system needs root")
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(2**20))
     with Broker(small_disk / "q", segment_bytes=segment_bytes) as broker:

@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m rivetq", description=__doc__.split("\n\n")[1] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m rivetq",
+        description="Tools for the bad day, and for the day before.",
+        epilog=(__doc__ or "").partition("\n\n")[2],
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, *, out: bool = False) -> argparse.ArgumentParser:

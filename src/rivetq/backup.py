@@ -18,8 +18,7 @@ from collections.abc import Iterator
 from .clock import Clock
 from .engine import Backup
 from .errors import CorruptLogError, StorageError
-from .index import Index
-from .io import DIRECTORY_MODE, Disk, read_file, replace_file, write_all
+from .io import DIRECTORY_MODE, Disk, read_file, replace_file, write_all, write_file
 from .log import encode_mark, list_segments, read_mark
 from .machine import Machine
 from .recovery import recover
@@ -58,7 +57,7 @@ def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = Tru
                     raise
             shutil.rmtree(log)
         try:
-            machine = recover(disk, partial, Index(disk, os.path.join(partial, "index")), clock, Machine).machine
+            machine = recover(disk, partial, None, clock, Machine).machine
         except CorruptLogError as error:  # the copy goes; what is damaged is the original
             message, file = str(error).replace(log, source), error.file.replace(log, source)
             raise CorruptLogError(message, file=file, offset=error.offset) from error
@@ -118,7 +117,7 @@ def _copy_segments(disk: Disk, source: str, log: str, link: bool, least_lsn: int
     known_lsn = max(least_lsn, read_mark(mark, header.log_id), scan.later_witness_lsn())
     if last_lsn < known_lsn:
         raise corrupt(path, scan.end_in_file, f"record {scan.next_lsn} is not there, but {known_lsn} records were")
-    _write(disk, os.path.join(log, segment_name(numbers[-1])), data[: scan.end])
+    write_file(disk, os.path.join(log, segment_name(numbers[-1])), data[: scan.end])
     replace_file(disk, os.path.join(log, "mark"), encode_mark(header.log_id, last_lsn))  # which syncs the names too
     return numbers, linked, last_lsn
 
@@ -147,12 +146,3 @@ def _link(disk: Disk, old: str, new: str, link: bool) -> bool:
     finally:
         disk.close(source)
     return False
-
-
-def _write(disk: Disk, path: str, data: bytes) -> None:
-    fd = disk.create(path)
-    try:
-        write_all(disk, fd, data, 0)
-        disk.fdatasync(fd)
-    finally:
-        disk.close(fd)

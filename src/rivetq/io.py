@@ -143,14 +143,19 @@ def replace_file(disk: Disk, path: str, data: bytes) -> None:
     temporary = path + ".tmp"
     with contextlib.suppress(FileNotFoundError):
         disk.unlink(temporary)
-    fd = disk.create(temporary)
+    write_file(disk, temporary, data)
+    disk.rename(temporary, path)
+    disk.sync_directory(os.path.dirname(path))
+
+
+def write_file(disk: Disk, path: str, data: bytes) -> None:
+    """A new file, on disk but for its name."""
+    fd = disk.create(path)
     try:
         write_all(disk, fd, data, 0)
         disk.fdatasync(fd)
     finally:
         disk.close(fd)
-    disk.rename(temporary, path)
-    disk.sync_directory(os.path.dirname(path))
 
 
 def read_file(disk: Disk, path: str) -> bytes | None:

@@ -35,7 +35,7 @@ from .log import Log
 from .machine import Machine
 from .owner import DirectoryLock
 from .record import MAX_BODY_BYTES, frame_bytes
-from .recovery import Recovered, recover
+from .recovery import Recovered, recover, replay
 from .run import Columns, Run
 from .segment import Record, Scan, corrupt, read_header
 from .state import Changes, Place
@@ -172,11 +172,7 @@ class LocalEngine(LiveEngine):
         self._begin_segment(snapshot, found.now_ms, again)
         machine = self._machine
         for body in found.surplus:
-            now_ms, events = decode_record(body)
-            machine.advance(max(machine.now_ms, now_ms))
-            place = log.append(body)
-            for event in events:
-                machine.apply(event, now_ms, place)
+            replay(machine, body, log.append(body))
         log.flush()
         log.open_mark()
         log.sync()
@@ -669,13 +665,7 @@ class LocalEngine(LiveEngine):
         # Caller holds self._lock.
         entry = self._machine.look(item.job_id, item.queue, item.priority)
         if entry is not None and entry.segment == segment:
-            spec = entry.spec
-            yield Copied(
-                entry.id, entry.queue.number, entry.state, spec.priority, entry.attempts, entry.token,
-                spec.max_attempts, spec.retry, spec.visibility_ms, entry.enqueued_at_ms, entry.due_ms,
-                entry.deadline_ms, entry.died_at_ms, entry.last_error, spec.headers, entry.key, entry.length,
-                entry.crc, item.payload,
-            )  # fmt: skip
+            yield copied(entry, item.payload)
         elif item.key is not None:
             key = self._machine.keys.get(item.queue, item.key)
             if key is not None and key.expires_ms and key.segment == segment and key.job_id == item.job_id:
@@ -785,6 +775,16 @@ class _Live(NamedTuple):
     priority: int
     key: str | None
     payload: bytes
+
+
+def copied(entry: Entry, payload: bytes) -> Copied:
+    """The word that a job is as it is, with its payload."""
+    spec = entry.spec
+    return Copied(
+        entry.id, entry.queue.number, entry.state, spec.priority, entry.attempts, entry.token, spec.max_attempts,
+        spec.retry, spec.visibility_ms, entry.enqueued_at_ms, entry.due_ms, entry.deadline_ms, entry.died_at_ms,
+        entry.last_error, spec.headers, entry.key, entry.length, entry.crc, payload,
+    )  # fmt: skip
 
 
 def _encode_run(taken: _TakenRun) -> tuple[bytes, bytes]:

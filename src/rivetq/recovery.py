@@ -44,6 +44,8 @@ class Recovered:
     epoch: int
     """Of the opening that is under way: one above the last."""
     last_segment: int = 0
+    first_lsn: int = 1
+    """The first record that is there."""
     end_lsn: int = 0
     """The last record that is surely on disk; the machine has all up to it."""
     end_crc: int = 0
@@ -58,8 +60,13 @@ class Recovered:
     now_ms: int = 0
 
 
-def recover(disk: Disk, directory: str, index: Index, clock: Clock, new_machine: Callable[[], Machine]) -> Recovered:
-    """Read a directory. Raises CorruptLogError or FormatError; damage to the index is never an error."""
+def recover(
+    disk: Disk, directory: str, index: Index | None, clock: Clock, new_machine: Callable[[], Machine]
+) -> Recovered:
+    """Read a directory; without an index all of its log.
+
+    Raises CorruptLogError or FormatError; damage to the index is never an error.
+    """
     log_directory = os.path.join(directory, "log")
     numbers = list_segments(disk, log_directory)
     mark = read_file(disk, os.path.join(log_directory, "mark"))
@@ -126,7 +133,7 @@ class _Reader:
                     file.path, 0, f"this is segment {header.id} of log {header.log_id.hex()}, not of this place"
                 )
 
-    def recovered(self, index: Index, new_machine: Callable[[], Machine], mark_lsn: int) -> Recovered:
+    def recovered(self, index: Index | None, new_machine: Callable[[], Machine], mark_lsn: int) -> Recovered:
         last = self.headers[-1]
         scan, tail = self.read_tail(mark_lsn)
         end_lsn = max(mark_lsn, scan.witness_lsn)
@@ -154,6 +161,7 @@ class _Reader:
             log_id=last.log_id,
             epoch=last.epoch + 1,
             last_segment=last.id,
+            first_lsn=self.headers[0].first_lsn,
             end_lsn=end_lsn,
             end_crc=last.crc,
             end_offset=last.size,
@@ -200,8 +208,10 @@ class _Reader:
         return records
 
     def _from_index(
-        self, index: Index, new_machine: Callable[[], Machine], log_id: bytes, scan: Scan
+        self, index: Index | None, new_machine: Callable[[], Machine], log_id: bytes, scan: Scan
     ) -> tuple[Machine | None, int]:
+        if index is None:
+            return None, 0
         manifest = index.manifest(log_id)
         if manifest is not None and manifest.applied_lsn >= scan.next_lsn:  # it is written when these are on disk
             raise self._lost(scan, manifest.applied_lsn)
@@ -239,14 +249,18 @@ def _dropped_upto(path: str, record: Record) -> int:
 
 def apply_record(machine: Machine, path: str, record: Record, segment: int) -> None:
     """Replay one record. Raises CorruptLogError if its checksum is right and its content makes no sense."""
-    now_ms, events = _decoded(path, record)
-    machine.advance(max(machine.now_ms, now_ms))  # as it was in the call that wrote it
-    place = Place(segment, record.body_offset, record.frame.lsn)
     try:
-        for event in events:
-            machine.apply(event, now_ms, place)
+        replay(machine, record.body, Place(segment, record.body_offset, record.frame.lsn))
     except (ValueError, LookupError) as error:
         raise corrupt(path, record.at, f"record {record.frame.lsn} cannot be understood: {error!r}") from error
+
+
+def replay(machine: Machine, body: bytes, place: Place) -> None:
+    """Apply the events of one record, as the call that wrote it did. Raises ValueError or LookupError if it is none."""
+    now_ms, events = decode_record(body)
+    machine.advance(max(machine.now_ms, now_ms))
+    for event in events:
+        machine.apply(event, now_ms, place)
 
 
 def _decoded(path: str, record: Record) -> tuple[int, list[Event]]:

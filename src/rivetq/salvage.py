@@ -35,7 +35,7 @@ from .events import (
     Retried,
 )
 from .io import Disk, read_file, replace_file
-from .local import LocalEngine
+from .local import LocalEngine, copied
 from .log import Log, list_segments, read_mark
 from .machine import Machine
 from .record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes
@@ -242,11 +242,13 @@ class _Wreck:
             self._last_lsn = frame.lsn
             at = found + frame_bytes(frame.length)
             self._apply(part, found, frame, body_of(data, found, frame))
-        is_last = part.upto_lsn is None
-        if (is_last or self._last_lsn < part.upto_lsn - 1) and any(data[at:]):  # type: ignore[operator]
-            self._note(path, at, len(data), "no record can be read here" + "; an end may be torn" * is_last)
-        if part.upto_lsn is not None:
-            self._skip_to(part.upto_lsn)
+        if part.upto_lsn is None:
+            if any(data[at:]):
+                self._note(path, at, len(data), "no record can be read here; an end may be torn")
+            return
+        if self._last_lsn < part.upto_lsn - 1 and any(data[at:]):
+            self._note(path, at, len(data), "no record can be read here")
+        self._skip_to(part.upto_lsn)
 
     def _resume(self, snapshot: Snapshot) -> None:
         """At the head of a segment: what was in force, and the totals."""
@@ -373,7 +375,7 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
         size = 0
         for entry in sorted(machine.everything(), key=lambda entry: entry.id):
             payload = wreck.payload(entry)
-            batch.append(_copied(entry, payload))
+            batch.append(copied(entry, payload))
             size += len(payload)
             counts = report.jobs.setdefault(entry.queue.name, {})
             counts[STATES[entry.state].value] = counts.get(STATES[entry.state].value, 0) + 1
@@ -387,7 +389,7 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
         ]
         if batch:
             engine.record(batch)
-        engine.maintain("sync")
+        engine.maintain("sync")  # close() would not raise
     finally:
         engine.close()
 
@@ -416,12 +418,3 @@ def _begin(disk: Disk, directory: str, snapshot: Snapshot, now_ms: int, clock: C
         log.close()
     finally:
         log.abandon()
-
-
-def _copied(entry: Entry, payload: bytes) -> Copied:
-    spec = entry.spec
-    return Copied(
-        entry.id, entry.queue.number, entry.state, spec.priority, entry.attempts, entry.token, spec.max_attempts,
-        spec.retry, spec.visibility_ms, entry.enqueued_at_ms, entry.due_ms, entry.deadline_ms, entry.died_at_ms,
-        entry.last_error, spec.headers, entry.key, entry.length, entry.crc, payload,
-    )  # fmt: skip

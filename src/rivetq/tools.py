@@ -27,14 +27,13 @@ from .io import SystemDisk, read_file
 from .log import list_segments, read_mark
 from .machine import Machine, facts
 from .owner import DirectoryLock
-from .recovery import Recovered, records, recover
+from .recovery import Recovered, records, recover, replay
 from .salvage import Salvage
 from .salvage import salvage as _salvage
+from .segment import segment_name
 from .state import Place
 
 Path = str | os.PathLike[str]
-_NO_INDEX = "no index"
-"""A name that no file has."""
 
 
 @attrs.define(kw_only=True)
@@ -83,18 +82,16 @@ def verify(path: Path) -> Verification:
     with _owned(directory), _readable(directory):
         found = Verification(path=directory)
         disk, log = SystemDisk(), os.path.join(directory, "log")
-        names = [os.path.join(log, name) for name in disk.list(log)]
-        found.segments = len(list_segments(disk, log))
-        found.bytes = sum(map(os.path.getsize, names))
+        numbers = list_segments(disk, log)
+        found.segments = len(numbers)
+        found.bytes = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
         try:
-            for _, record in records(disk, directory):
-                decode_record(record.body)
-                found.records += 1
-            whole = _recovered(directory, _NO_INDEX)
+            whole = recover(disk, directory, None, SystemClock(), Machine)
             _serve(whole)
         except CorruptLogError as error:
             found.log = Problem(file=error.file, offset=error.offset, what=str(error).removeprefix(f"{error.file}: "))
             return found
+        found.records = whole.end_lsn + len(whole.surplus) - whole.first_lsn + 1
         found.jobs = sum(sum(queue.counts) for queue in whole.machine.queues.values())
         mark = os.path.join(log, "mark")
         if not read_mark(read_file(disk, mark), whole.log_id) and whole.end_lsn:
@@ -114,7 +111,7 @@ def rebuild_index(path: Path) -> int:
     directory = _directory(path)
     index = Index(SystemDisk(), os.path.join(directory, "index"))
     with _owned(directory), _readable(directory):
-        log_id = _recovered(directory, _NO_INDEX).log_id
+        log_id = recover(SystemDisk(), directory, None, SystemClock(), Machine).log_id
         index.clear()
     with Broker(directory, release_on_open=False) as broker:
         stats = broker.stats()
@@ -222,19 +219,11 @@ def _owned(directory: str) -> Iterator[None]:
         lock.refuse()
 
 
-def _recovered(directory: str, index: str) -> Recovered:
-    disk = SystemDisk()
-    return recover(disk, directory, Index(disk, os.path.join(directory, index)), SystemClock(), Machine)
-
-
 def _serve(found: Recovered) -> Machine:
     """The state that an opening would serve: with the records that it would write again."""
     machine = found.machine
     for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
-        now_ms, events = decode_record(body)
-        machine.advance(max(machine.now_ms, now_ms))
-        for event in events:
-            machine.apply(event, now_ms, Place(lsn=lsn))
+        replay(machine, body, Place(lsn=lsn))
     return machine
 
 

@@ -442,6 +442,18 @@ def alive(directory: Path, without: Path | None) -> set[int]:
     return born - ended
 
 
+def test_salvage_gives_no_id_again_that_a_missing_record_may_have_told(tmp_path: Path) -> None:
+    with Broker(tmp_path / "live") as broker:
+        told = [broker.enqueue("q", b"x") for _ in range(20)]
+        shutil.copytree(tmp_path / "live", tmp_path / "killed", ignore=shutil.ignore_patterns("spare-*", "LOCK"))
+    (path,) = segments(tmp_path / "killed")
+    for record in records(path)[3:]:
+        rot(path, record.body_offset)
+    assert not tools.salvage(tmp_path / "killed", tmp_path / "out").is_whole
+    with Broker(tmp_path / "out") as broker:
+        assert broker.enqueue("q", b"x") > max(told)
+
+
 def test_salvage_takes_an_ack_for_one_though_the_lease_cannot_be_read(tmp_path: Path) -> None:
     with Broker(tmp_path / "data") as broker:
         acked, retried, buried = broker.enqueue_many("q", [b"a", b"b", b"c"], retry=NO_WAIT)
@@ -722,8 +734,9 @@ def test_the_commands_end_in_words_not_in_a_traceback(
         assert capsys.readouterr().err.startswith("rivetq: ")
 
 
-def test_a_dump_of_a_log_that_moves_is_no_damage(busy: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rotation, and a segment that goes, just then."""
+@pytest.mark.parametrize("gone", [False, True], ids=["a rotation", "and the files that were listed are gone"])
+def test_a_dump_of_a_log_that_moves_is_no_damage(busy: Broker, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
+    """Just then: what the mark says afterwards is of files that were not listed yet."""
     honest = rivetq.recovery.list_segments
     turns = iter([True])
 
@@ -732,7 +745,7 @@ def test_a_dump_of_a_log_that_moves_is_no_damage(busy: Broker, monkeypatch: pyte
         if next(turns, False):
             busy.rotate()
             busy.enqueue("last", b"more")
-            return [number + 1000 for number in found]  # all of them are gone by now
+            return [number + 1000 * gone for number in found]
         return found
 
     monkeypatch.setattr(rivetq.recovery, "list_segments", rotated)

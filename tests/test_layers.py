@@ -11,16 +11,16 @@ import rivetq
 PACKAGE = Path(rivetq.__file__).parent
 FLOORS = [
     # words
-    "errors", "model", "events", "clock", "engine",
+    "errors", "model", "events", "clock", "histogram", "engine",
     # pure
     "backoff", "ratelimit", "entry", "run", "window", "keys", "state", "machine", "decide",
     "fields", "codec", "values", "record",
     # files
     "io", "owner", "segment", "log", "index", "recovery", "backup",
     # engines
-    "group", "live", "memory", "local", "salvage",
+    "group", "notifier", "live", "memory", "local", "salvage",
     # public
-    "arguments", "broker", "__init__", "tools", "__main__",
+    "arguments", "broker", "aio", "__init__", "tools", "__main__",
 ]  # fmt: skip
 TESTING = {"testing/__init__", "testing/clock", "testing/disk", "testing/plugin", "testing/conformance"}
 PURE = set(FLOORS[FLOORS.index("backoff") : FLOORS.index("io")])

@@ -12,7 +12,7 @@
 
 from .broker import Broker, Transaction
 from .clock import Clock, SystemClock
-from .engine import Backup, Capabilities
+from .engine import Backup, Capabilities, Waiting
 from .errors import (
     BrokerClosedError,
     BrokerFailedError,
@@ -32,7 +32,21 @@ from .errors import (
     StorageError,
     UsageError,
 )
-from .model import Job, JobState, Lease, LeaseRef, QueueConfig, QueueStats, RateLimit, RetryPolicy
+from .histogram import Histogram
+from .model import (
+    Deliveries,
+    Duration,
+    Health,
+    Job,
+    JobState,
+    Lease,
+    LeaseLike,
+    LeaseRef,
+    QueueConfig,
+    QueueStats,
+    RateLimit,
+    RetryPolicy,
+)
 
 __version__ = "0.1.0"
 
@@ -46,15 +60,20 @@ __all__ = [
     "CapacityError",
     "Clock",
     "CorruptLogError",
+    "Deliveries",
     "DiskFullError",
     "DuplicateJobError",
+    "Duration",
     "ForkedBrokerError",
     "FormatError",
+    "Health",
+    "Histogram",
     "Job",
     "JobError",
     "JobNotFoundError",
     "JobState",
     "Lease",
+    "LeaseLike",
     "LeaseLostError",
     "LeaseRef",
     "QueueConfig",
@@ -68,4 +87,5 @@ __all__ = [
     "SystemClock",
     "Transaction",
     "UsageError",
+    "Waiting",
 ]

@@ -40,6 +40,17 @@ def checked_queues(queue: object) -> list[str]:
     return list(dict.fromkeys(checked_text(name, "queue", MAX_QUEUE_BYTES) for name in queue))
 
 
+def checked_payloads(payloads: object, idempotency_keys: object) -> list[Any]:
+    """The payloads of a batch; each is looked at when it is encoded."""
+    if isinstance(payloads, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(payloads, Iterable):
+        raise UsageError(f"payloads: a sequence of payloads expected, got {type(payloads).__name__}")
+    if idempotency_keys is not None and (
+        isinstance(idempotency_keys, (str, bytes)) or not isinstance(idempotency_keys, Sequence)
+    ):
+        raise UsageError(f"idempotency_keys: a sequence expected, got {type(idempotency_keys).__name__}")
+    return list(payloads)
+
+
 def checked_lease(lease: object) -> tuple[int, int]:
     try:
         job_id, token = lease.id, lease.token  # type: ignore[attr-defined]  # what has none is caught here

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import EllipsisType, TracebackType
 from typing import Any, Literal, Self
@@ -19,18 +19,22 @@ from .arguments import (
     checked_lease,
     checked_leases,
     checked_path,
+    checked_payloads,
     checked_queues,
     checked_state,
     checked_text,
     encoded,
 )
 from .clock import Clock, SystemClock
-from .engine import Ack, Backup, Capabilities, Engine, Enqueue, Extend, Nack, Operation, Reject, Release
+from .engine import Ack, Backup, Capabilities, Engine, Enqueue, Extend, Nack, Operation, Reject, Release, Waiting
 from .errors import DuplicateJobError, LeaseLostError, UsageError
+from .histogram import Histogram
 from .local import FsyncMode, LocalEngine
 from .memory import MemoryEngine
 from .model import (
+    Deliveries,
     Duration,
+    Health,
     Job,
     JobState,
     Lease,
@@ -127,14 +131,9 @@ class _Enqueues:
         Returns:
             The ids, one for each payload in their order.
         """
-        if isinstance(payloads, (str, bytes, bytearray, memoryview, Mapping)) or not isinstance(payloads, Iterable):
-            raise UsageError(f"payloads: a sequence of payloads expected, got {type(payloads).__name__}")
-        if idempotency_keys is not None and (
-            isinstance(idempotency_keys, (str, bytes)) or not isinstance(idempotency_keys, Sequence)
-        ):
-            raise UsageError(f"idempotency_keys: a sequence expected, got {type(idempotency_keys).__name__}")
+        checked = checked_payloads(payloads, idempotency_keys)
         operation = self._enqueue_operation(
-            queue, list(payloads), priority, delay, eta, headers, max_attempts, retry, visibility_timeout,
+            queue, checked, priority, delay, eta, headers, max_attempts, retry, visibility_timeout,
             idempotency_keys, on_duplicate,
         )  # fmt: skip
         return self._commit_enqueue(operation)
@@ -346,6 +345,33 @@ class Broker(_Enqueues):
             self,
         )
 
+    def lease_soon(
+        self,
+        queue: str | Sequence[str],
+        max_jobs: int,
+        done: Callable[[list[Lease] | None, BaseException | None], None],
+        *,
+        visibility_timeout: Duration | None = None,
+    ) -> Waiting:
+        """`lease_many` that waits for ever and blocks nobody: for event loops, and for a wait that must end early.
+
+        Args:
+            done: called once, with the leases and None, or None and an error: perhaps before this returns, perhaps in
+                a thread of the broker's, which everybody who waits like this shares. So it must not raise and must not
+                wait for anything: put the leases into a queue of yours.
+
+        Returns:
+            Something to `cancel()`. True: no job was taken and `done` is never called; False: it was called, or will
+            be in a moment.
+        """
+        return self._engine.lease_soon(
+            checked_queues(queue),
+            checked_int(max_jobs, "max_jobs", 1),
+            None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
+            self,
+            done,
+        )
+
     def ack(self, lease: LeaseLike) -> None:
         """Done: the job is gone for good when this returns.
 
@@ -373,7 +399,7 @@ class Broker(_Enqueues):
     def extend(self, lease: LeaseLike, seconds: Duration) -> Lease:
         """Heartbeat: the lease with deadline max(old, now + seconds). The old value still answers: same token."""
         job_id, token = checked_lease(lease)
-        deadline_ms = self._engine.commit([Extend(job_id, token, duration_ms(seconds, "seconds"))])[0]
+        deadline_ms: int = self._engine.commit([Extend(job_id, token, duration_ms(seconds, "seconds"))])[0]
         if isinstance(lease, Lease):
             return attrs.evolve(lease, deadline=moment(deadline_ms), broker=self)
         job = self._engine.get(job_id)
@@ -394,7 +420,13 @@ class Broker(_Enqueues):
             broker=self,
         )
 
-    def _answer(self, operations: Sequence[Ack | Nack | Release | Reject]) -> None:
+    def extend_many(self, leases: Iterable[LeaseLike], seconds: Duration) -> list[datetime]:
+        """`extend` for many, all or nothing, one record of the log; the deadlines now in force, in their order."""
+        extra_ms = duration_ms(seconds, "seconds")
+        operations = [Extend(*checked_lease(lease), extra_ms) for lease in checked_leases(leases)]
+        return [moment(deadline_ms) for deadline_ms in self._engine.commit(operations)]
+
+    def _answer(self, operations: Sequence[Operation]) -> None:
         self._engine.commit(operations)
         self._note_settled(operations)
 
@@ -525,6 +557,14 @@ class Broker(_Enqueues):
         """Counts of one queue, or of all together; one look is one moment."""
         return self._engine.stats(None if queue is None else checked_text(queue, "queue", MAX_QUEUE_BYTES))
 
+    def deliveries(self, queue: str | None = None) -> Deliveries:
+        """What became of the deliveries of one queue, or of all, since this opening."""
+        return self._engine.deliveries(None if queue is None else checked_text(queue, "queue", MAX_QUEUE_BYTES))
+
+    def health(self) -> Health:
+        """Whether it serves, why not, and what may soon be short. Never raises; works on a closed broker too."""
+        return self._engine.health()
+
     # Housekeeping: the broker does all of this by itself
 
     def backup(self, out: str | os.PathLike[str], *, link: bool = True) -> Backup:
@@ -566,6 +606,13 @@ class Broker(_Enqueues):
         """Counters since this opening: records, fsyncs, bytes and segments of the log, checkpoints."""
         return self._engine.metrics()
 
+    def histograms(self) -> dict[str, Histogram]:
+        """Since this opening: `fsync_seconds`, and `jobs_per_fsync`, the jobs that one sync made durable.
+
+        In memory there are none.
+        """
+        return self._engine.histograms()
+
 
 class Transaction(_Enqueues):
     """Any mix of enqueues and answers over any queues, as one record of the log: all of it or nothing.
@@ -595,10 +642,13 @@ class Transaction(_Enqueues):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if operations := self._end(error):
+            self._broker._answer(operations)
+
+    def _end(self, error: BaseException | None) -> list[Operation]:
+        """The block is over: what is to be committed now."""
         self._open = False
-        if error is None and self._operations:
-            self._engine.commit(self._operations)
-            self._broker._note_settled(self._operations)
+        return self._operations if error is None else []
 
     def ack(self, lease: LeaseLike) -> None:
         """See `Broker.ack`."""

@@ -6,13 +6,14 @@ moments: a remote engine has its own clock. Differences between engines are told
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
 
 from .clock import Clock
-from .model import Job, JobState, Lease, QueueConfig, QueueStats, RetryPolicy, Settler
+from .histogram import Histogram
+from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, RetryPolicy, Settler
 
 
 @attrs.frozen
@@ -111,6 +112,19 @@ class Backup:
     bytes: int
 
 
+class Waiting(Protocol):
+    """A lease that is waited for without a thread."""
+
+    def cancel(self) -> bool:
+        """Wait no more. True: nothing was taken and nobody will be told; False: it is over already."""
+        ...
+
+
+Done = Callable[[Any, BaseException | None], None]
+"""Told once: (answer, None) or (None, error), perhaps before the call returns, perhaps in a thread of the engine's. It
+must not raise and must not wait."""
+
+
 class Engine(Protocol):
     """What `Broker` delegates to. Every method may raise any error of the tree; all are thread-safe.
 
@@ -124,6 +138,10 @@ class Engine(Protocol):
 
     def commit(self, operations: Sequence[Operation]) -> list[Any]:
         """All of the operations or none, durably; one answer each."""
+        ...
+
+    def commit_soon(self, operations: Sequence[Operation], done: Done) -> None:
+        """`commit` without waiting for the disk: `done` gets the answers. What it raises was not done."""
         ...
 
     def check(self, operation: Operation) -> list[int | None]:
@@ -143,12 +161,19 @@ class Engine(Protocol):
         """Up to `max_jobs` leases that call back `settler`."""
         ...
 
+    def lease_soon(
+        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, settler: Settler, done: Done
+    ) -> Waiting:
+        """`lease` without a limit of time and without blocking: `done` gets the leases."""
+        ...
+
     # Looking
     def get(self, job_id: int) -> Job | None: ...
     def jobs(self, queue: str, state: JobState | None, after: int, limit: int) -> list[Job]: ...
     def find(self, queue: str, key: str) -> int | None: ...
     def queues(self) -> list[str]: ...
     def stats(self, queue: str | None) -> QueueStats: ...
+    def deliveries(self, queue: str | None) -> Deliveries: ...
     def config(self, queue: str) -> QueueConfig: ...
 
     # Changing queues
@@ -167,4 +192,10 @@ class Engine(Protocol):
         ...
 
     def metrics(self) -> dict[str, int]: ...
+    def histograms(self) -> dict[str, Histogram]: ...
+
+    def health(self) -> Health:
+        """Never raises, whatever state it is in."""
+        ...
+
     def close(self) -> None: ...

@@ -20,12 +20,21 @@ from typing import Any
 
 from . import decide
 from .clock import Clock
-from .engine import Backup, Capabilities, Enqueue, Operation
+from .engine import Backup, Capabilities, Done, Enqueue, Operation
 from .entry import READY, SCHEDULED, STATES, Entry
-from .errors import BrokerClosedError, BrokerFailedError, ForkedBrokerError, RivetQError, UsageError
+from .errors import (
+    BrokerClosedError,
+    BrokerFailedError,
+    ForkedBrokerError,
+    RateLimitedError,
+    RivetQError,
+    UsageError,
+)
 from .events import Event, Leased
+from .histogram import Histogram
 from .machine import NEVER_MS, Machine
-from .model import Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
+from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
+from .notifier import Notifier, Tell
 from .state import Place
 
 _LONGEST_SLEEP_S = 3600.0
@@ -48,9 +57,10 @@ class NeedRoomError(Exception):
 class _Lessee:
     """A thread that waits for a first job. A bare lock, free when it was woken: half the work of an Event."""
 
-    __slots__ = ("_asleep",)
+    __slots__ = ("_asleep", "over")
 
     def __init__(self) -> None:
+        self.over = False  # guarded by the engine's lock: it has taken jobs, or wants none any more
         self._asleep = threading.Lock()
         self._asleep.acquire()
 
@@ -64,6 +74,10 @@ class _Lessee:
     def reset(self) -> None:
         # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.
         self._asleep.acquire(blocking=False)
+
+
+_Taken = tuple[int, Leased, list[Entry], list[str | None]]
+"""The lsn of a lease, its event, its jobs and their last errors."""
 
 
 class LiveEngine:
@@ -80,13 +94,14 @@ class LiveEngine:
         self._finished = False  # close() is through
         self._saving = False  # it has begun to save
         self._failure: BaseException | None = None
-        self._lessees: dict[str, dict[_Lessee, None]] = {}  # by queue, in order of arrival
+        self._lessees: dict[str, dict[_Lessee | SoonLease, None]] = {}  # by queue, in order of arrival
         self._behind = False  # the last tick left something for the next
         self._timer_at_ms = NEVER_MS  # when the timer thread wakes by itself, or was told to look
         self._timer_poked = threading.Event()
         self._close_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._unsubscribe: Callable[[], None] = _nothing
+        self._notifier = Notifier(self._settle, self._start_thread)
         _live.add(self)
 
     def start(self) -> None:
@@ -116,6 +131,11 @@ class LiveEngine:
     def _settle(self, lsn: int, *, sync: bool = True) -> None:
         """Return when the record has been handed to the operating system and, if `sync`, is as durable as promised."""
 
+    def _settle_soon(self, lsn: int, tell: Tell) -> bool:
+        """Leave `tell` to be called when the record is as durable as promised; False: `_settle` does not wait."""
+        # Caller holds self._lock: whoever closes the engine tells all who came before.
+        return False
+
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
         """The payloads; None for a job that is gone by now."""
         return [entry.payload for entry in entries]
@@ -130,6 +150,39 @@ class LiveEngine:
         answers: list[Any] = self._change(partial(decide.commit, self._machine, operations), keep_reserve=enqueues)
         return answers
 
+    def commit_soon(self, operations: Sequence[Operation], done: Done) -> None:
+        self._check()
+        enqueues = Enqueue in map(type, operations)
+
+        def commit() -> None:
+            try:
+                answers = self.commit(operations)
+            except BaseException as error:
+                done(None, error)
+            else:
+                done(answers, None)
+
+        with self._lock:
+            now_ms = self._tick()
+            try:
+                events, answers = self._planned(partial(decide.commit, self._machine, operations), now_ms)
+                lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()
+            except NeedRoomError:
+                self._notifier.call(commit)  # room is made by the disk
+                return
+            if self._settle_soon(lsn, lambda error: done(None, error) if error else done(answers, None)):
+                return
+        self._settle(lsn)
+        done(answers, None)
+
+    def _planned(self, plan: Callable[[int], tuple[list[Event], Any]], now_ms: int) -> tuple[list[Event], Any]:
+        # Caller holds self._lock.
+        try:
+            return plan(now_ms)
+        except RateLimitedError as error:
+            self._machine.queues[error.queue].limited += 1
+            raise
+
     def _change(
         self, plan: Callable[[int], tuple[list[Event], Any]], *, keep_reserve: bool = False, sync: bool = True
     ) -> Any:
@@ -140,7 +193,7 @@ class LiveEngine:
             try:
                 with self._lock:
                     now_ms = self._tick()
-                    events, answer = plan(now_ms)
+                    events, answer = self._planned(plan, now_ms)
                     # Without events the answer may rest on a record that is still on its way to the disk.
                     lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()
                 break
@@ -221,16 +274,24 @@ class LiveEngine:
     def lease(
         self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None, settler: Settler
     ) -> list[Lease]:
-        waiting: list[_Lessee] = []
+        lessee = None if wait_s == 0 else _Lessee()
         try:
-            taken = self._take(queues, max_jobs, visibility_ms, wait_s, waiting)
+            taken = self._take(queues, max_jobs, visibility_ms, wait_s, lessee)
         except BaseException:
-            if waiting:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
+            if lessee is not None:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
                 with self._lock:
-                    self._unregister(waiting[0], queues)
+                    self._unregister(lessee, queues)
                     self._wake_lessees(queues)
             raise
         return [] if taken is None else self._hand_out(*taken, settler)
+
+    def lease_soon(
+        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, settler: Settler, done: Done
+    ) -> SoonLease:
+        self._check()
+        found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done)
+        found.look()
+        return found
 
     def _take(
         self,
@@ -238,48 +299,74 @@ class LiveEngine:
         max_jobs: int,
         visibility_ms: int | None,
         wait_s: float | None,
-        waiting: list[_Lessee],
-    ) -> tuple[int, Leased, list[Entry], list[str | None]] | None:
-        """Lease, waiting for a first job: lsn, event, jobs and their last errors; None when the time is over.
-
-        Who waits puts itself into `waiting`.
-        """
+        lessee: _Lessee | None,
+    ) -> _Taken | None:
+        """Lease, waiting for a first job; None when the time is over."""
         until = time.monotonic() + wait_s if wait_s else None
-        machine = self._machine
         while True:
             if self._ended is not None:
                 self._check()
+            timeout_s = until - time.monotonic() if until is not None else wait_s
+            over = timeout_s is not None and timeout_s <= 0
             try:
-                with self._lock:
-                    for lessee in waiting:
-                        lessee.reset()  # it keeps its place in the line
-                    now_ms = self._tick()
-                    event, retry_at_ms = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms)
-                    if event is not None:
-                        for lessee in waiting:
-                            self._unregister(lessee, queues)
-                        lsn = self._record([event], now_ms)
-                        entries = [machine.jobs[job_id] for job_id in event.ids]
-                        if self._lessees:
-                            self._wake_lessees(queues)  # this one may have been woken for another of its queues
-                        return lsn, event, entries, [entry.last_error for entry in entries]
-                    timeout_s = until - time.monotonic() if until is not None else wait_s
-                    if timeout_s is not None and timeout_s <= 0:
-                        for lessee in waiting:
-                            self._unregister(lessee, queues)
-                        return None
-                    if not waiting:
-                        waiting.append(_Lessee())
-                    self._register(waiting[0], queues)
+                taken, pause_s = self._attempt(queues, max_jobs, visibility_ms, lessee, waits=not over)
             except NeedRoomError as need:
                 self._make_room(need)
                 continue
-            if retry_at_ms is not None:
-                pause_s = self.clock.timeout_s(retry_at_ms - now_ms)
-                if pause_s is not None:
-                    timeout_s = pause_s if timeout_s is None else min(timeout_s, pause_s)
+            if taken is not None or over:
+                return taken
+            if pause_s is not None:
+                timeout_s = pause_s if timeout_s is None else min(timeout_s, pause_s)
             if self._ended is None:  # else whoever ended it may have looked for lessees before this one was there
-                waiting[0].park(timeout_s)
+                assert lessee is not None
+                lessee.park(timeout_s)
+
+    def _attempt(
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        lessee: _Lessee | SoonLease | None,
+        *,
+        waits: bool,
+    ) -> tuple[_Taken | None, float | None]:
+        """Look for jobs once: what was taken, and else after how many seconds a rate limit allows one, if it does.
+
+        A lessee that finds nothing and `waits` is woken from now on, in order of arrival; any other is not.
+        """
+        machine = self._machine
+        with self._lock:
+            if lessee is not None:
+                if lessee.over:
+                    return None, None
+                lessee.reset()
+            now_ms = self._tick()
+            event, retry_at_ms = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms)
+            if event is None:
+                if lessee is not None:
+                    if waits:
+                        self._register(lessee, queues)  # it keeps its place in the line
+                    else:
+                        self._unregister(lessee, queues)
+                if retry_at_ms is None:
+                    return None, None
+                self._tally_limited(queues)
+                return None, self.clock.timeout_s(retry_at_ms - now_ms)
+            lsn = self._record([event], now_ms)
+            if lessee is not None:
+                self._unregister(lessee, queues)
+                lessee.over = True
+            entries = [machine.jobs[job_id] for job_id in event.ids]
+            if self._lessees:
+                self._wake_lessees(queues)  # this one may have been woken for another of its queues
+            return (lsn, event, entries, [entry.last_error for entry in entries]), None
+
+    def _tally_limited(self, queues: Sequence[str]) -> None:
+        # Caller holds self._lock.
+        for name in queues:
+            queue = self._machine.queues.get(name)
+            if queue is not None and queue.bucket is not None and queue.counts[READY] and not queue.config.paused:
+                queue.limited += 1
 
     def _hand_out(
         self, lsn: int, event: Leased, entries: list[Entry], errors: list[str | None], settler: Settler
@@ -311,12 +398,12 @@ class LiveEngine:
         self._settle(max([entry.lsn for entry in entries]))
         return leases
 
-    def _register(self, lessee: _Lessee, queues: Sequence[str]) -> None:
+    def _register(self, lessee: _Lessee | SoonLease, queues: Sequence[str]) -> None:
         # Caller holds self._lock.
         for name in queues:
             self._lessees.setdefault(name, {})[lessee] = None
 
-    def _unregister(self, lessee: _Lessee, queues: Sequence[str]) -> None:
+    def _unregister(self, lessee: _Lessee | SoonLease, queues: Sequence[str]) -> None:
         # Caller holds self._lock.
         for name in queues:
             waiting = self._lessees.get(name)
@@ -391,6 +478,10 @@ class LiveEngine:
         stats: QueueStats = self._look(lambda now_ms: self._machine.stats(queue, now_ms))
         return stats
 
+    def deliveries(self, queue: str | None) -> Deliveries:
+        deliveries: Deliveries = self._look(lambda now_ms: self._machine.deliveries(queue))
+        return deliveries
+
     def config(self, queue: str) -> QueueConfig:
         def read(now_ms: int) -> QueueConfig:
             found = self._machine.queues.get(queue)
@@ -421,6 +512,7 @@ class LiveEngine:
                 break
             try:
                 self._record(ended, now_ms)
+                machine.tally_expired(ended)
             except NeedRoomError:
                 full = True  # a full disk: these leases end when there is room
                 break
@@ -514,6 +606,7 @@ class LiveEngine:
             unsubscribe, self._unsubscribe = self._unsubscribe, _nothing
             unsubscribe()
             self._timer_poked.set()
+            self._notifier.stop()
             self._stop()
             for thread in self._threads:
                 if thread is not threading.current_thread():
@@ -558,6 +651,124 @@ class LiveEngine:
     def metrics(self) -> dict[str, int]:
         self._check()
         return {"records": 0, "fsyncs": 0}
+
+    def histograms(self) -> dict[str, Histogram]:
+        self._check()
+        return {}
+
+    def health(self) -> Health:
+        if self._ended is None:
+            return self._vitals()
+        failure = self._failure
+        state: Any = self._ended
+        return Health(state=state, last_error=None if failure is None else f"{type(failure).__name__}: {failure}")
+
+    def _vitals(self) -> Health:
+        """The health of an open engine."""
+        return Health(state="open")
+
+
+class SoonLease:
+    """A lessee without a thread: it looks again when it is woken, in the notifier's thread."""
+
+    __slots__ = ("_arguments", "_done", "_engine", "_is_timed", "_settler", "_woken", "over")
+
+    def __init__(
+        self,
+        engine: LiveEngine,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        settler: Settler,
+        done: Done,
+    ) -> None:
+        self._engine = engine
+        self._arguments = queues, max_jobs, visibility_ms
+        self._settler = settler
+        self._done = done
+        self._woken = False  # guarded by the engine's lock, as is `over`
+        self.over = False  # it has taken jobs, or was told, or cancelled
+        self._is_timed = False  # it will look again when a rate limit allows
+
+    def wake(self) -> None:
+        # Caller holds the engine's lock.
+        if not self._woken:
+            self._woken = True
+            self._engine._notifier.call(self.look)
+
+    def reset(self) -> None:
+        # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.
+        self._woken = False
+
+    def cancel(self) -> bool:
+        engine = self._engine
+        with engine._lock:
+            if self.over:
+                return False
+            self.over = True
+            engine._unregister(self, self._arguments[0])
+            engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
+        return True
+
+    def look(self) -> None:
+        """Take what there is and tell it, else wait to be woken."""
+        engine = self._engine
+        try:
+            engine._check()
+            taken, pause_s = engine._attempt(*self._arguments, self, waits=True)
+        except NeedRoomError as need:
+            engine._notifier.call(partial(self._look_with_room, need))
+            return
+        except BaseException as error:
+            self._end(error)
+            return
+        if taken is not None:
+            self._hand_out(taken)
+        elif pause_s is not None and not self._is_timed:
+            self._is_timed = True
+            engine._notifier.call(self._look_in_time, pause_s)
+
+    def _look_in_time(self) -> None:
+        self._is_timed = False
+        self.look()
+
+    def _look_with_room(self, need: NeedRoomError) -> None:
+        try:
+            self._engine._make_room(need)
+        except BaseException as error:
+            self._end(error)
+        else:
+            self.look()
+
+    def _end(self, error: BaseException) -> None:
+        engine = self._engine
+        with engine._lock:
+            if self.over:
+                return
+            self.over = True
+            engine._unregister(self, self._arguments[0])
+        self._done(None, error)
+
+    def _hand_out(self, taken: _Taken) -> None:
+        """At once if nothing has to be waited for, else from the notifier's thread."""
+        engine, entries = self._engine, taken[2]
+
+        def tell(error: BaseException | None) -> None:
+            leases = None
+            if error is None:
+                try:
+                    leases = engine._hand_out(*taken, self._settler)
+                except BaseException as failure:
+                    error = failure
+            self._done(leases, error)
+
+        with engine._lock:
+            if engine._settle_soon(max(entry.lsn for entry in entries), tell):
+                return
+        if any(entry.payload is None for entry in entries):
+            engine._notifier.call(partial(tell, None))  # they are read from the disk
+        else:
+            tell(None)
 
 
 ID_BLOCK = 1024

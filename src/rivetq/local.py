@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,13 +27,27 @@ from .codec import decode_record, encode_record, encode_snapshot
 from .engine import Backup, Capabilities
 from .entry import Entry
 from .errors import DiskFullError, StorageError, UsageError
-from .events import Copied, Enqueued, Event, IdsReserved, KeyCopied, SegmentsDropped
+from .events import (
+    Acked,
+    Copied,
+    Enqueued,
+    Event,
+    IdsReserved,
+    KeyCopied,
+    Leased,
+    Purged,
+    Redriven,
+    SegmentsDropped,
+)
 from .group import GroupCommit
+from .histogram import Histogram
 from .index import Index
 from .io import Disk, SystemDisk
 from .live import LiveEngine, NeedRoomError
 from .log import Log
 from .machine import Machine
+from .model import Health
+from .notifier import Tell
 from .owner import DirectoryLock
 from .record import MAX_BODY_BYTES, frame_bytes
 from .recovery import Recovered, recover, replay
@@ -75,8 +90,8 @@ WORTH_COPYING = 0.75
 """On demand, a segment with a larger share of live bytes than this is left alone."""
 
 
-_Prepared = tuple[bytes, bytes | None, bool]
-"""A record's body, the snapshot of the segment that it begins, and whether it is synced in every mode."""
+_Prepared = tuple[bytes, bytes | None, bool, int]
+"""A record's body, the snapshot of the segment that it begins, whether it is synced in every mode, its jobs."""
 
 
 class LocalEngine(LiveEngine):
@@ -190,7 +205,8 @@ class LocalEngine(LiveEngine):
         self._keeper_poked.set()
         if release_on_open:
             # Leases whose deadline passed meanwhile end as such: in every call the clock comes first.
-            self._change(lambda now_ms: (decide.owner_gone(machine, now_ms), None))
+            ended: list[Event] = self._change(lambda now_ms: (events := decide.owner_gone(machine, now_ms), events))
+            machine.tally_expired(ended)
         log.drop(machine.oldest_segment - 1)
 
     def start(self) -> None:
@@ -207,23 +223,25 @@ class LocalEngine(LiveEngine):
         if length > MAX_BODY_BYTES:
             raise UsageError(f"{length} bytes in one record, {MAX_BODY_BYTES} is the most: split the batch")
         must_sync = IdsReserved in map(type, events)
+        jobs = len(events) if len(events) > 1 else _jobs(events[0])
         if self._log.is_roomy(length):
-            return body, None, must_sync
+            return body, None, must_sync, jobs
         snapshot = snapshot_length = None
         if not self._log.fits(length) and not self._log.can_extend(length):
             snapshot = encode_snapshot(self._machine.snapshot())
             snapshot_length = len(snapshot)
         if not self._log.has_room(length, snapshot_length, keep_reserve=keep_reserve):
             raise NeedRoomError(length, snapshot_length, keep_reserve)
-        return body, snapshot, must_sync
+        return body, snapshot, must_sync, jobs
 
     def _append(self, prepared: _Prepared, now_ms: int) -> Place:
-        body, snapshot, must_sync = prepared
+        body, snapshot, must_sync, jobs = prepared
         if snapshot is not None:
             self._begin_segment(snapshot, now_ms, len(body))
         place = self._log.append(body)
         if must_sync:
             self._must_sync_lsn = place.lsn
+        self._log.jobs += jobs
         self._unsaved_bytes += len(body)
         if (place.lsn % LOOK_RECORDS == 0 or len(body) > LOOK_BYTES) and (self._is_due() or self._log.wants_space()):
             self._keeper_poked.set()
@@ -264,6 +282,13 @@ class LocalEngine(LiveEngine):
             if log.broken:
                 self._fail(error)
             raise
+
+    def _settle_soon(self, lsn: int, tell: Tell) -> bool:
+        must_sync = self._fsync == "always" or self._log.durable_lsn < self._must_sync_lsn <= lsn
+        if not must_sync or (self._log.durable_lsn >= lsn and self._ended is None):
+            return False
+        self._notifier.when_durable(lsn, tell)
+        return True
 
     def _fail(self, error: BaseException) -> None:
         super()._fail(error)
@@ -754,7 +779,34 @@ class LocalEngine(LiveEngine):
             "copied_bytes": self._copied_bytes,
             "checkpoints": self._checkpoints,
             "recovery_ms": self._recovery_ms,
+            "checkpoint_lag_bytes": self._unsaved_bytes,
         }
+
+    def histograms(self) -> dict[str, Histogram]:
+        self._check()
+        return {
+            "fsync_seconds": self._log.sync_seconds.histogram(),
+            "jobs_per_fsync": self._log.sync_jobs.histogram(),
+        }
+
+    def _vitals(self) -> Health:
+        try:
+            free: int | None = shutil.disk_usage(self._path).free
+        except OSError:
+            free = None
+        return Health(
+            state="open",
+            last_error="housekeeping waits for disk space" if self._short_of_space else None,
+            checkpoint_lag_bytes=self._unsaved_bytes,
+            disk_free_bytes=free,
+        )
+
+
+def _jobs(event: Event) -> int:
+    """How many jobs an event is about, for the histogram of jobs per sync."""
+    if type(event) is Enqueued:
+        return len(event.lengths)
+    return len(event.ids) if isinstance(event, Leased | Acked | Purged | Redriven) else 1
 
 
 class _TakenRun(NamedTuple):

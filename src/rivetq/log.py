@@ -27,6 +27,7 @@ import os
 import secrets
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ import attrs
 from crc32c import crc32c
 
 from .errors import DiskFullError
+from .histogram import Tally, doubling
 from .io import Disk, write_all
 from .record import ALIGN, HEADER_BYTES, encode_frame, frame_bytes
 from .segment import Header, SegmentFile, corrupt, encode_header, segment_id, segment_name
@@ -120,6 +122,9 @@ class Log:
         self._mark_fd = -1
         self._files: dict[int, SegmentFile] = {}  # open segments by id
         self.records = self.syncs = self.bytes_written = 0
+        self.jobs = 0  # in all records so far; counted by the engine
+        self._jobs_synced = 0
+        self.sync_seconds, self.sync_jobs = Tally(doubling(50e-6, 16)), Tally(doubling(1, 14))
 
     # Room; the engine's lock is held unless it says otherwise
 
@@ -410,12 +415,13 @@ class Log:
         """Write the buffer and wait until it is on disk; the last durable lsn. One caller at a time (see group)."""
         with self._write_lock:
             self._write_buffer()
-            file, lsn = self._file, self.written_lsn
+            file, lsn, jobs = self._file, self.written_lsn, self.jobs
             assert file is not None
         if lsn > self.durable_lsn:
             if self._syncing:
                 raise OSError("an earlier sync of the log failed")
             self._syncing = threading.get_ident()
+            started = time.perf_counter()
             done: list[None] = []
             try:
                 # One C call from the system call to the note of its success: a KeyboardInterrupt that waited for the
@@ -427,6 +433,9 @@ class Log:
                     self.syncs += 1
                     self.durable_lsn = max(self.durable_lsn, lsn)
             self._write_mark()
+            self.sync_seconds.observe(time.perf_counter() - started)
+            self.sync_jobs.observe(jobs - self._jobs_synced)
+            self._jobs_synced = jobs
         return self.durable_lsn
 
     def open_mark(self) -> None:

@@ -20,6 +20,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, assert_never
 
+import attrs
+
 from .entry import DEAD, LEASED, READY, SCHEDULED, STATES, Entry, Spec
 from .events import (
     Acked,
@@ -41,7 +43,7 @@ from .events import (
     SegmentsDropped,
 )
 from .keys import Key, Keys
-from .model import QueueStats
+from .model import Deliveries, QueueStats
 from .ratelimit import TokenBucket
 from .run import PAYLOAD_BYTES, RUN_JOBS, Columns, Run
 from .state import (
@@ -226,14 +228,17 @@ class Machine:
             case Retried():
                 if (entry := self._known(event.id)) is not None:
                     entry.last_error = event.error
+                    entry.queue.retried += 1
                     self._wait(entry, event.due_ms, now_ms)
             case Released():
                 if (entry := self._known(event.id)) is not None:
+                    entry.queue.released += 1
                     entry.attempts = event.attempts
                     self._wait(entry, event.due_ms, now_ms)
             case Buried():
                 if (entry := self._known(event.id)) is not None:
                     self._leave(entry)
+                    entry.queue.buried += 1
                     entry.last_error = event.error
                     entry.died_at_ms = event.died_at_ms
                     self._enter(entry, DEAD)
@@ -872,6 +877,7 @@ class Machine:
         for queue in self.queues.values():
             limit = queue.config.rate_limit
             queue.bucket = None if limit is None else TokenBucket(limit, now_ms)
+            queue.start_tallies()
         self.advance(now_ms)
 
     # Looking
@@ -912,9 +918,26 @@ class Machine:
                 break
         return ids, attempts, visibilities
 
+    def tally_expired(self, events: Sequence[Event]) -> None:
+        """These retries and deaths, just applied, were not an answer's."""
+        for event in events:
+            if isinstance(event, Retried | Buried) and (entry := self.jobs.get(event.id)) is not None:
+                entry.queue.expired += 1
+
+    def deliveries(self, name: str | None) -> Deliveries:
+        """What became of the deliveries of one queue, or of all together."""
+        each = [attrs.astuple(queue.deliveries()) for queue in self._named(name)]
+        return Deliveries(*map(sum, zip(*each, strict=True))) if each else Deliveries()
+
+    def _named(self, name: str | None) -> list[Queue]:
+        """One queue, if there is such a one, or all."""
+        if name is None:
+            return list(self.queues.values())
+        return [self.queues[name]] if name in self.queues else []
+
     def stats(self, name: str | None, now_ms: int) -> QueueStats:
         """Counts of one queue, or of all together."""
-        queues = [q for q in self.queues.values() if name is None] or [q for q in [self.queues.get(name or "")] if q]
+        queues = self._named(name)
         ages = [now_ms - at for queue in queues if (at := self._oldest_ready_ms(queue)) is not None]
         ready, scheduled, leased, dead = (sum(q.counts[state] for q in queues) for state in range(len(STATES)))
         return QueueStats(

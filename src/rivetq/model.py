@@ -224,6 +224,40 @@ class QueueStats:
     """Seconds since the `enqueued_at` of the oldest ready job; None if no job is ready."""
 
 
+@attrs.frozen
+class Deliveries:
+    """What became of deliveries since the broker was opened; from 0 at each opening."""
+
+    leased: int = 0
+    nacked: int = 0
+    """Ended by an answer as failed: nack or reject."""
+    released: int = 0
+    expired: int = 0
+    """Ended at their deadline, or because their owner was gone at the opening."""
+    dead: int = 0
+    """Made a dead letter, in whatever way."""
+    rate_limited: int = 0
+    """Calls that a rate limit refused a job: an enqueue with RateLimitedError, a lease with nothing."""
+
+
+@attrs.frozen(kw_only=True)
+class Health:
+    """Whether a broker serves, and what may soon be short."""
+
+    state: Literal["open", "closed", "failed", "forked"]
+    last_error: str | None = None
+    """Why it failed; while it is open, what housekeeping could not do last (a full disk, say)."""
+    checkpoint_lag_bytes: int = 0
+    """Log that an opening after a crash would replay."""
+    disk_free_bytes: int | None = None
+    """What is left for this user where the directory is; None without files."""
+
+    @property
+    def is_well(self) -> bool:
+        """Open, and nothing went wrong lately."""
+        return self.state == "open" and self.last_error is None
+
+
 @attrs.frozen(kw_only=True)
 class Job:
     """A job as it is now: a snapshot, not a handle."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import attrs
 
 from .entry import DEAD, LEASED, READY, SCHEDULED
-from .model import QueueConfig
+from .model import Deliveries, QueueConfig
 from .ratelimit import TokenBucket
 from .run import Run
 from .window import Window
@@ -22,8 +22,9 @@ class Queue:
     """One queue: its configuration, its jobs by state, its totals."""
 
     __slots__ = (
-        "acked", "bucket", "cancelled", "config", "counts", "dead", "enqueued", "leased", "name", "number", "purged",
-        "ready", "scheduled", "ttl_ms", "visibility_ms",
+        "acked", "bucket", "buried", "cancelled", "config", "counts", "dead", "enqueued", "expired", "leased",
+        "limited", "name", "number", "purged", "ready", "released", "retried", "scheduled", "started",
+        "ttl_ms", "visibility_ms",
     )  # fmt: skip
 
     def __init__(self, number: int, name: str) -> None:
@@ -36,6 +37,10 @@ class Queue:
         self.leased: set[int] = set()
         self.counts = [0, 0, 0, 0]  # jobs by state
         self.enqueued = self.acked = self.cancelled = self.purged = 0
+        # Tallies since the opening, no part of the state: ended deliveries by kind, refusals of the rate limit, and
+        # (leased, acked) at the start.
+        self.retried = self.released = self.buried = self.expired = self.limited = 0
+        self.started = (0, 0)
         self.bucket: TokenBucket | None = None
         self.configure(QueueConfig(), 0)
 
@@ -47,6 +52,24 @@ class Queue:
         self.config = config
         self.visibility_ms = round(config.visibility_timeout * 1000)
         self.ttl_ms = round(config.idempotency_ttl * 1000)
+
+    def start_tallies(self) -> None:
+        """What was replayed does not count."""
+        self.retried = self.released = self.buried = self.expired = self.limited = 0
+        self.started = (self.counts[LEASED], self.acked)
+
+    def deliveries(self) -> Deliveries:
+        """Every delivery ended in one of these ways or is held."""
+        held, acked = self.counts[LEASED] - self.started[0], self.acked - self.started[1]
+        failed = self.retried + self.buried
+        return Deliveries(
+            leased=held + acked + failed + self.released,
+            nacked=failed - self.expired,
+            released=self.released,
+            expired=self.expired,
+            dead=self.buried,
+            rate_limited=self.limited,
+        )
 
     def occupied(self) -> int:
         """Jobs that count against max_jobs: dead letters do not."""

@@ -42,6 +42,7 @@ import rivetq
 from rivetq import (
     Broker,
     BrokerClosedError,
+    Deliveries,
     DuplicateJobError,
     Job,
     JobNotFoundError,
@@ -777,6 +778,91 @@ def test_close_ends_a_waiting_lease_with_an_error(broker: Broker) -> None:
                 future.result(_PATIENCE)
 
 
+# -- Waiting without a thread ------------------------------------------------------------------------------------------
+
+
+class _Told:
+    """What `lease_soon` told, and how often."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[list[Lease] | None, BaseException | None]] = []
+
+    def __call__(self, leases: list[Lease] | None, error: BaseException | None) -> None:
+        self.answers.append((leases, error))
+
+    def leases(self) -> list[Lease]:
+        _eventually(lambda: bool(self.answers))
+        ((leases, error),) = self.answers
+        assert error is None
+        assert leases is not None
+        return leases
+
+    def ids(self) -> list[int]:
+        return [lease.id for lease in self.leases()]
+
+
+def test_lease_soon_tells_the_jobs_that_are_there(broker: Broker) -> None:
+    ids = [broker.enqueue("q", b"") for _ in range(3)]
+    told = _Told()
+    waiting = broker.lease_soon("q", 2, told)
+    assert told.ids() == ids[:2]
+    assert not waiting.cancel()
+    assert broker.stats("q").leased == 2
+
+
+def test_a_lease_of_lease_soon_is_like_any_other(broker: Broker) -> None:
+    broker.enqueue("q", {"n": 1}, headers={"a": "b"})
+    told = _Told()
+    broker.lease_soon(["p", "q"], 1, told, visibility_timeout=7)
+    (lease,) = told.leases()
+    assert (lease.json(), lease.attempt, dict(lease.headers)) == ({"n": 1}, 1, {"a": "b"})
+    _assert_about(broker, (lease.deadline - lease.enqueued_at).total_seconds(), 7)
+    lease.ack()
+
+
+@pytest.mark.parametrize("prepare", list(_WAKERS.values()), ids=list(_WAKERS))
+def test_lease_soon_is_told_after_whatever_makes_a_job_ready(broker: Broker, prepare: _Waker) -> None:
+    wake = prepare(broker)
+    told = _Told()
+    broker.lease_soon("q", 1, told)
+    assert told.answers == []
+    wake()
+    (job_id,) = told.ids()
+    assert [(job.id, job.state) for job in broker.jobs("q")] == [(job_id, "leased")]
+
+
+def test_a_cancelled_lease_soon_takes_no_job_and_tells_nobody(broker: Broker) -> None:
+    cancelled, other = _Told(), _Told()
+    waiting = broker.lease_soon("q", 1, cancelled)
+    broker.lease_soon("q", 1, other)
+    assert waiting.cancel()
+    assert not waiting.cancel()
+    job_id = broker.enqueue("q", b"")
+    assert other.ids() == [job_id]
+    assert cancelled.answers == []
+
+
+def test_close_tells_lease_soon_an_error_once(broker: Broker) -> None:
+    told = _Told()
+    waiting = broker.lease_soon("q", 1, told)
+    broker.close()
+    _eventually(lambda: bool(told.answers))
+    ((leases, error),) = told.answers
+    assert leases is None
+    assert isinstance(error, BrokerClosedError)
+    assert not waiting.cancel()
+
+
+def test_who_waits_in_a_thread_and_who_waits_without_get_each_job_once(broker: Broker) -> None:
+    told = [_Told() for _ in range(3)]
+    for each in told:
+        broker.lease_soon("q", 1, each)
+    with _waiting(broker) as future:
+        ids = [broker.enqueue("q", b"") for _ in range(4)]
+        got = [*(each.ids()[0] for each in told), _woken(future).id]
+    assert sorted(got) == ids
+
+
 # -- Answers -----------------------------------------------------------------------------------------------------------
 
 
@@ -909,6 +995,22 @@ def test_after_an_extend_both_the_old_and_the_new_value_answer(broker: Broker, w
     assert broker.lease("q") is None
     (old if which == "old" else new).ack()
     assert broker.get(old.id) is None
+
+
+def test_extend_many_is_extend_for_each(broker: Broker) -> None:
+    leases = [_lease_new(broker, queue) for queue in ("a", "b")]
+    for lease, deadline in zip(leases, broker.extend_many(leases, 100), strict=True):
+        _assert_about(broker, (deadline - lease.enqueued_at).total_seconds(), 100)
+        assert broker.extend(lease, 0).deadline == deadline
+
+
+def test_extend_many_with_one_lost_lease_extends_none_and_says_which(broker: Broker) -> None:
+    leases = [_lease_new(broker, visibility_timeout=100) for _ in range(3)]
+    leases[1].ack()
+    with _refuses(broker, LeaseLostError) as caught:
+        broker.extend_many(leases, 1000)
+    assert caught.value.job_id == leases[1].id
+    assert broker.extend(leases[0], 0).deadline == leases[0].deadline
 
 
 _Answer = Callable[[Broker, Any], object]
@@ -2126,12 +2228,52 @@ def _with(broker: Broker, lease: Lease) -> None:
         pass
 
 
+def test_deliveries_count_what_became_of_each(broker: Broker) -> None:
+    for end in (Lease.ack, Lease.nack, Lease.release, Lease.reject):
+        end(_lease_new(broker))
+        broker.purge("q")
+    _lease_new(broker, visibility_timeout=0.1, max_attempts=1)
+    _pass_time(broker, 0.2)
+    _eventually(lambda: broker.stats("q").dead == 1)
+    _lease_new(broker)
+    broker.enqueue("other", b"")
+    broker.lease("other")
+    found = broker.deliveries("q")
+    assert found == Deliveries(leased=6, nacked=2, released=1, expired=1, dead=2, rate_limited=0)
+    assert broker.deliveries().leased == 7
+    assert broker.deliveries("unknown") == Deliveries()
+
+
+def test_deliveries_count_what_a_rate_limit_refused(broker: Broker) -> None:
+    broker.configure_queue("in", rate_limit=RateLimit(per_second=0.001, burst=1, on="enqueue"))
+    broker.configure_queue("out", rate_limit=RateLimit(per_second=0.001, burst=1))
+    broker.enqueue("in", b"")
+    with pytest.raises(RateLimitedError):
+        broker.enqueue("in", b"")
+    broker.enqueue_many("out", [b"", b""])
+    assert broker.lease("out") is not None
+    assert broker.lease("out") is None
+    assert [broker.deliveries(queue).rate_limited for queue in ("in", "out")] == [1, 1]
+
+
+def test_health_tells_the_state_and_never_raises(broker: Broker) -> None:
+    assert broker.health().is_well
+    broker.close()
+    found = broker.health()
+    assert (found.state, found.last_error, found.is_well) == ("closed", None, False)
+
+
 _CALLS: dict[str, Callable[[Broker, Lease], object]] = {
     "enqueue": lambda broker, lease: broker.enqueue("q", b""),
     "enqueue_many": lambda broker, lease: broker.enqueue_many("q", [b""]),
     "lease": lambda broker, lease: broker.lease("q"),
     "lease that waits": lambda broker, lease: broker.lease("q", wait=_PATIENCE),
     "lease_many": lambda broker, lease: broker.lease_many("q", 1),
+    "lease_soon": lambda broker, lease: broker.lease_soon("q", 1, _Told()),
+    "extend_many": lambda broker, lease: broker.extend_many([lease], 1),
+    "deliveries": lambda broker, lease: broker.deliveries(),
+    "metrics": lambda broker, lease: broker.metrics(),
+    "histograms": lambda broker, lease: broker.histograms(),
     **_ANSWERS,
     "lease.ack": lambda broker, lease: lease.ack(),
     "lease.nack": lambda broker, lease: lease.nack(),

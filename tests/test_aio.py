@@ -1,0 +1,258 @@
+"""What is particular to asyncio: no thread a call, cancelling, durability before the answer, leases without end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inside import inside
+
+from rivetq import Broker, BrokerClosedError, BrokerFailedError, LeaseLostError, UsageError
+from rivetq.aio import AsyncBroker
+
+
+def test_calls_at_the_same_time_share_their_syncs_and_one_thread(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with AsyncBroker(tmp_path / "data") as broker:
+            await broker.enqueue("q", b"first")  # the threads that there will be are there
+            threads, before = threading.active_count(), (await broker.metrics())["fsyncs"]
+            ids = await asyncio.gather(*(broker.enqueue("q", b"") for _ in range(400)))
+            assert sorted(ids) == list(range(2, 402))
+            leases = await broker.lease_many("q", 400)
+            await asyncio.gather(*(lease.ack() for lease in leases))
+            assert threading.active_count() <= threads + 1  # + 1: `metrics` above took one
+            assert (await broker.metrics())["fsyncs"] - before < 80
+
+    asyncio.run(main())
+
+
+def test_an_answer_is_awaited_until_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with AsyncBroker(tmp_path / "data") as broker:
+            disk, may_sync = inside(broker.broker)._disk, threading.Event()
+            sync = disk.fdatasync
+
+            def slow(fd: int) -> None:
+                may_sync.wait(20)
+                sync(fd)
+
+            monkeypatch.setattr(disk, "fdatasync", slow, raising=False)
+            enqueued = asyncio.create_task(broker.enqueue("q", b""))
+            leased = asyncio.create_task(broker.lease("q", wait=20))
+            await asyncio.sleep(0.1)
+            assert not enqueued.done()
+            assert not leased.done()  # a power cut could still take the job back
+            assert inside(broker.broker)._log.durable_lsn < inside(broker.broker)._last_lsn()
+            may_sync.set()
+            lease = await leased
+            assert lease is not None
+            assert lease.id == await enqueued
+
+    asyncio.run(main())
+
+
+def test_a_failed_sync_reaches_everybody_who_awaits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with AsyncBroker(tmp_path / "data") as broker:
+            may_fail = threading.Event()
+
+            def fails(fd: int) -> None:
+                may_fail.wait(20)
+                raise OSError("no disk")
+
+            monkeypatch.setattr(inside(broker.broker)._disk, "fdatasync", fails, raising=False)
+            calls = (broker.enqueue("q", b""), broker.enqueue("q", b""), broker.lease("p", wait=None))
+            asyncio.get_running_loop().call_later(0.1, may_fail.set)
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(answer) for answer in answers] == [BrokerFailedError] * 3
+            assert all(isinstance(a, BrokerFailedError) and a.outcome == "unknown" for a in answers[:2])
+            assert (await broker.health()).state == "failed"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cancelling_a_waiting_lease_loses_no_job(tmp_path: Path, seed: int) -> None:
+    random_ = random.Random(seed)
+
+    async def impatient(broker: AsyncBroker, got: list[int]) -> None:
+        while True:
+            taking = asyncio.create_task(broker.lease("q", wait=None))
+            for _ in range(random_.randrange(6)):
+                await asyncio.sleep(random_.choice([0, 0, 0.001, 0.003]))
+            taking.cancel()
+            await asyncio.wait([taking])
+            if taking.cancelled():
+                continue
+            lease = taking.result()
+            assert lease is not None
+            assert lease.attempt == 1  # whoever gave it back had it for nothing
+            await lease.ack()
+            got.append(lease.id)
+
+    async def main() -> None:
+        got: list[int] = []
+        async with AsyncBroker(tmp_path / "data") as broker:
+            tasks = [asyncio.create_task(impatient(broker, got)) for _ in range(8)]
+            ids: list[int] = []
+            for _ in range(100):
+                ids.append(await broker.enqueue("q", b""))
+                await asyncio.sleep(0)
+            deadline = asyncio.get_running_loop().time() + 30
+            while len(got) < len(ids) and asyncio.get_running_loop().time() < deadline:
+                await asyncio.sleep(0.01)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            assert sorted(got) == ids
+            stats = await broker.stats("q")
+            assert (stats.acked, stats.ready, stats.leased) == (100, 0, 0)
+
+    asyncio.run(main())
+
+
+def test_leases_without_end_wait_for_more_and_leave_no_job_held() -> None:
+    async def main() -> None:
+        async with AsyncBroker(":memory:") as broker:
+            await broker.enqueue_many("q", [0, 1])
+
+            async def more() -> None:
+                await asyncio.sleep(0.05)
+                await broker.enqueue_many("q", [2, 3])
+
+            adding = asyncio.create_task(more())
+            got = []
+            async for lease in broker.leases("q"):
+                async with lease:
+                    got.append(lease.json())
+                if len(got) == 3:
+                    break
+            await adding
+            assert got == [0, 1, 2]
+            stats = await broker.stats("q")
+            assert (stats.ready, stats.leased, stats.acked) == (1, 0, 3)
+
+    asyncio.run(main())
+
+
+def test_a_lease_waits_as_long_as_it_is_told() -> None:
+    async def main() -> None:
+        async with AsyncBroker(":memory:") as broker:
+            started = asyncio.get_running_loop().time()
+            assert await broker.lease("q", wait=0.1) is None
+            assert asyncio.get_running_loop().time() - started >= 0.1
+            assert await broker.lease("q") is None
+
+    asyncio.run(main())
+
+
+def test_a_block_that_is_cancelled_is_a_failed_attempt() -> None:
+    async def main() -> None:
+        async with AsyncBroker(":memory:") as broker:
+            job_id = await broker.enqueue("q", b"")
+
+            async def work() -> None:
+                async for lease in broker.leases("q"):
+                    async with lease:
+                        await asyncio.sleep(60)
+
+            task = asyncio.create_task(work())
+            while not (await broker.stats("q")).leased:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            job = await broker.get(job_id)
+            assert job is not None
+            assert (job.attempts, job.last_error) == (1, "CancelledError: ")
+
+    asyncio.run(main())
+
+
+def test_close_ends_what_waits_and_refuses_what_comes_later() -> None:
+    async def main() -> None:
+        broker = await AsyncBroker.open(":memory:")
+        waiting = asyncio.create_task(broker.lease("q", wait=None))
+        await asyncio.sleep(0.01)
+        await broker.close()
+        await broker.close()
+        for call in (waiting, broker.enqueue("q", b""), broker.stats()):
+            with pytest.raises(BrokerClosedError):
+                await call
+        assert (await broker.health()).state == "closed"
+
+    asyncio.run(main())
+
+
+def test_a_broker_that_was_given_open_stays_open() -> None:
+    async def main(broker: Broker) -> None:
+        async with AsyncBroker(broker) as mine:
+            await mine.enqueue("q", b"")
+
+    with Broker(":memory:") as broker:
+        asyncio.run(main(broker))
+        asyncio.run(main(broker))  # in another loop
+        assert broker.stats("q").ready == 2
+
+
+def test_a_broker_that_is_not_open_says_so() -> None:
+    async def main() -> None:
+        broker = AsyncBroker(":memory:")
+        with pytest.raises(UsageError, match="not open"):
+            await broker.enqueue("q", b"")
+        await broker.close()
+
+    asyncio.run(main())
+
+
+def test_an_opening_that_is_cancelled_frees_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+    opened = Broker.__init__
+
+    def slow(self: Broker, *args: Any, **kwargs: Any) -> None:
+        begun.set()
+        may_go_on.wait(20)
+        opened(self, *args, **kwargs)
+
+    async def main() -> None:
+        monkeypatch.setattr(Broker, "__init__", slow)
+        opening = asyncio.create_task(AsyncBroker.open(tmp_path / "data"))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        may_go_on.set()
+        monkeypatch.undo()
+
+    asyncio.run(main())
+    for thread in threading.enumerate():
+        if thread.name in ("rivetq-close", "rivetq-aio_0"):
+            thread.join(20)
+    with Broker(tmp_path / "data") as broker:
+        assert broker.stats().enqueued == 0
+
+
+def test_a_transaction_is_all_or_nothing_and_a_lost_fence_says_so() -> None:
+    async def main() -> None:
+        async with AsyncBroker(":memory:") as broker:
+            await broker.enqueue("in", b"")
+            lease = await broker.lease("in")
+            assert lease is not None
+            with pytest.raises(ZeroDivisionError):
+                async with broker.transaction() as tx:
+                    await tx.ack(lease)
+                    raise ZeroDivisionError
+            async with broker.transaction() as tx:
+                await tx.ack(lease)
+                first = await tx.enqueue("out", b"")
+                assert list(await tx.enqueue_many("out", [b"", b""])) == [first + 1, first + 2]
+            assert ((await broker.stats("in")).acked, (await broker.stats("out")).ready) == (1, 3)
+            with pytest.raises(LeaseLostError):
+                await broker.ack(lease)
+
+    asyncio.run(main())

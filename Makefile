@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types coverage wheel bench bench-full crash sweeps rot planted clean
+.PHONY: demo test check format lint types coverage wheel bench bench-full crash sweeps rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -68,6 +68,9 @@ sweeps: $(VENV)/ready ## what can go wrong at every place: SWEEPS="errors except
 
 planted: $(VENV)/ready ## plant twelve bugs, one at a time, and say which tests catch them
 	$(BIN)/python tests/planted.py
+
+workers: $(VENV)/ready ## tell a worker process under load to end, and kill one, CYCLES times each
+	$(BIN)/python -m pytest tests/test_worker_processes.py --cycles $(CYCLES) -s
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -22,6 +22,8 @@ FLOORS = [
     # public
     "arguments", "broker", "aio", "__init__", "tools", "__main__",
 ]  # fmt: skip
+EXTRAS = ["typedjson", "tasks", "pools", "worker"]
+"""Above the house: they import public names of `rivetq` and each other, and what their extra brings."""
 TESTING = {"testing/__init__", "testing/clock", "testing/disk", "testing/plugin", "testing/conformance"}
 PURE = set(FLOORS[FLOORS.index("backoff") : FLOORS.index("io")])
 DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}
@@ -47,7 +49,7 @@ def imports(path: Path) -> list[tuple[int, str]]:
 
 def test_every_file_has_its_floor() -> None:
     files = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")}
-    assert files == {*FLOORS, *TESTING}
+    assert files == {*FLOORS, *EXTRAS, *TESTING}
 
 
 def test_a_file_imports_only_from_the_floors_above_it() -> None:
@@ -55,6 +57,17 @@ def test_a_file_imports_only_from_the_floors_above_it() -> None:
         for level, module in imports(PACKAGE / f"{name}.py"):
             if level:
                 assert module in FLOORS[:number], f"{name} imports {module}, which is not above it"
+
+
+def test_an_extra_imports_public_names_and_extras_above_it() -> None:
+    for number, name in enumerate(EXTRAS):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.module in {*EXTRAS[:number], "aio"}, f"{name} imports {node.module}"
+            elif isinstance(node, ast.ImportFrom) and node.module == "rivetq":
+                private = {alias.name for alias in node.names} - set(rivetq.__all__)
+                assert not private, f"{name} imports {private}, which is not public"
 
 
 def test_the_testing_kit_imports_public_files_only() -> None:

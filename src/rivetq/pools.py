@@ -1,0 +1,501 @@
+"""Where handlers run: threads, child processes, an event loop. One shape for all three.
+
+A pool is given deliveries and tells each one's ending to `done`, in whatever thread it happens. It knows no broker:
+what an ending means for the job is the worker's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, Literal, Protocol
+
+import attrs
+
+from rivetq import Duration, Lease, RivetQError
+
+from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, running
+
+logger = logging.getLogger("rivetq.worker")
+
+TIME_LIMIT = "time limit exceeded"
+SHUTDOWN = "the worker is shutting down"
+END_S = 5.0
+"""How long a child or a thread of a pool gets to end when it has nothing to do; then it is killed or left behind."""
+
+
+@attrs.frozen
+class Ending:
+    """How a delivery ended, and so what becomes of its job."""
+
+    verb: Literal["ack", "nack", "release", "reject"]
+    error: str | None = None
+    delay: Duration | None = None
+
+
+ACK = Ending("ack")
+GIVEN_BACK = Ending("release")
+
+
+class Delivery:
+    """A leased job on its way through a pool."""
+
+    __slots__ = (
+        "args", "ending", "job", "kwargs", "lease", "pool", "renew_at", "seconds", "started_at", "task", "visibility",
+    )  # fmt: skip
+
+    def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any], pool: Pool) -> None:
+        self.lease = lease
+        self.task = task
+        self.args = args
+        self.kwargs = kwargs
+        self.pool = pool
+        self.job = CurrentJob(lease, task.name)
+        self.started_at: float | None = None  # monotonic
+        self.seconds = 0.0  # that the handler ran
+        self.ending: Ending | None = None
+        self.visibility = 0.0  # seconds that its lease is extended by
+        self.renew_at = 0.0  # monotonic
+
+
+class Pool(Protocol):
+    """Something that runs handlers."""
+
+    slots: int
+    """Handlers at a time."""
+
+    def start(self) -> None: ...
+    def submit(self, deliveries: Sequence[Delivery]) -> None: ...
+
+    def cancel(self, delivery: Delivery) -> None:
+        """The job was told to stop (`CurrentJob.cancel`): whatever more can be done here."""
+        ...
+
+    def take_back(self) -> list[Delivery]:
+        """Those that have not begun; they never will."""
+        ...
+
+    def stop(self) -> None:
+        """Nothing comes any more. Ends what runs if that can be ended; returns in a bounded time."""
+        ...
+
+
+Done = Callable[[Delivery], None]
+
+
+def ending_of(error: BaseException) -> Ending:
+    """What an exception of a handler means."""
+    match error:
+        case Retry():
+            return Ending("nack", str(error), error.delay)
+        case Snooze():
+            return Ending("release", None, error.delay)
+        case Reject():
+            return Ending("reject", str(error))
+        case _:
+            return Ending("nack", text_of(error))
+
+
+def text_of(error: BaseException) -> str:
+    """ "TypeName: message", whatever the message does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as trouble:
+        return f"{type(error).__name__}: (its text cannot be made: {type(trouble).__name__})"
+
+
+def _returned(value: Any) -> Ending:
+    return ending_of(value) if isinstance(value, Outcome) else ACK
+
+
+def run_here(delivery: Delivery, app: App) -> None:
+    """Run a sync handler in this thread; sets how it ended."""
+    started = time.perf_counter()
+    try:
+        with running(delivery.job, app.around_hooks):
+            value = delivery.task.function(*delivery.args, **delivery.kwargs)
+        delivery.ending = _returned(value) if value is not None else ACK
+    except BaseException as error:
+        delivery.ending = ending_of(error)
+        _log_failure(delivery, error)
+    delivery.seconds = time.perf_counter() - started
+
+
+def _log_failure(delivery: Delivery, error: BaseException) -> None:
+    if not isinstance(error, Outcome):
+        logger.warning(
+            "job %s: task %s failed in attempt %s: %s", delivery.lease.id, delivery.task.name, delivery.lease.attempt,
+            text_of(error), exc_info=error, extra=fields(delivery),
+        )  # fmt: skip
+
+
+def fields(delivery: Delivery) -> dict[str, Any]:
+    """What a log record says about a job, besides its text."""
+    lease = delivery.lease
+    return {"job_id": lease.id, "queue": lease.queue, "task": delivery.task.name, "attempt": lease.attempt}
+
+
+class ThreadPool:
+    """Handlers in threads of this process. They share the interpreter: one that computes holds up the others."""
+
+    def __init__(self, app: App, slots: int, done: Done) -> None:
+        self.slots = slots
+        self._app = app
+        self._done = done
+        self._waiting: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        # Daemons: a handler that never ends does not keep the program from ending.
+        for number in range(self.slots):
+            threading.Thread(target=self._run, name=f"rivetq-worker-{number}", daemon=True).start()
+
+    def submit(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            self._waiting.put(delivery)
+
+    def cancel(self, delivery: Delivery) -> None:
+        """A thread cannot be stopped from outside; its handler was told."""
+
+    def take_back(self) -> list[Delivery]:
+        return _drained(self._waiting)
+
+    def stop(self) -> None:
+        for _ in range(self.slots):
+            self._waiting.put(None)
+
+    def _run(self) -> None:
+        app, get, done = self._app, self._waiting.get, self._done
+        while (delivery := get()) is not None:
+            delivery.started_at = time.monotonic()
+            run_here(delivery, app)
+            done(delivery)
+
+
+def _drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
+    found: list[Delivery] = []
+    while True:
+        try:
+            delivery = waiting.get_nowait()
+        except queue.Empty:
+            return found
+        if delivery is not None:
+            found.append(delivery)
+
+
+class LoopPool:
+    """Async handlers, as tasks of one event loop in a thread of its own."""
+
+    def __init__(self, app: App, slots: int, done: Done) -> None:
+        self.slots = slots
+        self._app = app
+        self._done = done
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run_loop, name="rivetq-worker-loop", daemon=True)
+        self._waiting: deque[Delivery] = deque()
+        self._tasks: dict[Delivery, asyncio.Task[None]] = {}
+        self._unseen: deque[Sequence[Delivery]] = deque()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, deliveries: Sequence[Delivery]) -> None:
+        self._waiting.extend(deliveries)
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def cancel(self, delivery: Delivery) -> None:
+        def cancel() -> None:
+            task = self._tasks.get(delivery)
+            if task is not None:
+                task.cancel()
+
+        self._loop.call_soon_threadsafe(cancel)
+
+    def take_back(self) -> list[Delivery]:
+        found: list[Delivery] = []
+        while self._waiting:
+            try:
+                found.append(self._waiting.popleft())
+            except IndexError:  # the loop was quicker
+                break
+        return found
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+            self._thread.join(END_S)
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _end(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=END_S / 2)
+        self._loop.stop()
+
+    def _begin(self) -> None:
+        """Start as many as there is room for."""
+        tasks, waiting = self._tasks, self._waiting
+        while waiting and len(tasks) < self.slots:
+            try:
+                delivery = waiting.popleft()
+            except IndexError:  # they were taken back meanwhile
+                break
+            tasks[delivery] = self._loop.create_task(self._run(delivery))
+
+    async def _run(self, delivery: Delivery) -> None:
+        started = time.perf_counter()
+        delivery.started_at = time.monotonic()
+        job, task = delivery.job, delivery.task
+        limit = task.time_limit
+        try:
+            with running(job, self._app.around_hooks):
+                if limit is None:
+                    value = await task.function(*delivery.args, **delivery.kwargs)
+                else:
+                    async with asyncio.timeout(limit) as timer:
+                        value = await task.function(*delivery.args, **delivery.kwargs)
+            delivery.ending = ACK if value is None else _returned(value)
+        except BaseException as error:
+            if limit is not None and timer.expired():
+                job.cancel(TIME_LIMIT)
+                delivery.ending = Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s)")
+            else:
+                delivery.ending = ending_of(error)
+            if not isinstance(error, asyncio.CancelledError):
+                _log_failure(delivery, error)
+        delivery.seconds = time.perf_counter() - started
+        del self._tasks[delivery]
+        self._done(delivery)
+        if self._waiting:
+            self._begin()
+
+
+class ProcessPool:
+    """Handlers in child processes, one job at a time each; a thread here waits on each child.
+
+    Children are spawned, not forked: a fork would copy the locks of all threads as they are. A child imports the task
+    by the module and name of its function. When a child dies, its own job failed, and the next one gets a new child.
+
+    Args:
+        max_jobs: a child ends after so many and another takes its place.
+        max_memory: bytes that a child may occupy after a job; the next job gets another child.
+    """
+
+    def __init__(
+        self, app: App, slots: int, done: Done, *, max_jobs: int | None = None, max_memory: int | None = None
+    ) -> None:
+        self.slots = slots
+        self._app = app
+        self._done = done
+        self._max_jobs = max_jobs
+        self._max_memory = max_memory
+        self._waiting: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
+        self._running: dict[Delivery, _Child] = {}
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        for number in range(self.slots):
+            thread = threading.Thread(target=self._run, name=f"rivetq-child-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def submit(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            self._waiting.put(delivery)
+
+    def cancel(self, delivery: Delivery) -> None:
+        child = self._running.get(delivery)
+        if child is not None:
+            child.kill()
+
+    def take_back(self) -> list[Delivery]:
+        return _drained(self._waiting)
+
+    def stop(self) -> None:
+        for child in list(self._running.values()):
+            child.kill()
+        for _ in range(self.slots):
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join(END_S)
+
+    def _run(self) -> None:
+        child: _Child | None = None
+        while (delivery := self._waiting.get()) is not None:
+            delivery.started_at = time.monotonic()
+            started = time.perf_counter()
+            try:
+                if child is None or not child.is_alive():
+                    child = _Child(self._app)
+                self._running[delivery] = child
+                if delivery.job.cancelled:  # told before it could be killed
+                    child.kill()
+                delivery.ending = child.run(delivery)
+            except BaseException as error:
+                logger.exception("job %s: the process pool failed", delivery.lease.id, extra=fields(delivery))
+                delivery.ending = Ending("nack", f"{type(error).__name__}: {error}")
+            self._running.pop(delivery, None)
+            delivery.seconds = time.perf_counter() - started
+            if child is not None and child.is_spent(self._max_jobs, self._max_memory):
+                child.end()
+                child = None
+            self._done(delivery)
+        if child is not None:
+            child.end()
+
+
+class _Child:
+    """A child process, as seen from its thread in the parent."""
+
+    def __init__(self, app: App) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._app = app
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_child_main, args=(theirs,), name="rivetq-child", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._jobs = 0
+        self._memory = 0
+
+    def is_alive(self) -> bool:
+        return self._process.is_alive()
+
+    def is_spent(self, max_jobs: int | None, max_memory: int | None) -> bool:
+        return (
+            not self.is_alive()
+            or (max_jobs is not None and self._jobs >= max_jobs)
+            or (max_memory is not None and self._memory > max_memory)
+        )
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> None:
+        """It is idle: closing the pipe is enough."""
+        self._pipe.close()
+        self._process.join(END_S)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(END_S)
+
+    def run(self, delivery: Delivery) -> Ending:
+        limit = delivery.task.time_limit
+        until = None if limit is None else time.monotonic() + limit
+        job = delivery.job
+        try:
+            self._pipe.send((delivery.task, delivery.lease))
+            while True:
+                left = None if until is None else max(0, until - time.monotonic())
+                if not self._pipe.poll(left):
+                    job.cancel(TIME_LIMIT)
+                    self.kill()
+                    until = None  # the pipe ends now
+                    continue
+                kind, content = self._pipe.recv()
+                if kind == "put":
+                    self._pipe.send(self._put(*content))
+                    continue
+                self._jobs += 1
+                ending, self._memory = content
+                assert isinstance(ending, Ending)
+                return ending
+        except (EOFError, OSError):
+            self._process.join(END_S)
+            if job.reason == TIME_LIMIT:
+                return Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s), its process was killed")
+            if job.reason is not None:
+                return Ending("nack", job.reason)
+            code = self._process.exitcode
+            return Ending("nack", f"ChildDied: the process of the job ended with exit code {code}")
+
+    def _put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> tuple[bool, Any]:
+        try:
+            return True, list(self._app.broker.enqueue_many(queue_, payloads, **options))
+        except RivetQError as error:
+            return False, error
+
+
+# In the child
+
+
+def _child_main(pipe: Connection) -> None:
+    """Run jobs until the parent closes the pipe or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
+    remote = _Remote(pipe)
+    while True:
+        try:
+            task, lease = pipe.recv()
+        except (EOFError, OSError):
+            return
+        except BaseException as error:  # the task's module cannot be imported, say
+            logger.exception("a task cannot be imported")
+            pipe.send(("done", (Ending("nack", f"{type(error).__name__}: {error}"), memory_bytes())))
+            continue
+        task.app._remote = remote
+        pipe.send(("done", (_run_in_child(task, lease), memory_bytes())))
+
+
+def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
+    app = task.app
+    try:
+        found, args, kwargs = app.find(lease)
+        delivery = Delivery(lease, found, args, kwargs, None)  # type: ignore[arg-type]  # there is no pool here
+        run_here(delivery, app)
+        assert delivery.ending is not None
+        return delivery.ending
+    except BaseException as error:
+        return ending_of(error)
+
+
+class _Remote:
+    """The parent's broker, for `Task.enqueue`."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._lock = threading.Lock()  # one question at a time
+
+    def put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> Sequence[int]:
+        with self._lock:
+            self._pipe.send(("put", (queue_, payloads, options)))
+            done, answer = self._pipe.recv()
+        if not done:
+            raise answer
+        ids: Sequence[int] = answer
+        return ids
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def memory_bytes() -> int:
+    """Bytes that this process occupies now, or at most so far where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,593 @@
+"""Tasks: functions whose calls can be put into a queue and are made by a worker.
+
+>>> app = App(":memory:")
+>>> @app.task(queue="mail", priority=7)
+... def send(to: str, body: str = "hello") -> None:
+...     print("mail to", to)
+>>> send("ada@example.org")  # still just calls
+mail to ada@example.org
+>>> job_id = send.enqueue("bob@example.org", body="hi")
+>>> app.broker.get(job_id).json()
+{'args': ['bob@example.org'], 'kwargs': {'body': 'hi'}}
+>>> app.close()
+
+A job of a task is an ordinary job: the header ``rivetq-task`` names the task, the payload is the JSON of the arguments,
+so any program that can enqueue can call a task. `rivetq.worker` has what runs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from datetime import datetime, timedelta
+from types import EllipsisType, TracebackType
+from typing import Any, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, overload
+
+import attrs
+
+from rivetq import Broker, Duration, Lease, RetryPolicy, Transaction, UsageError
+
+from .typedjson import Codec, TypedJson, hints
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+TASK_HEADER = "rivetq-task"
+Pool = Literal["thread", "process"]
+Around = Callable[["CurrentJob"], AbstractContextManager[Any] | Iterator[Any]]
+
+
+# What a handler may end with
+
+
+class Outcome(Exception):  # it is no error, it is raised to get out of the handler
+    """What a handler raises, or returns, to say how its job ends."""
+
+
+class Retry(Outcome):
+    """The attempt failed: again by the retry policy, or after `delay` seconds; a dead letter at max_attempts."""
+
+    def __init__(self, delay: Duration | None = None, *, error: str | None = None) -> None:
+        super().__init__(delay, error)
+        if delay is not None:
+            _seconds(delay, "delay")
+        if error is not None and not isinstance(error, str):
+            raise UsageError(f"error: a str expected, got {error!r}")
+        self.delay = delay
+        self.error = error
+
+    def __str__(self) -> str:
+        return self.error or "the task asked for a retry"
+
+
+class Snooze(Outcome):
+    """Not now: again after `delay` seconds, and this attempt is not counted."""
+
+    def __init__(self, delay: Duration) -> None:
+        super().__init__(delay)
+        _seconds(delay, "delay")
+        self.delay = delay
+
+    def __str__(self) -> str:
+        return "the task asked to come later"
+
+
+class Reject(Outcome):
+    """It will never work: a dead letter now."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        if not isinstance(reason, str):
+            raise UsageError(f"reason: a str expected, got {reason!r}")
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+# The job that runs
+
+
+class CurrentJob:
+    """The job that a handler is running, and whether it should end early. See `current_job`."""
+
+    def __init__(self, lease: Lease, task: str) -> None:
+        self.lease = lease
+        self.task = task
+        """Name of the task."""
+        self.stopping = False
+        """The worker is shutting down: a handler that can end soon, or raise `Snooze`, should."""
+        self.reason: str | None = None
+        """Why it was cancelled."""
+        self._is_cancelled = False
+        self._cancelled: threading.Event | None = None  # made for the first who waits: most jobs need none
+
+    @property
+    def id(self) -> int:
+        return self.lease.id
+
+    @property
+    def queue(self) -> str:
+        return self.lease.queue
+
+    @property
+    def attempt(self) -> int:
+        """1 is the first delivery."""
+        return self.lease.attempt
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self.lease.headers
+
+    @property
+    def cancelled(self) -> bool:
+        """Stop as soon as you can: the lease was lost, somebody cancelled it, or its time limit is over.
+
+        A handler in a thread cannot be stopped from outside; one that runs for long should look here now and then.
+        """
+        return self._is_cancelled
+
+    def wait_cancelled(self, seconds: float | None = None) -> bool:
+        """Sleep for so long, but not longer than until it is cancelled; whether it is."""
+        if self._cancelled is None:
+            self._cancelled = threading.Event()
+        if self._is_cancelled:  # before there was an event to set
+            return True
+        return self._cancelled.wait(seconds)
+
+    def cancel(self, reason: str) -> None:
+        """For workers: tell the handler. The first reason stays."""
+        if not self._is_cancelled:
+            self.reason = reason
+            self._is_cancelled = True
+        if (event := self._cancelled) is not None:
+            event.set()
+
+
+_current: ContextVar[CurrentJob] = ContextVar("rivetq_current_job")
+
+
+def current_job() -> CurrentJob:
+    """The job that runs here; UsageError outside of a handler."""
+    try:
+        return _current.get()
+    except LookupError:
+        raise UsageError("current_job: no job runs here; it works in a handler that a worker called") from None
+
+
+@contextmanager
+def running(job: CurrentJob, around: Sequence[Callable[[CurrentJob], AbstractContextManager[Any]]]) -> Iterator[None]:
+    """For workers: `job` is the current one in this block, with the app's hooks around it."""
+    token = _current.set(job)
+    try:
+        if around:
+            with ExitStack() as stack:
+                for hook in around:
+                    stack.enter_context(hook(job))
+                yield
+        else:
+            yield
+    finally:
+        _current.reset(token)
+
+
+# Tasks
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """How the jobs of a task are enqueued and run. What is None is left to the queue."""
+
+    queue: str = "default"
+    priority: int = 5
+    retry: RetryPolicy | None = None
+    max_attempts: int | None = None
+    visibility_timeout: Duration | None = None
+    time_limit: Duration | None = None
+    idempotency_key: Callable[..., str | None] | str | None = None
+    pool: Pool = "thread"
+    delay: Duration = 0
+    eta: datetime | float | None = None
+    headers: Mapping[str, str] | None = None
+    on_duplicate: Literal["return", "raise"] = "return"
+    transaction: Transaction | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.pool not in ("thread", "process"):
+            raise UsageError(f"pool: 'thread' or 'process' expected, got {self.pool!r}")
+        if self.time_limit is not None and not _seconds(self.time_limit, "time_limit"):
+            raise UsageError("time_limit: above 0 seconds expected")
+        key = self.idempotency_key
+        if key is not None and not callable(key) and not isinstance(key, str):
+            raise UsageError(f"idempotency_key: a str or a callable expected, got {type(key).__name__}")
+
+
+@attrs.frozen
+class Call:
+    """One call of a task, not made yet: what `enqueue_many` takes."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+Arguments = Call | tuple[Any, ...] | Mapping[str, Any]
+
+
+class Task(Generic[P, R_co]):
+    """A function of an app. Calling it calls the function; `enqueue` puts the call into a queue."""
+
+    def __init__(self, app: App, name: str, function: Callable[P, R_co], options: Options) -> None:
+        self.app = app
+        self.name = name
+        self.function = function
+        self.opts = options
+        self.is_async = inspect.iscoroutinefunction(function)
+        limit = options.time_limit
+        self.time_limit = None if limit is None else _seconds(limit, "time_limit")
+        self._signature = inspect.signature(function)
+        self._plain = _plain_arguments(self._signature)
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<task {self.name!r} of queue {self.opts.queue!r}>"
+
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> int:
+        """Put a call into the queue; the job's id, once it is durable (in inline mode: once it has run).
+
+        Raises:
+            UsageError: the arguments do not fit the function, or the codec cannot say them.
+            DuplicateJobError, QueueFullError, RateLimitedError, DiskFullError: nothing was enqueued.
+        """
+        return self.app.put(self, [self.call(*args, **kwargs)])[0]
+
+    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> int:
+        """`enqueue` for asyncio: the event loop goes on while the disk is waited for."""
+        return (await self.app.aput(self, [self.call(*args, **kwargs)]))[0]
+
+    def enqueue_many(self, calls: Iterable[Arguments]) -> Sequence[int]:
+        """Put many calls into the queue, all or nothing, one record of the log; their ids in order.
+
+        Args:
+            calls: each is a tuple of positional arguments, a mapping of keyword arguments, or what `call` gives, whose
+                arguments a type checker checks.
+        """
+        return self.app.put(self, [self._checked(call) for call in calls])
+
+    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call:
+        """A call for `enqueue_many`. Raises UsageError if the arguments do not fit the function."""
+        self.bind(args, kwargs)
+        return Call(args, kwargs)
+
+    def options(
+        self,
+        *,
+        queue: str | EllipsisType = ...,
+        priority: int | EllipsisType = ...,
+        retry: RetryPolicy | EllipsisType | None = ...,
+        max_attempts: int | EllipsisType | None = ...,
+        visibility_timeout: Duration | EllipsisType | None = ...,
+        idempotency_key: Callable[P, str | None] | str | EllipsisType | None = ...,
+        delay: Duration | EllipsisType = ...,
+        eta: datetime | float | EllipsisType | None = ...,
+        headers: Mapping[str, str] | EllipsisType | None = ...,
+        on_duplicate: Literal["return", "raise"] | EllipsisType = ...,
+        transaction: Transaction | EllipsisType | None = ...,
+    ) -> Task[P, R_co]:
+        """The same task, enqueued otherwise: ``send.options(delay=60).enqueue("ada@example.org")``.
+
+        Args:
+            transaction: the call is enqueued in it, so it exists when its block ends, or never.
+            idempotency_key: a key, or a function of the task's arguments that gives one.
+
+        The others are those of `Broker.enqueue`.
+        """
+        given = {
+            "queue": queue, "priority": priority, "retry": retry, "max_attempts": max_attempts,
+            "visibility_timeout": visibility_timeout, "idempotency_key": idempotency_key, "delay": delay, "eta": eta,
+            "headers": headers, "on_duplicate": on_duplicate, "transaction": transaction,
+        }  # fmt: skip
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not ...}
+        return Task(self.app, self.name, self.function, attrs.evolve(self.opts, **changes))
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Raise UsageError if these are no arguments of the function."""
+        if not kwargs and self._plain[0] <= len(args) <= self._plain[1]:
+            return  # the signature's own answer takes as long as all else of a short job
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"task {self.name!r}: the arguments do not fit {self._signature}: {error}") from error
+
+    def key(self, call: Call) -> str | None:
+        """The idempotency key of a call."""
+        key = self.opts.idempotency_key
+        return key(*call.args, **call.kwargs) if callable(key) else key
+
+    def _checked(self, call: object) -> Call:
+        if isinstance(call, tuple):
+            call = Call(call, {})
+        elif isinstance(call, Mapping):
+            call = Call((), call)
+        elif not isinstance(call, Call):
+            raise UsageError(f"enqueue_many: tuples, mappings or {self.name}.call(...) expected, got {call!r}")
+        self.bind(call.args, call.kwargs)
+        return call
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _find, (self.function.__module__, self.function.__qualname__)
+
+
+def _plain_arguments(signature: inspect.Signature) -> tuple[int, int]:
+    """How many arguments, at least and at most, fit if all of them are positional; (1, 0): ask the signature."""
+    least = most = 0
+    for parameter in signature.parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            return 1, 0
+        most += 1
+        least += parameter.default is parameter.empty
+    return least, most
+
+
+def _find(module: str, name: str) -> Any:
+    """A task by the place of its function, in another process."""
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+class MakesTask(Protocol):
+    """What ``app.task(...)`` gives: it makes a task of a function and keeps the types of its arguments."""
+
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+
+class Remote(Protocol):
+    """The broker of an app in the child of a process pool: calls go to the parent."""
+
+    def put(self, queue: str, payloads: list[bytes], options: dict[str, Any]) -> Sequence[int]: ...
+
+
+class App:
+    """Tasks, and the broker that keeps their jobs.
+
+    Args:
+        broker: an open Broker, which stays yours to close; or the path of one, which is opened when it is first needed,
+            so that importing a module with an app touches no file.
+        codec: how arguments become bytes; None: `TypedJson`.
+        options: those of `Broker`, for a path.
+    """
+
+    def __init__(self, broker: Broker | str | os.PathLike[str], *, codec: Codec | None = None, **options: Any) -> None:
+        if isinstance(broker, Broker) and options:
+            raise UsageError(f"{', '.join(options)}: options are for a path, this broker is open already")
+        self.codec = codec or TypedJson()
+        self.tasks: dict[str, Task[..., Any]] = {}
+        """By name."""
+        self.around_hooks: list[Callable[[CurrentJob], AbstractContextManager[Any]]] = []
+        self._path = broker
+        self._options = options
+        self._lock = threading.RLock()  # guards the opening of the broker
+        self._broker: Broker | None = broker if isinstance(broker, Broker) else None
+        self._async: Any = None
+        self._remote: Remote | None = None
+        self._runner: Callable[[int], None] | None = None
+        self._unhinted: list[Task[..., Any]] = []  # tasks whose annotations the codec has not seen
+
+    def __repr__(self) -> str:
+        return f"App({self._path!r})"
+
+    @property
+    def broker(self) -> Broker:
+        """The broker, opened now if it was not. Raises what `Broker` raises."""
+        found = self._broker
+        if found is None:
+            if self._remote is not None:
+                raise UsageError(
+                    "the broker belongs to the worker's own process; in a process pool a handler can enqueue tasks, "
+                    "and nothing else"
+                )
+            with self._lock:
+                if self._broker is None:
+                    assert not isinstance(self._path, Broker)
+                    self._broker = Broker(self._path, **self._options)
+                found = self._broker
+        return found
+
+    def close(self) -> None:
+        """Close the broker, unless it was given open. May be repeated; the next use of a path opens it again."""
+        with self._lock:
+            if self._broker is not None and not isinstance(self._path, Broker):
+                self._broker.close()
+                self._broker = self._async = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+    @overload
+    def task(
+        self,
+        function: None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        priority: int = 5,
+        retry: RetryPolicy | None = None,
+        max_attempts: int | None = None,
+        visibility_timeout: Duration | None = None,
+        time_limit: Duration | None = None,
+        idempotency_key: Callable[..., str | None] | str | None = None,
+        pool: Pool = "thread",
+    ) -> MakesTask: ...
+
+    def task(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        priority: int = 5,
+        retry: RetryPolicy | None = None,
+        max_attempts: int | None = None,
+        visibility_timeout: Duration | None = None,
+        time_limit: Duration | None = None,
+        idempotency_key: Callable[..., str | None] | str | None = None,
+        pool: Pool = "thread",
+    ) -> Any:
+        """Make a function, sync or async, a task: ``@app.task`` or ``@app.task(queue="mail")``.
+
+        Args:
+            name: unique in the app, the function's own by default; jobs are found by it, so it must not change while
+                there are any.
+            queue, priority, retry, max_attempts, visibility_timeout: for its jobs, as in `Broker.enqueue`.
+            time_limit: seconds that one run may take. An async function is cancelled, a process is killed; a function
+                in a thread is told (`current_job().cancelled`) and cannot be stopped. The attempt failed.
+            idempotency_key: a function of the task's arguments that gives the key of a call, or None for none.
+            pool: where a sync function runs: "thread", or "process" for one that computes, or that must be killed when
+                it hangs. Async functions run in an event loop.
+
+        Raises:
+            UsageError: an option is wrong, or the app has a task of this name.
+        """
+        checked = Options(
+            queue=queue, priority=priority, retry=retry, max_attempts=max_attempts, idempotency_key=idempotency_key,
+            visibility_timeout=visibility_timeout, time_limit=time_limit, pool=pool,
+        )  # fmt: skip
+
+        def register(function: Callable[..., Any]) -> Task[..., Any]:
+            if inspect.iscoroutinefunction(function) and checked.pool == "process":
+                raise UsageError("pool: 'process' is for sync functions")
+            if checked.pool == "process" and "<locals>" in function.__qualname__:
+                raise UsageError("pool: 'process' is for functions of a module, which a child process can import")
+            task = Task(self, name or function.__name__, function, checked)
+            known = self.tasks.setdefault(task.name, task)
+            if known is not task:
+                raise UsageError(
+                    f"task {task.name!r}: {known.__module__} has one of this name; give it a name= of its own"
+                )
+            self._unhinted.append(task)
+            return task
+
+        return register if function is None else register(function)
+
+    def around(self, hook: Around) -> Around:
+        """Call a hook around each job: a generator function with one yield, or what gives a context manager.
+
+        It gets the `CurrentJob`, runs where the handler runs (in an event loop: in it, so it must not block), and sees
+        the handler's exception. What it raises fails the job. Hooks are entered in the order in which they came.
+
+        >>> app = App(":memory:")
+        >>> @app.around
+        ... def log(job):
+        ...     print("begin", job.task)
+        ...     yield
+        ...     print("end", job.task)
+        """
+        made: Any = contextmanager(hook) if inspect.isgeneratorfunction(hook) else hook
+        self.around_hooks.append(made)
+        return hook
+
+    def cancel(self, job_id: int) -> bool:
+        """Remove a waiting job, or tell one that runs in a worker of this app to stop; False if it is neither.
+
+        A running job whose handler stops is removed then. One whose handler goes on to its end is done.
+        """
+        return self.broker.cancel(job_id) or any(worker.cancel(job_id) for worker in list(self.workers))
+
+    @functools.cached_property
+    def workers(self) -> set[Any]:
+        """Workers that run now, in this process."""
+        return set()
+
+    # For tasks and workers
+
+    def find(self, lease: Lease) -> tuple[Task[..., Any], list[Any], dict[str, Any]]:
+        """The call that a job is. Raises Reject if there is no such task, or its arguments do not fit."""
+        name = lease.headers.get(TASK_HEADER)
+        if name is None:
+            raise Reject(f"no task: the job has no header {TASK_HEADER!r}, so it was not enqueued by a task")
+        task = self.tasks.get(name)
+        if task is None:
+            raise Reject(f"unknown task {name!r}: this app has {', '.join(sorted(self.tasks)) or 'no tasks'}")
+        try:
+            content = self._known_codec().loads(lease.payload)
+            if not isinstance(content, dict) or not content.keys() <= {"args", "kwargs"}:
+                raise UsageError("an object with args and kwargs expected")
+            args, kwargs = content.get("args", []), content.get("kwargs", {})
+            if not isinstance(args, list) or not isinstance(kwargs, dict):
+                raise UsageError("args: a list, and kwargs: an object expected")
+            task.bind(args, kwargs)
+        except UsageError as error:
+            raise Reject(f"task {name!r} cannot be called: {error}") from error
+        return task, args, kwargs
+
+    def put(self, task: Task[..., Any], calls: Sequence[Call]) -> Sequence[int]:
+        """Enqueue calls of a task; their ids."""
+        payloads, options = self._prepared(task, calls)
+        if self._remote is not None:
+            return self._remote.put(task.opts.queue, payloads, options)
+        ids = (task.opts.transaction or self.broker).enqueue_many(task.opts.queue, payloads, **options)
+        if self._runner is not None:
+            for job_id in ids:
+                self._runner(job_id)
+        return ids
+
+    async def aput(self, task: Task[..., Any], calls: Sequence[Call]) -> Sequence[int]:
+        """`put`, awaited."""
+        if self._remote is not None or self._runner is not None or task.opts.transaction is not None:
+            return self.put(task, calls)
+        from .aio import AsyncBroker
+
+        if self._async is None:
+            self._async = AsyncBroker(self.broker)
+        payloads, options = self._prepared(task, calls)
+        ids: Sequence[int] = await self._async.enqueue_many(task.opts.queue, payloads, **options)
+        return ids
+
+    def _prepared(self, task: Task[..., Any], calls: Sequence[Call]) -> tuple[list[bytes], dict[str, Any]]:
+        codec, opts = self._known_codec(), task.opts
+        payloads = [codec.dumps({"args": list(call.args), "kwargs": dict(call.kwargs)}) for call in calls]
+        options: dict[str, Any] = {
+            "priority": opts.priority, "delay": opts.delay, "eta": opts.eta, "retry": opts.retry,
+            "headers": {**(opts.headers or {}), TASK_HEADER: task.name}, "max_attempts": opts.max_attempts,
+            "visibility_timeout": opts.visibility_timeout, "on_duplicate": opts.on_duplicate,
+        }  # fmt: skip
+        if opts.idempotency_key is not None:
+            options["idempotency_keys"] = [task.key(call) for call in calls]
+        return payloads, options
+
+    def _known_codec(self) -> Codec:
+        """The codec, once it knows the classes of all tasks. Not before: annotations may name what comes later."""
+        while self._unhinted:
+            if isinstance(self.codec, TypedJson):
+                self.codec.register_annotations(hints(self._unhinted[-1].function))
+            self._unhinted.pop()
+        return self.codec
+
+
+def _seconds(value: Duration, name: str) -> float:
+    """Seconds of a duration. Raises UsageError."""
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e10:
+        raise UsageError(f"{name}: seconds or a timedelta expected, got {value!r}")
+    return float(seconds)

@@ -1,0 +1,220 @@
+"""Arguments of tasks as bytes, and back: JSON, with a tag where JSON has no word for a type.
+
+Plain values look like plain JSON, so that any other program can read and write a job. What JSON cannot say becomes an
+object with one key that begins with a dollar, as in ``{"$datetime": "2026-01-01T00:00:00+00:00"}``. Nothing of a
+payload is ever executed: a dataclass or attrs class comes back only if the application named it, as an annotation of a
+task's argument or by `register`. (With pickle whoever can write into the queue can run code in the worker.)
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import enum
+import json
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any, Protocol
+from uuid import UUID
+
+import attrs
+
+from rivetq import UsageError
+
+_ESCAPE = "$object"
+_CLASS = "$class"
+
+
+class Codec(Protocol):
+    """Turns the arguments of a call into bytes and back."""
+
+    def dumps(self, value: Any) -> bytes:
+        """Bytes of a value. Raises UsageError if it cannot say it."""
+        ...
+
+    def loads(self, data: bytes) -> Any:
+        """The value again. Raises UsageError if the bytes are not what `dumps` makes."""
+        ...
+
+
+class TypedJson:
+    """The codec in use unless an `App` is given another.
+
+    It knows what JSON knows, and bytes, datetime, date, time, timedelta, UUID, Decimal, enums, dataclasses and attrs
+    classes; the last three once they are registered. A tuple comes back as a list. Keys of mappings must be str.
+    """
+
+    def __init__(self) -> None:
+        self._classes: dict[str, type] = {}
+
+    def register(self, *classes: type) -> None:
+        """Let dataclasses, attrs classes and enums pass, and those that their fields are annotated with."""
+        for each in classes:
+            if not _is_record(each) and not _is_enum(each):
+                raise UsageError(f"register: a dataclass, an attrs class or an enum expected, got {each!r}")
+            name = _name(each)
+            if self._classes.get(name) is each:
+                continue
+            self._classes[name] = each
+            if not _is_enum(each):
+                self.register_annotations(hints(each))
+
+    def register_annotations(self, annotations: Iterable[Any]) -> None:
+        """Register all classes that these annotations mention, at whatever depth."""
+        for annotation in annotations:
+            for each in _mentioned(annotation):
+                if _is_record(each) or _is_enum(each):
+                    self.register(each)
+
+    def dumps(self, value: Any) -> bytes:
+        """See `Codec.dumps`."""
+        try:
+            return json.dumps(self._plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"arguments: JSON cannot say them ({error})") from error
+
+    def loads(self, data: bytes) -> Any:
+        """See `Codec.loads`."""
+        try:
+            return self._value(json.loads(data))
+        except UsageError:
+            raise
+        except Exception as error:  # the constructor of a user's class may raise anything
+            raise UsageError(f"arguments: these {len(data)} bytes cannot be read ({error})") from error
+
+    def _plain(self, value: Any) -> Any:
+        kind = type(value)
+        if kind in _AS_IT_IS or value is None:
+            return value
+        if kind is list or kind is tuple:
+            return [self._plain(item) for item in value]
+        if kind is dict:
+            return self._plain_dict(value)
+        if kind in _TAGS:
+            tag, write = _TAGS[kind]
+            return {tag: write(value)}
+        return self._plain_instance(value)
+
+    def _plain_dict(self, value: Mapping[Any, Any]) -> Any:
+        for key in value:
+            if type(key) is not str:
+                raise TypeError(f"keys must be str, got {key!r}")
+        plain = {key: self._plain(item) for key, item in value.items()}
+        return {_ESCAPE: plain} if len(plain) == 1 and next(iter(plain)).startswith("$") else plain
+
+    def _plain_instance(self, value: Any) -> Any:
+        kind = type(value)
+        if not _is_record(kind) and not _is_enum(kind):
+            raise TypeError(f"no way to write a {kind.__module__}.{kind.__qualname__}")
+        name = _name(kind)
+        if self._classes.get(name) is not kind:
+            raise TypeError(
+                f"{name} is not known here: annotate the task's argument with it, or call app.codec.register(it)"
+            )
+        if _is_enum(kind):
+            return {_CLASS: [name, self._plain(value.value)]}
+        return {_CLASS: [name, {field: self._plain(getattr(value, field)) for field in _fields(kind)}]}
+
+    def _value(self, plain: Any) -> Any:
+        kind = type(plain)
+        if kind is list:
+            return [self._value(item) for item in plain]
+        if kind is not dict:
+            return plain
+        if len(plain) != 1:
+            return {key: self._value(item) for key, item in plain.items()}
+        ((tag, item),) = plain.items()
+        if not tag.startswith("$"):
+            return {tag: self._value(item)}
+        if tag == _ESCAPE:
+            return {key: self._value(each) for key, each in item.items()}
+        if tag == _CLASS:
+            return self._instance(*item)
+        if tag not in _READERS:
+            raise UsageError(f"arguments: unknown type {tag!r}; was this job written by a newer version?")
+        return _READERS[tag](item)
+
+    def _instance(self, name: str, content: Any) -> Any:
+        kind = self._classes.get(name)
+        if kind is None:
+            raise UsageError(
+                f"arguments: class {name!r} is not known here: annotate the task's argument with it, or call "
+                f"app.codec.register(it)"
+            )
+        if _is_enum(kind):
+            return kind(self._value(content))
+        fields = _fields(kind)
+        if set(content) != set(fields):
+            raise UsageError(f"arguments: {name} has the fields {sorted(fields)}, the job has {sorted(content)}")
+        values = {field: self._value(item) for field, item in content.items()}
+        made = kind(**{argument: values[field] for field, argument in fields.items() if argument is not None})
+        for field, argument in fields.items():
+            if argument is None:
+                object.__setattr__(made, field, values[field])
+        return made
+
+
+def _name(kind: type) -> str:
+    # In a spawned child the program's main module has another name.
+    module = "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
+    return f"{module}:{kind.__qualname__}"
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _is_record(kind: Any) -> bool:
+    return isinstance(kind, type) and (dataclasses.is_dataclass(kind) or attrs.has(kind))
+
+
+def _fields(kind: type) -> dict[str, str | None]:
+    """Names of the fields, each with its argument of the constructor, None if it has none."""
+    if attrs.has(kind):
+        return {field.name: field.alias if field.init else None for field in attrs.fields(kind)}
+    assert dataclasses.is_dataclass(kind)
+    return {field.name: field.name if field.init else None for field in dataclasses.fields(kind)}
+
+
+def hints(owner: Any) -> list[Any]:
+    """The annotations of a function or class; those that cannot be resolved (yet) are left out."""
+    try:
+        found: Mapping[str, Any] = typing.get_type_hints(owner)
+    except Exception:  # a name that exists for type checkers only, say: what a class's own error is nobody can tell
+        found = getattr(owner, "__annotations__", {})
+    return [annotation for annotation in found.values() if not isinstance(annotation, str)]
+
+
+def _mentioned(annotation: Any) -> list[type]:
+    """The classes in an annotation, such as those of ``list[Mail] | None``."""
+    parts = typing.get_args(annotation)
+    if not parts:
+        return [annotation] if isinstance(annotation, type) else []
+    return [each for part in parts for each in _mentioned(part)]
+
+
+def _seconds(value: Any) -> timedelta:
+    return timedelta(seconds=value[0], microseconds=value[1])
+
+
+_AS_IT_IS = {str, int, float, bool, type(None)}
+_TAGS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
+    datetime: ("$datetime", datetime.isoformat),
+    date: ("$date", date.isoformat),
+    time: ("$time", time.isoformat),
+    timedelta: ("$timedelta", lambda value: [value.days * 86_400 + value.seconds, value.microseconds]),
+    UUID: ("$uuid", str),
+    Decimal: ("$decimal", str),
+}
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "$bytes": lambda value: base64.b64decode(value, validate=True),
+    "$datetime": datetime.fromisoformat,
+    "$date": date.fromisoformat,
+    "$time": time.fromisoformat,
+    "$timedelta": _seconds,
+    "$uuid": UUID,
+    "$decimal": Decimal,
+}

@@ -1,0 +1,674 @@
+"""The worker: leases jobs in batches, runs their tasks in pools, and answers in batches.
+
+Three threads of its own, besides those of the pools::
+
+    fetcher   waits for room in the pools and for jobs; leases up to the room there is
+    settler   takes all endings that came meanwhile and answers them in one commit, so that one sync covers them
+    renewer   extends leases before they end; tells a handler that its lease was lost or its time is over
+
+So throughput is the broker's: a job costs no round trip of its own, and no handler waits for the disk.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import attrs
+
+from rivetq import (
+    Broker,
+    BrokerClosedError,
+    BrokerFailedError,
+    DiskFullError,
+    Lease,
+    LeaseLostError,
+    RivetQError,
+    UsageError,
+)
+
+from .pools import (
+    GIVEN_BACK,
+    SHUTDOWN,
+    TIME_LIMIT,
+    Delivery,
+    Ending,
+    LoopPool,
+    Pool,
+    ProcessPool,
+    ThreadPool,
+    fields,
+    memory_bytes,
+)
+from .tasks import App, Reject
+
+logger = logging.getLogger("rivetq.worker")
+
+LEASE_LOST = "the lease was lost"
+CANCELLED = "cancelled"
+PREFETCH_S = 0.02
+"""Jobs that are leased in advance, as the time that running them takes: enough to keep the pools busy while the next
+batch is leased, and so little that an urgent job does not wait for long."""
+PREFETCH_JOBS = 512
+"""And this many at most, for each pool."""
+RENEWALS = 3
+"""A lease is extended so often in its time: one extension may come late, and the next still saves it."""
+MARGIN_S = 2.0
+"""Of the grace time that is kept for giving back what still runs and closing, a fifth of it at most."""
+RETRY_S = 1.0
+"""After an answer that found the disk full."""
+
+
+@attrs.frozen(kw_only=True)
+class Concurrency:
+    """Handlers that run at a time, by kind."""
+
+    threads: int = 8
+    processes: int = attrs.field(factory=lambda: os.cpu_count() or 1)
+    tasks: int = 100
+    """Async handlers."""
+
+    @classmethod
+    def of(cls, value: Concurrency | Mapping[str, int] | int | None) -> Concurrency:
+        """A number is that of each kind, but for processes no more than there are processors."""
+        if value is None:
+            return cls()
+        if isinstance(value, Concurrency):
+            return value
+        if isinstance(value, Mapping):
+            unknown = value.keys() - {"threads", "processes", "tasks"}
+            if unknown:
+                raise UsageError(f"concurrency: threads, processes and tasks expected, got {sorted(unknown)}")
+            return cls(**{name: _count(number, f"concurrency[{name!r}]") for name, number in value.items()})
+        number = _count(value, "concurrency")
+        return cls(threads=number, processes=min(number, os.cpu_count() or 1), tasks=number)
+
+
+@attrs.frozen
+class Settled:
+    """A job that was run and answered: for metrics and logs."""
+
+    queue: str
+    task: str
+    ending: str
+    """ "ack", "nack", "release" or "reject"; "lost" if there was nothing to answer any more."""
+    seconds: float
+    """That the handler ran."""
+
+
+class Worker:
+    """Runs the jobs of an app's tasks.
+
+    `run` is for a process of its own: it ends by SIGTERM or SIGINT, in order. `start` and `stop` are for a worker
+    beside other work, in a web server say; it also works as a context manager.
+
+    Args:
+        app: whose tasks are run; its broker is opened.
+        queues: names in order of preference; or a mapping of names to weights, so that with work in all of them each
+            gets its share; None: those of the app's tasks, with equal weights.
+        concurrency: handlers at a time: an int, a `Concurrency`, or a mapping with threads, processes and tasks.
+        grace: seconds that running jobs get to end after a stop. What still runs then is given back with its attempt
+            refunded, if it can be stopped or not.
+        visibility_timeout: seconds that its leases last and are renewed for; None: as the job or its queue says.
+        prefetch: jobs leased in advance for each pool at most; 0: none.
+        max_jobs: stop in order after so many jobs; a supervisor begins another worker.
+        max_memory: stop in order when the process occupies more bytes than that after a job.
+        child_max_jobs, child_max_memory: the same for the children of the process pool, which the worker replaces.
+        on_settled: called with a `Settled` for each job, in a thread of the worker's; it must not wait.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        queues: Sequence[str] | Mapping[str, float] | None = None,
+        concurrency: Concurrency | Mapping[str, int] | int | None = None,
+        *,
+        grace: float = 30.0,
+        visibility_timeout: float | None = None,
+        prefetch: int = PREFETCH_JOBS,
+        max_jobs: int | None = None,
+        max_memory: int | None = None,
+        child_max_jobs: int | None = None,
+        child_max_memory: int | None = None,
+        on_settled: Callable[[Settled], None] | None = None,
+    ) -> None:
+        self.app = app
+        self.grace = _seconds(grace, "grace")
+        self._concurrency = Concurrency.of(concurrency)
+        self._visibility = None if visibility_timeout is None else _seconds(visibility_timeout, "visibility_timeout")
+        self._prefetch = _count(prefetch, "prefetch", least=0)
+        self._max_jobs = None if max_jobs is None else _count(max_jobs, "max_jobs")
+        self._max_memory = None if max_memory is None else _count(max_memory, "max_memory")
+        self._child_limits = {
+            "max_jobs": None if child_max_jobs is None else _count(child_max_jobs, "child_max_jobs"),
+            "max_memory": None if child_max_memory is None else _count(child_max_memory, "child_max_memory"),
+        }
+        self._order = _Order(_queues_of(app) if queues is None else queues)
+        self.on_settled: list[Callable[[Settled], None]] = [] if on_settled is None else [on_settled]
+        self.failure: BaseException | None = None
+        """Why it ended by itself: the broker failed or was closed."""
+        self._changed = threading.Condition()  # guards the pools' counts and the flags below
+        self._rooms: dict[str, _Room] = {}
+        self._kinds_of: dict[str, set[str]] = {}  # pools by queue
+        self._stopping = False
+        self._leased: tuple[list[Lease] | None, BaseException | None] | None = None  # what a waiting lease was told
+        self._started = False
+        self._ended = threading.Event()
+        self._wanted = threading.Event()  # somebody wants it to stop; set by signals too
+        self._stop_lock = threading.Lock()
+        self._held: dict[int, Delivery] = {}  # by job id: leased and not answered
+        self._endings: deque[Delivery] = deque()
+        self._poked = threading.Event()  # there are endings
+        self._settling = True
+        self._jobs = 0
+        self._renewer_poked = threading.Event()
+        self._shortest = math.inf  # visibility timeout, of those that are held
+        self._limits: list[tuple[float, int, Delivery]] = []  # heap of time limits in the thread pool
+        self._limits_lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._threads: list[threading.Thread] = []
+
+    # Beginning and ending
+
+    def run(self) -> int:
+        """Work until SIGTERM or SIGINT, or until a limit is reached; the exit status for a supervisor.
+
+        0: it ended in order, all jobs are done or given back; 1: the broker failed, see `failure`. A second signal ends
+        the grace time. The app is closed.
+        """
+        before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.start()
+            while not self._wanted.wait(3600):
+                pass
+            self.stop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.app.close()
+        return 0 if self.failure is None else 1
+
+    def _signalled(self, number: int, frame: FrameType | None) -> None:
+        if self._wanted.is_set():
+            self.grace = 0.0
+        self._wanted.set()
+
+    def start(self) -> None:
+        """Open the broker and begin to work, in threads. Raises what `Broker` raises."""
+        if self._started:
+            raise UsageError("a worker is started once; make another")
+        self._broker: Broker = self.app.broker
+        self._started = True
+        for kind in {_kind(task) for task in self.app.tasks.values()} or {"thread"}:
+            self._add_room(kind)
+        self.app.workers.add(self)
+        for name, target in (("fetch", self._fetch), ("settle", self._settle), ("renew", self._renew)):
+            thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self, grace: float | None = None) -> None:
+        """Lease no more, let run what runs for the grace time, give back the rest, end the threads. May be repeated."""
+        with self._stop_lock:
+            if not self._started or self._ended.is_set():
+                return
+            begun = time.monotonic()
+            if grace is not None:
+                self.grace = _seconds(grace, "grace")
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            self._threads[0].join()
+            for room in self._rooms.values():
+                for delivery in room.pool.take_back():
+                    delivery.ending = GIVEN_BACK
+                    self._end(delivery)
+            for delivery in list(self._held.values()):
+                delivery.job.stopping = True
+            self._wait_for_handlers(begun)
+            left = [delivery for delivery in list(self._held.values()) if delivery.ending is None]
+            for delivery in left:
+                delivery.job.cancel(SHUTDOWN)
+                delivery.pool.cancel(delivery)
+            for room in self._rooms.values():
+                room.pool.stop()
+            for delivery in left:
+                if delivery.ending is None:  # a thread that goes on; what it ends with nobody asks any more
+                    self._end(delivery)
+            self._settling = False
+            self._poked.set()
+            self._renewer_poked.set()
+            for thread in self._threads:
+                thread.join()
+            self.app.workers.discard(self)
+            self._ended.set()
+            self._wanted.set()
+
+    def _wait_for_handlers(self, begun: float) -> None:
+        """Until nothing runs or the grace time is over; a signal may shorten it."""
+        with self._changed:
+            while any(room.jobs for room in self._rooms.values()) and self.failure is None:
+                left = begun + self.grace - min(MARGIN_S, self.grace / 5) - time.monotonic()
+                if left <= 0:
+                    return
+                self._changed.wait(min(left, 0.5))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def cancel(self, job_id: int) -> bool:
+        """Tell the handler of a job that runs here to stop; False if none does. Its job goes when it stops."""
+        delivery = self._held.get(job_id)
+        if delivery is None or delivery.ending is not None:
+            return False
+        delivery.job.cancel(CANCELLED)
+        delivery.pool.cancel(delivery)
+        return True
+
+    @property
+    def running(self) -> int:
+        """Jobs that are leased and not answered yet."""
+        return len(self._held)
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        """A thread of the worker's: what ends it ends the worker."""
+        try:
+            target()
+        except BaseException as error:
+            self.failure = self.failure or error
+            if not isinstance(error, BrokerClosedError):
+                logger.exception("the worker cannot go on")
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            self._wanted.set()
+
+    # Fetching
+
+    def _fetch(self) -> None:
+        while True:
+            with self._changed:
+                while not self._stopping and not (open_queues := self._open_queues()):
+                    self._changed.wait()
+                if self._stopping:
+                    return
+            leases: list[Lease] = []
+            # One call for the queues that share a pool: it takes as many jobs as that has room for.
+            names = self._order.next(list(open_queues))
+            while names and not leases:
+                room = open_queues[names[0]]
+                group = [name for name in names if open_queues[name] is room]
+                leases = self._broker.lease_many(group, room.free(), visibility_timeout=self._visibility)
+                names = [name for name in names if name not in group]
+            self._hand_out(leases or self._wait_for_leases(open_queues))
+
+    def _open_queues(self) -> dict[str, _Room]:
+        """Queues whose jobs there is room for, each with the fullest of the pools in which they run."""
+        # Caller holds self._changed.
+        found = {}
+        for name in self._order.names:
+            room = min((self._rooms[kind] for kind in self._kinds(name)), key=_Room.free)
+            if room.is_wanting():
+                found[name] = room
+        return found
+
+    def _kinds(self, queue: str) -> set[str]:
+        """Where the tasks of a queue run."""
+        found = self._kinds_of.get(queue)
+        if found is None:
+            own = {_kind(task) for task in self.app.tasks.values() if task.opts.queue == queue}
+            found = self._kinds_of[queue] = own or set(self._rooms)
+        return found
+
+    def _wait_for_leases(self, queues: dict[str, _Room]) -> list[Lease]:
+        """Until there is a job, or none is wanted any more, or another queue has room: then none."""
+        self._leased = None
+        least = min(room.free() for room in queues.values())
+        waiting = self._broker.lease_soon(list(queues), least, self._told, visibility_timeout=self._visibility)
+        with self._changed:
+            while self._leased is None and not self._stopping and len(self._open_queues()) == len(queues):
+                self._changed.wait()
+        if self._leased is None and waiting.cancel():
+            return []
+        with self._changed:
+            while self._leased is None:
+                self._changed.wait()
+            leases, error = self._leased
+        if error is not None:
+            raise error
+        return leases or []
+
+    def _told(self, leases: list[Lease] | None, error: BaseException | None) -> None:
+        with self._changed:
+            self._leased = leases, error
+            self._changed.notify_all()
+
+    def _hand_out(self, leases: list[Lease]) -> None:
+        """Give each job to the pool of its task; what is no call of a task is answered at once."""
+        now_ms, now = self._broker.clock.wall_ms(), time.monotonic()
+        batches: dict[str, list[Delivery]] = {}
+        for lease in leases:
+            try:
+                task, args, kwargs = self.app.find(lease)
+            except Reject as error:
+                logger.error(
+                    "job %s is rejected: %s", lease.id, error, extra={"job_id": lease.id, "queue": lease.queue}
+                )
+                with suppress(LeaseLostError):
+                    self._broker.reject(lease, error=str(error))
+                continue
+            kind = _kind(task)
+            if kind not in self._rooms:  # the first such task of the app came after the start
+                self._add_room(kind)
+            delivery = Delivery(lease, task, args, kwargs, self._rooms[kind].pool)
+            seconds = lease.deadline.timestamp() - now_ms / 1000
+            delivery.visibility = seconds
+            delivery.renew_at = now + seconds / RENEWALS
+            if seconds < self._shortest:
+                self._shortest = seconds
+                self._renewer_poked.set()
+            self._held[lease.id] = delivery
+            if kind == "thread" and task.time_limit is not None:
+                self._watch_limit(delivery, now + task.time_limit)
+            batches.setdefault(kind, []).append(delivery)
+        for kind, batch in batches.items():
+            room = self._rooms[kind]
+            with self._changed:
+                room.jobs += len(batch)
+            room.pool.submit(batch)
+
+    def _add_room(self, kind: str) -> None:
+        many, done = self._concurrency, self._done
+        pool: Pool
+        if kind == "loop":
+            pool = LoopPool(self.app, many.tasks, done)
+        elif kind == "process":
+            pool = ProcessPool(self.app, many.processes, done, **self._child_limits)
+        else:
+            pool = ThreadPool(self.app, many.threads, done)
+        pool.start()
+        with self._changed:
+            self._rooms[kind] = _Room(pool, self._prefetch)
+            self._kinds_of.clear()
+
+    # What pools tell
+
+    def _done(self, delivery: Delivery) -> None:
+        """In a thread of a pool: the handler has ended."""
+        # No lock: with many short jobs every thread would wait for it, and for the interpreter, at each of them.
+        self._endings.append(delivery)
+        if not self._poked.is_set():
+            self._poked.set()
+
+    def _end(self, delivery: Delivery) -> None:
+        """An ending that no handler came to."""
+        delivery.ending = GIVEN_BACK
+        self._done(delivery)
+
+    # Settling
+
+    def _settle(self) -> None:
+        while True:
+            self._poked.wait()
+            self._poked.clear()
+            settling = self._settling  # first: what came before the end is answered
+            while self._endings:
+                self._answer([self._endings.popleft() for _ in range(len(self._endings))])
+            if not settling:
+                return
+
+    def _answer(self, batch: list[Delivery]) -> None:
+        """Answer all of them in one commit; what was lost meanwhile is left out."""
+        with self._changed:  # first, so that the next jobs are leased while this waits for the disk
+            for delivery in batch:
+                self._rooms[_kind(delivery.task)].ran(delivery.seconds)
+            if self._stopping or any(room.is_wanting() for room in self._rooms.values()):
+                self._changed.notify_all()
+        held = [delivery for delivery in batch if self._held.get(delivery.lease.id) is delivery]
+        while held:
+            try:
+                self._commit(held)
+                break
+            except LeaseLostError as error:
+                job_id = error.job_id
+                for delivery in held:
+                    if delivery.lease.id == job_id:
+                        self._note_lost(delivery)
+                held = [delivery for delivery in held if delivery.lease.id != job_id]
+            except DiskFullError:
+                logger.warning("no space to write down how %s jobs ended; again in %s s", len(held), RETRY_S)
+                time.sleep(RETRY_S)
+        cancelled = []
+        for delivery in held:
+            self._held.pop(delivery.lease.id, None)
+            if delivery.job.reason == CANCELLED and _ending(delivery).verb == "reject":
+                cancelled.append(delivery.lease.id)
+        for job_id in cancelled:
+            self._broker.cancel(job_id)  # it is a dead letter, and nobody wants it
+        for delivery in held:
+            self._tell(delivery, _ending(delivery).verb)
+        for delivery in batch:
+            if delivery not in held:
+                self._tell(delivery, "lost")
+        self._jobs += len(batch)
+        self._check_limits()
+
+    def _commit(self, held: list[Delivery]) -> None:
+        if all(_ending(delivery).verb == "ack" for delivery in held):
+            self._broker.ack_many([delivery.lease for delivery in held])
+            return
+        with self._broker.transaction() as tx:
+            tx.ack_many([delivery.lease for delivery in held if _ending(delivery).verb == "ack"])
+            for delivery in held:
+                ending, lease = _ending(delivery), delivery.lease
+                match ending.verb:
+                    case "nack":
+                        tx.nack(lease, error=ending.error, delay=ending.delay)
+                    case "release":
+                        tx.release(lease, delay=ending.delay or 0)
+                    case "reject":
+                        tx.reject(lease, error=ending.error)
+
+    def _note_lost(self, delivery: Delivery) -> None:
+        self._held.pop(delivery.lease.id, None)
+        logger.warning("job %s: %s", delivery.lease.id, LEASE_LOST, extra=fields(delivery))
+
+    def _tell(self, delivery: Delivery, ending: str) -> None:
+        for listener in self.on_settled:
+            try:
+                listener(Settled(delivery.lease.queue, delivery.task.name, ending, delivery.seconds))
+            except Exception:
+                logger.exception("a listener of the worker failed")
+
+    def _check_limits(self) -> None:
+        if (self._max_jobs is not None and self._jobs >= self._max_jobs) or (
+            self._max_memory is not None and memory_bytes() > self._max_memory
+        ):
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            self._wanted.set()
+
+    # Renewing
+
+    def _renew(self) -> None:
+        while self._settling:
+            self._renewer_poked.wait(self._pause_s())
+            self._renewer_poked.clear()
+            now = time.monotonic()
+            self._end_limits(now)
+            due: dict[float, list[Delivery]] = {}
+            shortest = math.inf
+            for delivery in list(self._held.values()):
+                shortest = min(shortest, delivery.visibility)
+                if delivery.renew_at <= now and delivery.ending is None:
+                    due.setdefault(delivery.visibility, []).append(delivery)
+            if not self._held:
+                self._shortest = shortest
+            for seconds, deliveries in due.items():
+                self._extend(deliveries, seconds)
+
+    def _pause_s(self) -> float | None:
+        """Until a lease may be due for renewal, or a time limit is over."""
+        pause = self._shortest / RENEWALS / 2
+        with self._limits_lock:
+            if self._limits:
+                pause = min(pause, max(0.0, self._limits[0][0] - time.monotonic()))
+        return None if pause == math.inf else max(0.005, pause)
+
+    def _extend(self, deliveries: list[Delivery], seconds: float) -> None:
+        while deliveries:
+            now = time.monotonic()
+            try:
+                self._broker.extend_many([delivery.lease for delivery in deliveries], seconds)
+            except LeaseLostError as error:
+                for delivery in [each for each in deliveries if each.lease.id == error.job_id]:
+                    deliveries.remove(delivery)
+                    if self._held.get(delivery.lease.id) is delivery and delivery.ending is None:
+                        self._note_lost(delivery)
+                        delivery.job.cancel(LEASE_LOST)
+                        delivery.pool.cancel(delivery)
+            except (BrokerClosedError, BrokerFailedError):
+                raise
+            except RivetQError as error:  # a full disk: the next turn tries it again
+                logger.warning("%s leases could not be renewed: %s", len(deliveries), error)
+                return
+            else:
+                for delivery in deliveries:
+                    delivery.renew_at = now + seconds / RENEWALS
+                return
+
+    def _watch_limit(self, delivery: Delivery, at: float) -> None:
+        with self._limits_lock:
+            heapq.heappush(self._limits, (at, next(self._numbers), delivery))
+            first = self._limits[0][2] is delivery
+        if first:
+            self._renewer_poked.set()
+
+    def _end_limits(self, now: float) -> None:
+        """Tell handlers in threads whose time is over."""
+        while True:
+            with self._limits_lock:
+                if not self._limits or self._limits[0][0] > now:
+                    return
+                delivery = heapq.heappop(self._limits)[2]
+            limit = delivery.task.time_limit
+            assert limit is not None
+            if delivery.ending is not None:
+                continue
+            if delivery.started_at is None or delivery.started_at + limit > now:  # it had to wait for its thread
+                self._watch_limit(delivery, (delivery.started_at or now) + limit)
+            else:
+                delivery.job.cancel(TIME_LIMIT)
+
+
+class _Room:
+    """A pool and how much it has to do. Guarded by the worker's condition."""
+
+    def __init__(self, pool: Pool, prefetch: int) -> None:
+        self.pool = pool
+        self.jobs = 0  # handed over and not ended
+        self._prefetch = prefetch
+        self._seconds: float | None = None  # that a handler runs, lately
+
+    def free(self) -> int:
+        """Jobs that may be leased now."""
+        return self.pool.slots + self._ahead() - self.jobs
+
+    def is_wanting(self) -> bool:
+        """It is worth a call to lease more."""
+        return self.jobs <= max(self.pool.slots - 1, (self.pool.slots + self._ahead()) // 2)
+
+    def ran(self, seconds: float) -> None:
+        self.jobs -= 1
+        known = self._seconds
+        self._seconds = seconds if known is None else 0.9 * known + 0.1 * seconds
+
+    def _ahead(self) -> int:
+        """Jobs beyond the slots: as many as they run in a moment."""
+        if self._seconds is None or not self._prefetch:
+            return 0
+        return min(self._prefetch, int(self.pool.slots * PREFETCH_S / max(self._seconds, 1e-6)))
+
+
+class _Order:
+    """In which order queues are asked."""
+
+    def __init__(self, queues: Sequence[str] | Mapping[str, float]) -> None:
+        if isinstance(queues, str) or not isinstance(queues, Sequence | Mapping):
+            raise UsageError(f"queues: a sequence of names or a mapping to weights expected, got {queues!r}")
+        self.names = list(queues)
+        self._weights: dict[str, float] | None = None
+        self._credit: dict[str, float] = dict.fromkeys(self.names, 0.0)
+        if isinstance(queues, Mapping):
+            self._weights = {name: _seconds(weight, f"queues[{name!r}]") for name, weight in queues.items()}
+            if not all(self._weights.values()):
+                raise UsageError("queues: weights above 0 expected")
+
+    def next(self, names: list[str]) -> list[str]:
+        """Those that have room, the one whose turn it is first.
+
+        With weights: a smooth weighted round robin, in which each turn a queue gains its weight, and the first pays all
+        of them.
+        """
+        weights = self._weights
+        if weights is None or len(names) < 2:
+            return names
+        credit = self._credit
+        for name in names:
+            credit[name] += weights[name]
+        names.sort(key=lambda name: -credit[name])
+        credit[names[0]] -= sum(weights[name] for name in names)
+        return names
+
+
+def _kind(task: Any) -> str:
+    """The pool of a task."""
+    kind: str = "loop" if task.is_async else task.opts.pool
+    return kind
+
+
+def _ending(delivery: Delivery) -> Ending:
+    """What becomes of the job, since its handler may have been told to stop."""
+    ending, reason = delivery.ending, delivery.job.reason
+    assert ending is not None
+    if reason is None or ending.verb == "ack":
+        return ending
+    if reason == SHUTDOWN:
+        return GIVEN_BACK
+    if reason == CANCELLED:
+        return Ending("reject", CANCELLED)
+    return ending
+
+
+def _queues_of(app: App) -> dict[str, float]:
+    return {task.opts.queue: 1.0 for task in app.tasks.values()} or {"default": 1.0}
+
+
+def _count(value: object, name: str, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name}: an int of at least {least} expected, got {value!r}")
+    return value
+
+
+def _seconds(value: object, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e10:
+        raise UsageError(f"{name}: a number of at least 0 expected, got {value!r}")
+    return float(value)

@@ -1,0 +1,321 @@
+"""Tasks: what a call becomes in the queue, what is refused, and that calling still just calls."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import inspect
+import pickle
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rivetq import Broker, BrokerLockedError, DuplicateJobError, RetryPolicy, UsageError
+from rivetq.tasks import App, Reject, current_job
+
+
+@dataclasses.dataclass(frozen=True)
+class Mail:
+    to: str
+    at: datetime
+
+
+module_app = App(":memory:")
+
+
+@module_app.task
+def of_a_module(n: int) -> int:
+    return n + 1
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    with App(":memory:") as app:
+        yield app
+
+
+def find(app: App, job_id: int, queue: str = "default") -> Any:
+    lease = app.broker.lease(queue)
+    assert lease is not None
+    assert lease.id == job_id
+    return app.find(lease)
+
+
+def test_calling_a_task_calls_the_function(app: App) -> None:
+    @app.task(queue="q")
+    def add(a: int, b: int = 2) -> int:
+        "Adds."
+        return a + b
+
+    @app.task
+    async def later(a: int) -> int:
+        return a
+
+    assert add(1) == 3
+    assert asyncio.run(later(4)) == 4
+    assert app.broker.queues() == []
+    assert (add.__name__, add.__doc__, list(inspect.signature(add).parameters)) == ("add", "Adds.", ["a", "b"])
+
+
+def test_enqueue_puts_the_call_into_the_queue_of_the_task(app: App) -> None:
+    @app.task(
+        queue="mail", priority=8, retry=RetryPolicy(max_attempts=3), visibility_timeout=7,
+        idempotency_key=lambda to, body: to,
+    )  # fmt: skip
+    def send(to: str, body: str) -> None: ...
+
+    job_id = send.enqueue("ada", body="hi")
+    job = app.broker.get(job_id)
+    assert job is not None
+    assert (job.queue, job.priority, job.max_attempts, dict(job.headers)) == ("mail", 8, 3, {"rivetq-task": "send"})
+    assert job.json() == {"args": ["ada"], "kwargs": {"body": "hi"}}
+    assert app.broker.find("mail", "ada") == job_id
+    lease = app.broker.lease("mail")
+    assert lease is not None
+    assert 6 < (lease.deadline - lease.enqueued_at).total_seconds() < 10
+
+
+def test_arguments_come_back_as_they_were(app: App) -> None:
+    @app.task
+    def send(mail: Mail, *, copies: list[Mail] | None = None) -> None: ...
+
+    mail = Mail("ada", datetime(2026, 1, 2, tzinfo=UTC))
+    task, args, kwargs = find(app, send.enqueue(mail, copies=[mail]))
+    assert (task, args, kwargs) == (send, [mail], {"copies": [mail]})
+
+
+def test_annotations_may_name_what_the_module_defines_later(app: App) -> None:
+    @app.task
+    def later(value: Later) -> None: ...
+
+    assert find(app, later.enqueue(Later(1)))[1] == [Later(1)]
+
+
+@dataclasses.dataclass
+class Later:
+    n: int
+
+
+@pytest.mark.parametrize("calls", [[(1,), (2, 3)], [{"a": 1}, {"a": 2, "b": 3}], [(1,), {"a": 2, "b": 3}]])
+def test_enqueue_many_takes_tuples_mappings_and_calls(app: App, calls: list[Any]) -> None:
+    @app.task
+    def add(a: int, b: int = 0) -> int:
+        return a + b
+
+    ids = [*add.enqueue_many(calls), *add.enqueue_many([add.call(1), add.call(2, b=3)])]
+    leases = app.broker.lease_many("default", 10)
+    assert [lease.id for lease in leases] == ids
+    found = [app.find(lease) for lease in leases]
+    assert [add(*args, **kwargs) for _, args, kwargs in found] == [1, 5, 1, 5]
+
+
+@pytest.mark.parametrize("calls", [["ab"], [3], [()], [(1, 2, 3)], [(1,), {"x": 1}]])
+def test_enqueue_many_with_one_bad_call_enqueues_nothing(app: App, calls: list[Any]) -> None:
+    @app.task
+    def add(a: int, b: int = 0) -> int:
+        return a + b
+
+    with pytest.raises(UsageError):
+        add.enqueue_many(calls)
+    assert app.broker.stats().enqueued == 0
+
+
+def test_a_key_of_each_call_of_a_batch(app: App) -> None:
+    @app.task(idempotency_key=lambda n: f"k{n}" if n else None)
+    def task(n: int) -> None: ...
+
+    ids = task.enqueue_many([(1,), (1,), (0,), (0,)])
+    assert ids[0] == ids[1]
+    assert len(set(ids)) == 3
+
+
+def test_options_change_one_enqueue_and_not_the_task(app: App) -> None:
+    @app.task(queue="q", idempotency_key=lambda n: "same")
+    def task(n: int) -> None: ...
+
+    first = task.enqueue(1)
+    other = task.options(
+        queue="other", delay=60, priority=9, headers={"a": "b"}, idempotency_key=None, max_attempts=2
+    ).enqueue(2)
+    job = app.broker.get(other)
+    assert job is not None
+    assert (job.queue, job.state, job.priority, job.max_attempts) == ("other", "scheduled", 9, 2)
+    assert dict(job.headers) == {"a": "b", "rivetq-task": "task"}
+    assert task.enqueue(3) == first
+    with pytest.raises(DuplicateJobError):
+        task.options(on_duplicate="raise").enqueue(4)
+    assert task.options(idempotency_key=lambda n: f"n{n}").enqueue(4) == other + 1
+
+
+def test_a_call_in_a_transaction_exists_when_its_block_ends_or_never(app: App) -> None:
+    @app.task
+    def task(n: int) -> None: ...
+
+    with pytest.raises(ZeroDivisionError), app.broker.transaction() as tx:
+        task.options(transaction=tx).enqueue(1)
+        raise ZeroDivisionError
+    assert app.broker.stats().enqueued == 0
+    with app.broker.transaction() as tx:
+        job_id = task.options(transaction=tx).enqueue(1)
+        assert app.broker.get(job_id) is None
+    assert app.broker.get(job_id) is not None
+
+
+def test_aenqueue_is_enqueue_awaited(tmp_path: Path) -> None:
+    app = App(tmp_path / "data")
+
+    @app.task
+    def task(n: int) -> None: ...
+
+    async def main() -> list[int]:
+        return list(await asyncio.gather(*(task.aenqueue(n) for n in range(50))))
+
+    with app:
+        assert sorted(asyncio.run(main())) == list(range(1, 51))
+        assert sorted(asyncio.run(main())) == list(range(51, 101))  # in another loop
+        assert app.broker.stats().ready == 100
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2), {}), ((), {"b": 1}), ((1,), {"a": 1})])
+def test_arguments_that_do_not_fit_are_refused_at_the_enqueue(
+    app: App, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    @app.task
+    def task(a: int) -> None: ...
+
+    for enqueue in (task.enqueue, task.options(delay=1).enqueue, task.call):
+        with pytest.raises(UsageError, match="do not fit"):
+            enqueue(*args, **kwargs)
+    assert app.broker.stats().enqueued == 0
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, {1: 2}, lambda: None])
+def test_arguments_that_the_codec_cannot_say_are_refused(app: App, value: Any) -> None:
+    @app.task
+    def task(a: Any) -> None: ...
+
+    with pytest.raises(UsageError, match="arguments"):
+        task.enqueue(value)
+    assert app.broker.stats().enqueued == 0
+
+
+@pytest.mark.parametrize(
+    ("payload", "headers", "why"),
+    [
+        (b"{}", {}, "no header"),
+        (b"{}", {"rivetq-task": "other"}, "unknown task 'other'"),
+        (b"{", {"rivetq-task": "task"}, "cannot be read"),
+        (b"[]", {"rivetq-task": "task"}, "an object"),
+        (b'{"args": [], "more": 1}', {"rivetq-task": "task"}, "an object"),
+        (b'{"args": {}}', {"rivetq-task": "task"}, "a list"),
+        (b'{"args": [1, 2]}', {"rivetq-task": "task"}, "do not fit"),
+        (b'{"args": [{"$class": ["a:b", {}]}]}', {"rivetq-task": "task"}, "not known"),
+    ],
+)
+def test_what_is_no_call_of_a_task_is_rejected_with_the_reason(
+    app: App, payload: bytes, headers: dict[str, str], why: str
+) -> None:
+    @app.task
+    def task(a: int) -> None: ...
+
+    app.broker.enqueue("default", payload, headers=headers)
+    lease = app.broker.lease("default")
+    assert lease is not None
+    with pytest.raises(Reject, match=why):
+        app.find(lease)
+
+
+def test_a_program_without_rivetq_can_write_a_call_as_plain_json(app: App) -> None:
+    @app.task
+    def task(a: int, b: list[int]) -> None: ...
+
+    job_id = app.broker.enqueue("default", {"kwargs": {"a": 1, "b": [2]}}, headers={"rivetq-task": "task"})
+    assert find(app, job_id) == (task, [], {"a": 1, "b": [2]})
+
+
+def test_a_codec_of_your_own_is_used_both_ways() -> None:
+    class Pickle:
+        def dumps(self, value: Any) -> bytes:
+            return pickle.dumps(value)
+
+        def loads(self, data: bytes) -> Any:
+            return pickle.loads(data)
+
+    with App(":memory:", codec=Pickle()) as app:
+
+        @app.task
+        def task(a: Any) -> None: ...
+
+        assert find(app, task.enqueue({1, 2}))[1] == [{1, 2}]
+
+
+def test_two_tasks_of_one_name_are_refused(app: App) -> None:
+    def task() -> None: ...
+
+    app.task(task)
+    with pytest.raises(UsageError, match="task 'task'"):
+        app.task(task)
+    assert app.task(name="other")(task).name == "other"
+    assert sorted(app.tasks) == ["other", "task"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"pool": "fork"}, {"time_limit": 0}, {"time_limit": -1}, {"time_limit": "1"}, {"idempotency_key": 7}],
+)
+def test_a_task_with_a_bad_option_is_refused(app: App, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        app.task(**options)(of_a_module.function)
+    assert app.tasks == {}
+
+
+def test_a_task_for_the_process_pool_is_a_sync_function_of_a_module(app: App) -> None:
+    async def asynchronous() -> None: ...
+
+    for function in (asynchronous, lambda: None):
+        with pytest.raises(UsageError, match="'process'"):
+            app.task(pool="process")(function)
+
+
+def test_the_broker_of_a_path_is_opened_at_its_first_use_and_closed_with_the_app(tmp_path: Path) -> None:
+    app = App(tmp_path / "data", fsync="never")
+    assert not (tmp_path / "data").exists()
+    assert app.broker is app.broker
+    with pytest.raises(BrokerLockedError):
+        Broker(tmp_path / "data")
+    app.close()
+    app.close()
+    Broker(tmp_path / "data").close()
+    assert app.broker.stats().enqueued == 0  # open again
+    app.close()
+
+
+def test_a_broker_that_was_given_open_stays_open() -> None:
+    with Broker(":memory:") as broker:
+        with App(broker) as app:
+            assert app.broker is broker
+        assert broker.health().state == "open"
+        with pytest.raises(UsageError, match="fsync"):
+            App(broker, fsync="never")
+
+
+def test_a_task_of_a_module_is_pickled_by_its_place() -> None:
+    assert pickle.loads(pickle.dumps(of_a_module)) is of_a_module
+
+
+def test_current_job_is_of_handlers_only() -> None:
+    with pytest.raises(UsageError, match="no job runs here"):
+        current_job()
+
+
+def test_cancel_removes_a_job_that_waits(app: App) -> None:
+    @app.task
+    def task() -> None: ...
+
+    job_id = task.enqueue()
+    assert app.cancel(job_id)
+    assert not app.cancel(job_id)
+    assert app.broker.get(job_id) is None

@@ -1,0 +1,144 @@
+"""Arguments as bytes and back: plain JSON stays plain, tagged types come back as they were, nothing else passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rivetq import UsageError
+from rivetq.typedjson import TypedJson
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    town: str
+    since: date | None = None
+    full: str = dataclasses.field(init=False, default="?")
+
+
+@attrs.define
+class Person:
+    name: str
+    _secret: bytes
+    homes: list[Address] = attrs.Factory(list)
+    colour: Colour | None = None
+
+
+class Plain:
+    pass
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["$bytes", "$object", "$class"]), inner)
+    ),
+)
+tagged = (
+    st.binary()
+    | st.datetimes(timezones=st.just(UTC) | st.none())
+    | st.dates()
+    | st.times()
+    | st.timedeltas()
+    | st.uuids()
+    | st.decimals(allow_nan=False)
+)
+
+
+@given(plain)
+def test_what_json_knows_comes_back_even_if_it_looks_like_a_tag(value: object) -> None:
+    codec = TypedJson()
+    assert codec.loads(codec.dumps(value)) == value
+
+
+@given(st.lists(tagged) | st.dictionaries(st.text(), tagged))
+def test_tagged_types_come_back_as_they_were(value: Any) -> None:
+    codec = TypedJson()
+    again = codec.loads(codec.dumps(value))
+    assert again == value
+    if isinstance(value, list):
+        assert [type(item) for item in again] == [type(item) for item in value]
+
+
+def test_plain_values_are_plain_json() -> None:
+    value = {"a": [1, 2.5, "é", None, True], "b": {"c": {}}}
+    assert json.loads(TypedJson().dumps(value)) == value
+
+
+def test_the_words_of_the_format() -> None:
+    """A change here cannot read the jobs that wait in the directories of users."""
+    codec = TypedJson()
+    codec.register(Person)
+    person = Person("Ada", b"\x00", [Address("Paris", date(2026, 1, 2))], Colour.RED)
+    assert codec.dumps(person).decode() == (
+        '{"$class":["test_typedjson:Person",{"name":"Ada","_secret":{"$bytes":"AA=="},"homes":'
+        '[{"$class":["test_typedjson:Address",{"town":"Paris","since":{"$date":"2026-01-02"},"full":"?"}]}],'
+        '"colour":{"$class":["test_typedjson:Colour","red"]}}]}'
+    ).replace("test_typedjson", __name__)
+    values = [
+        (datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), '{"$datetime":"2026-01-02T03:04:05+00:00"}'),
+        (time(3, 4), '{"$time":"03:04:00"}'),
+        (timedelta(days=-1, microseconds=5), '{"$timedelta":[-86400,5]}'),
+        (UUID(int=1), '{"$uuid":"00000000-0000-0000-0000-000000000001"}'),
+        (Decimal("1.20"), '{"$decimal":"1.20"}'),
+        ({"$uuid": "x"}, '{"$object":{"$uuid":"x"}}'),
+    ]
+    for value, text in values:
+        assert codec.dumps(value).decode() == text
+        assert codec.loads(text.encode()) == value
+
+
+def test_registered_classes_come_back_with_what_their_fields_are_annotated_with() -> None:
+    codec = TypedJson()
+    codec.register(Person)
+    person = Person("Ada", b"\x00", [Address("Paris", date(2026, 1, 2)), Address("Rome")], Colour.RED)
+    object.__setattr__(person.homes[0], "full", "set later")
+    assert codec.loads(codec.dumps([person])) == [person]
+
+
+def test_annotations_register_the_classes_that_they_mention_at_any_depth() -> None:
+    codec = TypedJson()
+    codec.register_annotations([dict[str, list[Address | None]], int, "a name"])
+    assert codec.loads(codec.dumps(Address("Rome"))) == Address("Rome")
+
+
+@pytest.mark.parametrize("value", [Plain(), Address("Rome"), Colour.RED, {1: 2}, float("nan"), {"a", "b"}, "\ud800"])
+def test_what_it_cannot_say_is_refused(value: object) -> None:
+    with pytest.raises(UsageError, match="arguments: "):
+        TypedJson().dumps(value)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"{", b"\xff", b'{"$later": 1}', b'{"$uuid": "x"}', b'{"$uuid": 7}', b'{"$decimal": "x"}',
+        b'{"$class": ["os:system", {"command": "x"}]}', b'{"$class": 7}', b'{"$object": 7}', b'{"$bytes": "%"}',
+        b'{"$class": ["test_typedjson:Address", {"town": "Rome"}]}', b'{"$timedelta": [1]}',
+        b'{"$class": ["test_typedjson:Address", [1]]}', b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_bytes_that_it_did_not_write_are_refused(data: bytes) -> None:
+    codec = TypedJson()
+    codec.register(Address)
+    with pytest.raises(UsageError, match="arguments: "):
+        codec.loads(data.replace(b"test_typedjson", __name__.encode()))
+
+
+@pytest.mark.parametrize("kind", [int, Plain, "Address"])
+def test_only_dataclasses_attrs_classes_and_enums_are_registered(kind: Any) -> None:
+    with pytest.raises(UsageError, match="register"):
+        TypedJson().register(kind)

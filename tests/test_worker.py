@@ -1,0 +1,785 @@
+"""The worker: what becomes of jobs by how their handlers end, of leases while they run, and of all when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worker_tasks
+
+from rivetq import Broker, Job, LeaseRef, QueueStats, RetryPolicy, UsageError
+from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job
+from rivetq.worker import Concurrency, Settled, Worker
+
+PATIENCE_S = 30.0
+
+
+def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
+
+
+def drained(app: App) -> Callable[[], bool]:
+    def is_drained() -> bool:
+        stats = app.broker.stats()
+        return stats.enqueued > 0 and not (stats.ready or stats.leased)
+
+    return is_drained
+
+
+def job(app: App, job_id: int) -> Job:
+    found = app.broker.get(job_id)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    with App(":memory:") as app:
+        yield app
+
+
+@pytest.fixture
+def children() -> Iterator[App]:
+    """The app of the tasks that run in child processes, with an empty broker."""
+    worker_tasks.ends.clear()
+    with worker_tasks.app as app:
+        yield app
+
+
+# -- What runs
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_every_job_runs_once_and_is_acked(app: App, kind: str) -> None:
+    runs: Counter[int] = Counter()
+
+    @app.task
+    def sync(n: int) -> None:
+        runs[n] += 1
+
+    @app.task
+    async def asynchronous(n: int) -> None:
+        await asyncio.sleep(0)
+        runs[n] += 1
+
+    task: Any = sync if kind == "sync" else asynchronous
+    with Worker(app, concurrency=4):
+        task.enqueue_many([(n,) for n in range(500)])
+        until(drained(app))
+    assert runs == dict.fromkeys(range(500), 1)
+    assert app.broker.stats().acked == 500
+
+
+def test_handlers_run_at_the_same_time_up_to_the_concurrency(app: App) -> None:
+    most: Counter[str] = Counter()
+    now: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def count(kind: str, change: int) -> None:
+        with lock:
+            now[kind] += change
+            most[kind] = max(most[kind], now[kind])
+
+    @app.task
+    def sync() -> None:
+        count("sync", 1)
+        time.sleep(0.02)
+        count("sync", -1)
+
+    @app.task
+    async def asynchronous() -> None:
+        count("async", 1)
+        await asyncio.sleep(0.02)
+        count("async", -1)
+
+    sync.enqueue_many([()] * 20)
+    asynchronous.enqueue_many([()] * 40)
+    with Worker(app, concurrency={"threads": 3, "tasks": 7}):
+        until(drained(app))
+    assert most == {"sync": 3, "async": 7}
+
+
+def test_jobs_that_come_later_are_run_at_once(app: App) -> None:
+    ran = threading.Event()
+
+    @app.task
+    def task() -> None:
+        ran.set()
+
+    with Worker(app):
+        for _ in range(5):
+            ran.clear()
+            task.enqueue()
+            assert ran.wait(PATIENCE_S)
+            time.sleep(0.01)
+
+
+def test_the_more_urgent_job_comes_first(app: App) -> None:
+    order: list[int] = []
+
+    @app.task
+    def task(n: int) -> None:
+        order.append(n)
+
+    for n in range(10):
+        task.options(priority=n).enqueue(n)
+    with Worker(app, concurrency=1):
+        until(drained(app))
+    assert order == list(range(9, -1, -1))
+
+
+def test_current_job_tells_which_and_which_attempt(app: App) -> None:
+    seen: list[tuple[int, str, int, str, str]] = []
+
+    def note() -> None:
+        now = current_job()
+        seen.append((now.id, now.queue, now.attempt, now.task, now.headers["a"]))
+        if now.attempt == 1:
+            raise Retry(0)
+
+    @app.task(queue="one")
+    def sync() -> None:
+        note()
+
+    @app.task(queue="two")
+    async def asynchronous() -> None:
+        await asyncio.sleep(0)
+        note()
+
+    ids = [task.options(headers={"a": "b"}).enqueue() for task in (sync, asynchronous)]
+    with Worker(app):
+        until(drained(app))
+    assert sorted(seen) == [
+        (ids[0], "one", 1, "sync", "b"), (ids[0], "one", 2, "sync", "b"),
+        (ids[1], "two", 1, "asynchronous", "b"), (ids[1], "two", 2, "asynchronous", "b"),
+    ]  # fmt: skip
+
+
+# -- How handlers end
+
+AFTER: dict[str, tuple[Any, str, int, str | None]] = {
+    "an error": (ZeroDivisionError("by zero"), "scheduled", 1, "ZeroDivisionError: by zero"),
+    "Retry": (Retry(), "scheduled", 1, "the task asked for a retry"),
+    "Retry with a delay": (Retry(1000, error="busy"), "scheduled", 1, "busy"),
+    "Snooze": (Snooze(1000), "scheduled", 0, None),
+    "Reject": (Reject("never"), "dead", 1, "never"),
+    "SystemExit": (SystemExit(1), "scheduled", 1, "SystemExit: 1"),
+    "KeyboardInterrupt": (KeyboardInterrupt(), "scheduled", 1, "KeyboardInterrupt: "),
+}
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("way", ["raised", "returned"])
+@pytest.mark.parametrize("end", AFTER)
+def test_the_end_of_a_handler_decides_what_becomes_of_its_job(app: App, kind: str, way: str, end: str) -> None:
+    error, state, attempts, last_error = AFTER[end]
+    if way == "returned" and not isinstance(error, Outcome):
+        pytest.skip("only outcomes are returned")
+
+    @app.task(retry=RetryPolicy(base=500, jitter="none"))
+    def sync() -> Any:
+        if way == "raised":
+            raise error
+        return error
+
+    @app.task(retry=RetryPolicy(base=500, jitter="none"))
+    async def asynchronous() -> Any:
+        return sync()
+
+    task: Any = sync if kind == "sync" else asynchronous
+    with Worker(app, concurrency=2):
+        job_id = task.enqueue()
+        until(lambda: job(app, job_id).state in ("scheduled", "dead"))
+    found = job(app, job_id)
+    assert (found.state, found.attempts, found.last_error) == (state, attempts, last_error)
+    if state == "scheduled":
+        assert found.due_at is not None
+        delay = 1000 if end in ("Snooze", "Retry with a delay") else 500
+        assert abs((found.due_at - found.enqueued_at).total_seconds() - delay) < 30
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize(
+    ("end", "last_error"),
+    [
+        (lambda: UnspeakableError(), "UnspeakableError: (its text cannot be made: ValueError)"),
+        (lambda: Retry(-1), "UsageError: delay: seconds or a timedelta expected, got -1"),
+        (lambda: Snooze("soon"), "UsageError: delay: seconds or a timedelta expected, got 'soon'"),
+        (lambda: Reject(7), "UsageError: reason: a str expected, got 7"),
+        (lambda: ValueError("x" * 5000), "ValueError: " + "x" * (4096 - 12)),
+        (lambda: ValueError("\ud800"), "ValueError: \\ud800"),
+    ],
+)
+def test_a_handler_that_ends_strangely_fails_its_own_job_only(
+    app: App, kind: str, end: Callable[[], Exception], last_error: str
+) -> None:
+    @app.task(max_attempts=1)
+    def sync() -> None:
+        raise end()
+
+    @app.task(max_attempts=1)
+    async def asynchronous() -> None:
+        raise end()
+
+    @app.task
+    def fine() -> None: ...
+
+    task: Any = sync if kind == "sync" else asynchronous
+    job_id = task.enqueue()
+    with Worker(app, concurrency=1) as worker:
+        until(drained(app))
+        fine.enqueue()
+        until(drained(app))
+    assert worker.failure is None
+    assert (job(app, job_id).state, job(app, job_id).last_error) == ("dead", last_error)
+
+
+def test_a_job_that_fails_for_good_is_a_dead_letter_with_its_error(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    @app.task(retry=RetryPolicy(max_attempts=3, base=0))
+    def task() -> None:
+        raise ValueError("bad")
+
+    job_id = task.enqueue()
+    with caplog.at_level(logging.WARNING, "rivetq.worker"), Worker(app):
+        until(drained(app))
+    found = job(app, job_id)
+    assert (found.state, found.attempts, found.last_error) == ("dead", 3, "ValueError: bad")
+    record = caplog.records[0]
+    assert (record.job_id, record.task, record.attempt) == (job_id, "task", 1)  # type: ignore[attr-defined]  # extra
+    assert record.exc_info
+
+
+def test_what_is_no_call_of_a_task_is_a_dead_letter(app: App) -> None:
+    ran = threading.Event()
+
+    @app.task
+    def task() -> None:
+        ran.set()
+
+    job_id = app.broker.enqueue("default", b"\xff", headers={"rivetq-task": "gone"})
+    task.enqueue()
+    with Worker(app):
+        assert ran.wait(PATIENCE_S)
+        until(drained(app))
+    assert (job(app, job_id).state, job(app, job_id).last_error) == ("dead", "unknown task 'gone': this app has task")
+
+
+def test_mixed_endings_are_answered_in_one_commit(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = threading.Barrier(4)
+
+    @app.task(retry=RetryPolicy(base=500))
+    def task(n: int) -> Any:
+        ready.wait(PATIENCE_S)
+        return [None, Retry(), Snooze(500), Reject("no")][n]
+
+    task.enqueue_many([(n,) for n in range(4)])
+    with Worker(app, concurrency=4):
+        until(lambda: not app.broker.stats().leased and not app.broker.stats().ready)
+    stats = app.broker.stats()
+    assert (stats.acked, stats.scheduled, stats.dead) == (1, 2, 1)
+
+
+# -- Hooks
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_hooks_are_around_each_job_in_their_order(app: App, kind: str) -> None:
+    seen: list[str] = []
+
+    @app.around
+    def outer(job: CurrentJob) -> Iterator[None]:
+        seen.append(f"outer {job.task}")
+        try:
+            yield
+        except ValueError as error:
+            seen.append(f"outer saw {error}")
+            raise
+
+    @app.around
+    def inner(job: CurrentJob) -> Iterator[None]:
+        assert current_job() is job
+        seen.append("inner")
+        yield
+        seen.append("inner end")
+
+    @app.task
+    def sync(n: int) -> None:
+        if n:
+            raise ValueError("bad")
+
+    @app.task
+    async def asynchronous(n: int) -> None:
+        sync(n)
+
+    task: Any = sync if kind == "sync" else asynchronous
+    with Worker(app, concurrency=1):
+        task.enqueue(0)
+        until(lambda: app.broker.stats().acked == 1)
+        task.enqueue(1)
+        until(drained(app))
+    assert seen == [f"outer {task.name}", "inner", "inner end", f"outer {task.name}", "inner", "outer saw bad"]
+
+
+def test_what_a_hook_raises_fails_the_job(app: App) -> None:
+    @app.around
+    def hook(job: CurrentJob) -> Iterator[None]:
+        raise Reject("not today")
+        yield
+
+    @app.task
+    def task() -> None:
+        raise AssertionError("it ran")
+
+    job_id = task.enqueue()
+    with Worker(app):
+        until(drained(app))
+    assert job(app, job_id).last_error == "not today"
+
+
+def test_on_settled_is_told_each_ending(app: App) -> None:
+    told: list[Settled] = []
+
+    @app.task(queue="q")
+    def task(n: int) -> Any:
+        return Reject("no") if n else time.sleep(0.01)
+
+    def bad(settled: Settled) -> None:
+        raise ValueError("a listener's own trouble")
+
+    task.enqueue_many([(0,), (1,)])
+    with Worker(app, on_settled=told.append) as worker:
+        worker.on_settled.insert(0, bad)
+        until(lambda: len(told) == 2)
+    assert sorted((s.queue, s.task, s.ending) for s in told) == [("q", "task", "ack"), ("q", "task", "reject")]
+    assert max(s.seconds for s in told) >= 0.01
+
+
+# -- Leases
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_leases_are_renewed_while_handlers_run(app: App, kind: str) -> None:
+    @app.task(visibility_timeout=0.4, max_attempts=1)
+    def sync() -> None:
+        time.sleep(1.3)
+
+    @app.task(visibility_timeout=0.4, max_attempts=1)
+    async def asynchronous() -> None:
+        await asyncio.sleep(1.3)
+
+    task: Any = sync if kind == "sync" else asynchronous
+    task.enqueue_many([()] * 3)
+    with Worker(app, concurrency=2):  # the third waits in the worker meanwhile
+        until(drained(app))
+    assert app.broker.stats().acked == 3
+    assert app.broker.deliveries().expired == 0
+
+
+@pytest.mark.parametrize("why", ["lost", "cancelled"])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_handler_is_told_when_its_lease_is_lost_or_its_job_cancelled(app: App, kind: str, why: str) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    jobs: list[CurrentJob] = []
+
+    @app.task(visibility_timeout=0.4)
+    def sync() -> None:
+        jobs.append(current_job())
+        begun.set()
+        assert not current_job().cancelled
+        if current_job().wait_cancelled(PATIENCE_S):
+            ended.set()
+            raise TimeoutError("stopped")
+
+    @app.task(visibility_timeout=0.4)
+    async def asynchronous() -> None:
+        jobs.append(current_job())
+        begun.set()
+        try:
+            await asyncio.sleep(PATIENCE_S)
+        except asyncio.CancelledError:
+            ended.set()
+            raise
+
+    task: Any = sync if kind == "sync" else asynchronous
+    with Worker(app) as worker:
+        job_id = task.enqueue()
+        assert begun.wait(PATIENCE_S)
+        if why == "lost":
+            app.broker.ack(LeaseRef(job_id, jobs[0].lease.token))  # by somebody else
+        else:
+            assert app.cancel(job_id)
+        assert ended.wait(PATIENCE_S)
+        assert jobs[0].cancelled
+        assert jobs[0].reason == ("the lease was lost" if why == "lost" else "cancelled")
+        until(lambda: not worker.running)
+        assert app.broker.get(job_id) is None
+    stats = app.broker.stats()
+    assert (stats.acked, stats.cancelled) == ((1, 0) if why == "lost" else (0, 1))
+
+
+def test_a_cancelled_handler_that_goes_on_to_its_end_is_done(app: App) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        may_end.wait(PATIENCE_S)
+
+    with Worker(app) as worker:
+        job_id = task.enqueue()
+        assert begun.wait(PATIENCE_S)
+        assert worker.cancel(job_id)
+        may_end.set()
+        until(lambda: app.broker.stats().acked == 1)
+        assert not worker.cancel(job_id)
+
+
+def test_a_lease_lost_at_the_answer_leaves_the_other_answers_alone(app: App) -> None:
+    at_end = threading.Barrier(3)
+    refs: list[CurrentJob] = []
+
+    @app.task
+    def task(n: int) -> None:
+        if n == 0:
+            refs.append(current_job())
+        at_end.wait(PATIENCE_S)
+        at_end.wait(PATIENCE_S)
+
+    told: list[Settled] = []
+    task.enqueue_many([(0,), (1,)])
+    with Worker(app, on_settled=told.append):
+        at_end.wait(PATIENCE_S)
+        app.broker.reject(LeaseRef(refs[0].id, refs[0].lease.token), error="by somebody else")
+        at_end.wait(PATIENCE_S)
+        until(lambda: len(told) == 2)
+    assert (app.broker.stats().acked, app.broker.stats().dead) == (1, 1)
+    assert sorted(s.ending for s in told) == ["ack", "lost"]
+
+
+# -- Time limits
+
+
+def test_a_time_limit_cancels_an_async_handler_and_its_attempt_failed(app: App) -> None:
+    @app.task(time_limit=0.1, max_attempts=1)
+    async def task() -> None:
+        await asyncio.sleep(PATIENCE_S)
+
+    job_id = task.enqueue()
+    with Worker(app):
+        until(drained(app))
+    assert job(app, job_id).last_error == "TimeLimitError: time limit exceeded (0.1 s)"
+
+
+def test_a_time_limit_tells_a_handler_in_a_thread(app: App) -> None:
+    @app.task(time_limit=0.1, max_attempts=1)
+    def task() -> None:
+        assert current_job().wait_cancelled(PATIENCE_S)
+        raise TimeoutError(current_job().reason)
+
+    ids = task.enqueue_many([()] * 3)
+    with Worker(app, concurrency=1):
+        until(drained(app))
+    assert {job(app, i).last_error for i in ids} == {"TimeoutError: time limit exceeded"}
+
+
+# -- Child processes
+
+
+def test_a_task_runs_in_a_child_process_and_may_enqueue_others(children: App) -> None:
+    worker_tasks.tell_pid.enqueue_many([()] * 4)
+    with Worker(children, concurrency=2):
+        until(lambda: len(worker_tasks.ends) == 4)
+    pids = {end.split()[1] for end in worker_tasks.ends}
+    assert 1 <= len(pids) <= 2
+    assert children.broker.stats("children").acked == 4
+
+
+@pytest.mark.parametrize("end", ["error", "retry", "snooze", "reject", "none"])
+def test_the_end_of_a_handler_in_a_child_is_that_of_one_here(children: App, end: str) -> None:
+    job_id = worker_tasks.end.options(retry=RetryPolicy(base=500)).enqueue(end)
+    with Worker(children, concurrency=1):
+        until(lambda: not children.broker.stats().ready and not children.broker.stats().leased)
+    expected: Any = {
+        "error": ("scheduled", 1, "ZeroDivisionError: by zero"),
+        "retry": ("scheduled", 1, "not yet"),
+        "snooze": ("scheduled", 0, None),
+        "reject": ("dead", 1, "never"),
+        "none": None,
+    }[end]
+    found = children.broker.get(job_id)
+    assert (found and (found.state, found.attempts, found.last_error)) == expected
+
+
+def test_a_child_that_dies_fails_its_own_job_only_and_the_attempt_counts(children: App) -> None:
+    ids = [worker_tasks.die.options(retry=RetryPolicy(base=500)).enqueue(how) for how in ("exit", "signal")]
+    worker_tasks.tell_pid.enqueue_many([()] * 4)
+    with Worker(children, concurrency=2):
+        until(lambda: len(worker_tasks.ends) == 4 and children.broker.stats().scheduled == 2)
+    jobs = [job(children, job_id) for job_id in ids]
+    assert [(j.attempts, j.last_error) for j in jobs] == [
+        (1, "ChildDied: the process of the job ended with exit code 7"),
+        (1, "ChildDied: the process of the job ended with exit code -9"),
+    ]
+    assert {end.split()[0] for end in worker_tasks.ends} == {"1"}
+
+
+def test_a_time_limit_kills_a_child_that_holds_its_interpreter(children: App) -> None:
+    job_id = worker_tasks.hang.options(max_attempts=1).enqueue()
+    with Worker(children, concurrency=1):
+        worker_tasks.tell_pid.enqueue()
+        until(lambda: len(worker_tasks.ends) == 1)
+    found = job(children, job_id)
+    assert (found.state, found.attempts) == ("dead", 1)
+    assert found.last_error == "TimeLimitError: time limit exceeded (0.5 s), its process was killed"
+
+
+def test_a_lease_outlives_a_child_that_holds_its_interpreter_for_three_visibility_timeouts(children: App) -> None:
+    worker_tasks.compute.enqueue(3 * 0.6 + 0.2)
+    with Worker(children, concurrency=1):
+        until(drained(children))
+    assert children.broker.stats("children").acked == 1
+    assert children.broker.deliveries("children").expired == 0
+
+
+def test_a_cancelled_job_is_killed_in_its_child(children: App) -> None:
+    job_id = worker_tasks.sleep.enqueue(60)
+    with Worker(children, concurrency=1) as worker:
+        until(lambda: worker_tasks.ends == ["begun"])
+        assert worker.cancel(job_id)
+        until(lambda: children.broker.get(job_id) is None)
+    assert children.broker.stats().cancelled == 1
+
+
+def test_a_child_has_no_broker(children: App) -> None:
+    job_id = worker_tasks.use_broker.options(max_attempts=1).enqueue()
+    with Worker(children, concurrency=1):
+        until(drained(children))
+    assert "in a process pool a handler can enqueue tasks" in (job(children, job_id).last_error or "")
+
+
+@pytest.mark.parametrize("limits", [{"child_max_jobs": 1}, {"child_max_memory": 1}])
+def test_a_child_is_replaced_when_it_is_spent(children: App, limits: dict[str, int]) -> None:
+    worker_tasks.tell_pid.enqueue_many([()] * 2)
+    with Worker(children, concurrency=1, **limits):  # type: ignore[arg-type]  # a dict of ints fits no single keyword
+        until(lambda: len(worker_tasks.ends) == 2)
+    assert len({end.split()[1] for end in worker_tasks.ends}) == 2
+
+
+# -- Queues
+
+
+def test_only_the_queues_that_it_was_given_are_worked_on(app: App) -> None:
+    @app.task(queue="mine")
+    def task() -> None: ...
+
+    task.enqueue()
+    task.options(queue="other").enqueue()
+    with Worker(app, queues=["mine"]):
+        until(lambda: app.broker.stats("mine").acked == 1)
+        time.sleep(0.05)
+    assert app.broker.stats("other").ready == 1
+
+
+def test_weights_give_each_queue_its_share(app: App) -> None:
+    order: list[str] = []
+
+    @app.task
+    def task(queue: str) -> None:
+        order.append(queue)
+
+    for queue in ("a", "b"):
+        task.options(queue=queue).enqueue_many([(queue,)] * 400)
+    with Worker(app, queues={"a": 3, "b": 1}, concurrency=1, prefetch=0):
+        until(drained(app))
+    assert Counter(order[:200]) == {"a": 150, "b": 50}
+    assert Counter(order) == {"a": 400, "b": 400}
+
+
+def test_a_sequence_is_in_order_of_preference(app: App) -> None:
+    order: list[str] = []
+
+    @app.task
+    def task(queue: str) -> None:
+        order.append(queue)
+
+    for queue in ("b", "a"):
+        task.options(queue=queue).enqueue_many([(queue,)] * 5)
+    with Worker(app, queues=["a", "b"], concurrency=1):
+        until(drained(app))
+    assert order == ["a"] * 5 + ["b"] * 5
+
+
+def test_a_pool_that_is_busy_holds_up_its_own_queue_only(app: App) -> None:
+    may_end, ran = threading.Event(), threading.Event()
+
+    @app.task(queue="slow")
+    def slow() -> None:
+        may_end.wait(PATIENCE_S)
+
+    @app.task(queue="quick")
+    async def quick() -> None:
+        ran.set()
+
+    slow.enqueue_many([()] * 10)
+    with Worker(app, concurrency=2):
+        until(lambda: app.broker.stats("slow").leased >= 2)
+        for _ in range(3):
+            ran.clear()
+            quick.enqueue()
+            assert ran.wait(PATIENCE_S)
+        may_end.set()
+
+
+# -- Stopping
+
+
+def stop_while_it_runs(app: App, task: Any, begun: Callable[[], bool], grace: float) -> tuple[float, QueueStats]:
+    worker = Worker(app, concurrency=2)
+    worker.start()
+    until(begun)
+    started = time.monotonic()
+    worker.stop(grace)
+    seconds = time.monotonic() - started
+    worker.stop()
+    assert not worker.running
+    return seconds, app.broker.stats()
+
+
+def test_stop_lets_run_what_runs_and_gives_back_the_rest(app: App) -> None:
+    running: list[CurrentJob] = []
+
+    @app.task
+    def task() -> None:
+        running.append(current_job())
+        while not current_job().stopping:
+            time.sleep(0.005)
+        time.sleep(0.1)
+
+    task.enqueue_many([()] * 20)
+    _, stats = stop_while_it_runs(app, task, lambda: len(running) == 2, 30)
+    assert (stats.acked, stats.ready, stats.leased) == (2, 18, 0)
+    assert {j.attempts for j in app.broker.jobs("default")} == {0}
+    assert not running[0].cancelled
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "process"])
+def test_what_still_runs_after_the_grace_time_is_given_back_with_its_attempt(children: App, kind: str) -> None:
+    may_end, begun = threading.Event(), threading.Event()
+    app = children if kind == "process" else App(children.broker)
+
+    def sync() -> None:
+        begun.set()
+        may_end.wait(PATIENCE_S)
+
+    async def asynchronous() -> None:
+        begun.set()
+        await asyncio.sleep(PATIENCE_S)
+
+    if kind == "process":
+        job_id = worker_tasks.sleep.enqueue(PATIENCE_S)
+    else:
+        job_id = app.task(sync if kind == "sync" else asynchronous).enqueue()
+    seconds, stats = stop_while_it_runs(app, None, lambda: begun.is_set() or bool(worker_tasks.ends), 0.5)
+    assert seconds < 0.5 + 2  # the machine may be busy
+    found = job(app, job_id)
+    assert (found.state, found.attempts, stats.leased) == ("ready", 0, 0)
+    may_end.set()
+
+
+def test_a_handler_that_ends_after_the_worker_gave_its_job_back_changes_nothing(app: App) -> None:
+    may_end, begun, ended = threading.Event(), threading.Event(), threading.Event()
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        may_end.wait(PATIENCE_S)
+        ended.set()
+
+    job_id = task.enqueue()
+    stop_while_it_runs(app, task, begun.is_set, 0)
+    may_end.set()
+    assert ended.wait(PATIENCE_S)
+    time.sleep(0.02)
+    assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
+
+
+def test_it_stops_by_itself_after_max_jobs(app: App) -> None:
+    @app.task
+    def task() -> None: ...
+
+    task.enqueue_many([()] * 50)
+    worker = Worker(app, concurrency=1, max_jobs=10, prefetch=0)
+    with Broker(":memory:"):
+        assert run_in_main_thread(worker) == 0
+    stats = app.broker.stats()
+    assert 10 <= stats.acked < 50
+    assert stats.leased == 0
+
+
+def test_it_stops_by_itself_when_it_occupies_too_much_memory(app: App) -> None:
+    @app.task
+    def task() -> None: ...
+
+    task.enqueue()
+    assert run_in_main_thread(Worker(app, max_memory=1)) == 0
+
+
+def run_in_main_thread(worker: Worker) -> int:
+    """`run` closes the app; these tests look at its broker, so it is given open."""
+    broker = worker.app.broker
+    worker.app._path = broker
+    return worker.run()
+
+
+def test_a_broker_that_fails_or_is_closed_ends_the_worker_with_status_1(tmp_path: Path) -> None:
+    with App(tmp_path / "data") as app:
+
+        @app.task
+        def task() -> None: ...
+
+        worker = Worker(app)
+        threading.Timer(0.1, app.broker.close).start()
+        assert worker.run() == 1
+        assert worker.failure is not None
+
+
+def test_a_worker_is_started_once(app: App) -> None:
+    worker = Worker(app)
+    with worker, pytest.raises(UsageError, match="once"):
+        worker.start()
+    Worker(app).stop()  # one that never began
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"concurrency": 0}, {"concurrency": True}, {"concurrency": {"forks": 1}}, {"concurrency": {"threads": 0}},
+        {"grace": -1}, {"queues": "mail"}, {"queues": {"mail": 0}}, {"queues": 7}, {"prefetch": -1},
+        {"visibility_timeout": "1"}, {"max_jobs": 0}, {"max_memory": 1.5}, {"child_max_jobs": 0},
+        {"child_max_memory": "1"},
+    ],
+)  # fmt: skip
+def test_a_worker_with_a_bad_option_is_refused(app: App, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        Worker(app, **options)
+
+
+def test_a_number_is_the_concurrency_of_each_kind() -> None:
+    assert Concurrency.of(1) == Concurrency(threads=1, processes=1, tasks=1)
+    assert Concurrency.of({"threads": 3}) == Concurrency(threads=3)
+    assert Concurrency.of(Concurrency(tasks=5)).tasks == 5

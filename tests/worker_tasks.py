@@ -1,0 +1,72 @@
+"""Tasks that a child process can import: those of the tests of the process pool."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from typing import Any
+
+from rivetq.tasks import App, Reject, Retry, Snooze, current_job
+
+app = App(":memory:")
+ends: list[str] = []
+
+
+@app.task
+def told(what: str) -> None:
+    """In the parent, in a thread: what a child told by enqueueing."""
+    ends.append(what)
+
+
+@app.task(queue="children", pool="process")
+def tell_pid() -> None:
+    told.enqueue(f"{current_job().attempt} {os.getpid()}")
+
+
+@app.task(queue="children", pool="process")
+def die(how: str) -> None:
+    if current_job().attempt > 1:
+        return
+    if how == "exit":
+        os._exit(7)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(queue="children", pool="process")
+def end(how: str) -> None:
+    if how == "error":
+        raise ZeroDivisionError("by zero")
+    if how == "retry":
+        raise Retry(60, error="not yet")
+    if how == "snooze":
+        raise Snooze(60)
+    if how == "reject":
+        raise Reject("never")
+
+
+@app.task(queue="children", pool="process")
+def sleep(seconds: float) -> None:
+    told.enqueue("begun")
+    time.sleep(seconds)
+
+
+@app.task(queue="children", pool="process", time_limit=0.5)
+def hang() -> None:
+    hold_the_interpreter(60)
+
+
+@app.task(queue="children", pool="process", visibility_timeout=0.6, max_attempts=1)
+def compute(seconds: float) -> None:
+    hold_the_interpreter(seconds)
+
+
+@app.task(queue="children", pool="process")
+def use_broker() -> Any:
+    return app.broker.stats()
+
+
+def hold_the_interpreter(seconds: float) -> None:
+    """No other thread of this process runs meanwhile: PyDLL calls into C without letting go of the interpreter."""
+    ctypes.PyDLL(None).usleep(int(seconds * 1_000_000))

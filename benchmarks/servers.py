@@ -32,7 +32,8 @@ _alive: set[Server] = set()
 class Server:
     """A child process that answers when `ready` says so.
 
-    `user`: whose rights it gets when this process is root's (some servers refuse to run as root).
+    `user`: whose rights it gets when this process is root's (some servers refuse to run as root). `start_s`: how long
+    it may take until it is ready.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Server:
         ready: Callable[[], bool],
         user: str | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
+        start_s: float = START_S,
     ) -> None:
         if len(_alive) >= MOST_SERVERS:
             raise RuntimeError(f"{len(_alive)} servers are alive already")
@@ -62,7 +64,7 @@ class Server:
             )
         _alive.add(self)
         try:
-            self._wait(ready)
+            self._wait(ready, start_s)
         except BaseException:
             self.stop()
             raise
@@ -79,13 +81,13 @@ class Server:
                 self._process.wait()
         _alive.discard(self)
 
-    def _wait(self, ready: Callable[[], bool]) -> None:
-        until = time.monotonic() + START_S
+    def _wait(self, ready: Callable[[], bool], start_s: float) -> None:
+        until = time.monotonic() + start_s
         while not ready():
             if self._process.poll() is not None:
                 raise RuntimeError(f"{self._name} ended with {self._process.returncode}: {self._last_words()}")
             if time.monotonic() > until:
-                raise RuntimeError(f"{self._name} did not answer within {START_S:.0f} s: {self._last_words()}")
+                raise RuntimeError(f"{self._name} did not answer within {start_s:.0f} s: {self._last_words()}")
             time.sleep(0.005)
 
     def _last_words(self) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 from inside import inside
 
 from rivetq import Broker, RetryPolicy
-from rivetq.local import FsyncMode
+from rivetq.engine import FsyncMode
 
 QUEUE = "work"
 SEGMENT_BYTES = 65_536

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def test_the_core_depends_on_four_libraries_and_the_standard_one() -> None:
         for level, module in imports(PACKAGE / f"{name}.py"):
             top = module.partition(".")[0]
             assert level or top in DEPENDENCIES or top in sys.stdlib_module_names, f"{name} imports {module}"
+
+
+def test_importing_rivetq_loads_little() -> None:
+    """Why `benchmarks/import_time.py` shows a short time: an engine is loaded when it is opened."""
+    code = "import sys; before = set(sys.modules); import rivetq; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    outside = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names
+    assert outside <= {"rivetq", "attr", "attrs"}
+    assert not {"asyncio", "multiprocessing", "logging", "rivetq.local", "rivetq.tasks"} & set(loaded)
 
 
 def test_the_pure_floor_knows_no_clock_no_files_and_no_threads() -> None:

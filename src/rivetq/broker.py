@@ -26,11 +26,22 @@ from .arguments import (
     encoded,
 )
 from .clock import Clock, SystemClock
-from .engine import Ack, Backup, Capabilities, Engine, Enqueue, Extend, Nack, Operation, Reject, Release, Waiting
+from .engine import (
+    Ack,
+    Backup,
+    Capabilities,
+    Engine,
+    Enqueue,
+    Extend,
+    FsyncMode,
+    Nack,
+    Operation,
+    Reject,
+    Release,
+    Waiting,
+)
 from .errors import DuplicateJobError, LeaseLostError, UsageError
 from .histogram import Histogram
-from .local import FsyncMode, LocalEngine
-from .memory import MemoryEngine
 from .model import (
     Deliveries,
     Duration,
@@ -258,9 +269,14 @@ class Broker(_Enqueues):
         self._watched: dict[int, bool] = {}  # token of an entered lease -> it was settled
         self.path = checked_path(path)
         self._engine: Engine
+        # An engine is loaded when it is opened: importing rivetq would take three times as long.
         if self.path == MEMORY:
+            from .memory import MemoryEngine
+
             self._engine = MemoryEngine(self._clock)
         else:
+            from .local import LocalEngine
+
             self._engine = LocalEngine(
                 self.path,
                 fsync=fsync,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 
@@ -64,7 +63,8 @@ def _nothing() -> None:
 
 def _read_boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
     except OSError:
         # Not Linux: the process's own start, so that every open counts as another boot, which is the careful reading.
         return f"process-{time.time_ns()}"

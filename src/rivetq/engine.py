@@ -7,13 +7,15 @@ moments: a remote engine has its own clock. Differences between engines are told
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import attrs
 
 from .clock import Clock
 from .histogram import Histogram
 from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, RetryPolicy, Settler
+
+FsyncMode = Literal["always", "interval", "never"]
 
 
 @attrs.frozen

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import lmdb
 
@@ -24,7 +24,7 @@ from . import decide
 from .backup import take
 from .clock import Clock
 from .codec import decode_record, encode_record, encode_snapshot
-from .engine import Backup, Capabilities
+from .engine import Backup, Capabilities, FsyncMode
 from .entry import Entry
 from .errors import DiskFullError, StorageError, UsageError
 from .events import (
@@ -58,7 +58,6 @@ from .values import encode_entry, encode_run
 
 logger = logging.getLogger("rivetq")
 
-FsyncMode = Literal["always", "interval", "never"]
 RELAXED_ID_BLOCK = 65_536
 """Without a sync per call a power cut can forget ids that were told; so many are written down, synced, at a time."""
 CHECKPOINT_BYTES = 64 * 2**20

@@ -51,19 +51,19 @@ class Delivery:
     """A leased job on its way through a pool."""
 
     __slots__ = (
-        "args", "ending", "job", "kwargs", "lease", "pool", "renew_at", "seconds", "started_at", "task", "visibility",
+        "args", "ending", "error", "job", "kwargs", "lease", "renew_at", "seconds", "started_at", "task", "visibility",
     )  # fmt: skip
 
-    def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any], pool: Pool) -> None:
+    def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any]) -> None:
         self.lease = lease
         self.task = task
         self.args = args
         self.kwargs = kwargs
-        self.pool = pool
         self.job = CurrentJob(lease, task.name)
         self.started_at: float | None = None  # monotonic
         self.seconds = 0.0  # that the handler ran
         self.ending: Ending | None = None
+        self.error: BaseException | None = None  # that the handler raised, in this process
         self.visibility = 0.0  # seconds that its lease is extended by
         self.renew_at = 0.0  # monotonic
 
@@ -126,8 +126,35 @@ def run_here(delivery: Delivery, app: App) -> None:
             value = delivery.task.function(*delivery.args, **delivery.kwargs)
         delivery.ending = _returned(value) if value is not None else ACK
     except BaseException as error:
+        delivery.error = error
         delivery.ending = ending_of(error)
         _log_failure(delivery, error)
+    delivery.seconds = time.perf_counter() - started
+
+
+async def run_async(delivery: Delivery, app: App) -> None:
+    """Run an async handler in this event loop; sets how it ended. Raises nothing, whatever happens."""
+    started = time.perf_counter()
+    delivery.started_at = time.monotonic()
+    job, task = delivery.job, delivery.task
+    limit = task.time_limit
+    try:
+        with running(job, app.around_hooks):
+            if limit is None:
+                value = await task.function(*delivery.args, **delivery.kwargs)
+            else:
+                async with asyncio.timeout(limit) as timer:
+                    value = await task.function(*delivery.args, **delivery.kwargs)
+        delivery.ending = ACK if value is None else _returned(value)
+    except BaseException as error:
+        delivery.error = error
+        if limit is not None and timer.expired():
+            job.cancel(TIME_LIMIT)
+            delivery.ending = Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s)")
+        else:
+            delivery.ending = ending_of(error)
+        if not isinstance(error, asyncio.CancelledError):
+            _log_failure(delivery, error)
     delivery.seconds = time.perf_counter() - started
 
 
@@ -259,27 +286,7 @@ class LoopPool:
             tasks[delivery] = self._loop.create_task(self._run(delivery))
 
     async def _run(self, delivery: Delivery) -> None:
-        started = time.perf_counter()
-        delivery.started_at = time.monotonic()
-        job, task = delivery.job, delivery.task
-        limit = task.time_limit
-        try:
-            with running(job, self._app.around_hooks):
-                if limit is None:
-                    value = await task.function(*delivery.args, **delivery.kwargs)
-                else:
-                    async with asyncio.timeout(limit) as timer:
-                        value = await task.function(*delivery.args, **delivery.kwargs)
-            delivery.ending = ACK if value is None else _returned(value)
-        except BaseException as error:
-            if limit is not None and timer.expired():
-                job.cancel(TIME_LIMIT)
-                delivery.ending = Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s)")
-            else:
-                delivery.ending = ending_of(error)
-            if not isinstance(error, asyncio.CancelledError):
-                _log_failure(delivery, error)
-        delivery.seconds = time.perf_counter() - started
+        await run_async(delivery, self._app)
         del self._tasks[delivery]
         self._done(delivery)
         if self._waiting:
@@ -457,7 +464,7 @@ def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
     app = task.app
     try:
         found, args, kwargs = app.find(lease)
-        delivery = Delivery(lease, found, args, kwargs, None)  # type: ignore[arg-type]  # there is no pool here
+        delivery = Delivery(lease, found, args, kwargs)
         run_here(delivery, app)
         assert delivery.ending is not None
         return delivery.ending

@@ -27,13 +27,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from types import EllipsisType, TracebackType
-from typing import Any, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, overload
 
 import attrs
 
 from rivetq import Broker, Duration, Lease, RetryPolicy, Transaction, UsageError
 
+from .schedules import TICK_HEADER, Every, Misfire, Schedule, key, spec_of
+from .schedules import every as every  # so that an app's module imports from here alone
 from .typedjson import Codec, TypedJson, hints
+
+if TYPE_CHECKING:
+    from .testing.tasks import TestingApp
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -374,6 +379,8 @@ class App:
         self.codec = codec or TypedJson()
         self.tasks: dict[str, Task[..., Any]] = {}
         """By name."""
+        self.schedules: dict[str, Schedule] = {}
+        """By name."""
         self.around_hooks: list[Callable[[CurrentJob], AbstractContextManager[Any]]] = []
         self._path = broker
         self._options = options
@@ -381,7 +388,8 @@ class App:
         self._broker: Broker | None = broker if isinstance(broker, Broker) else None
         self._async: Any = None
         self._remote: Remote | None = None
-        self._runner: Callable[[int], None] | None = None
+        self._runner: Callable[[int], None] | None = None  # in tests: runs a job when it is enqueued
+        self._is_testing = False
         self._unhinted: list[Task[..., Any]] = []  # tasks whose annotations the codec has not seen
 
     def __repr__(self) -> str:
@@ -490,6 +498,54 @@ class App:
 
         return register if function is None else register(function)
 
+    def periodic(
+        self,
+        when: str | Every,
+        *,
+        timezone: str = "UTC",
+        misfire: Misfire = "once",
+        grace: float = 60.0,
+        name: str | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> MakesTask:
+        """Enqueue a task by the clock: ``@app.periodic("*/5 * * * *")``, above ``@app.task(...)`` or instead of it.
+
+        A worker of the app does it. What the schedule is due for is kept on disk, so that no tick fires twice and none
+        is forgotten, over restarts too. The tick is in the job's headers, as "rivetq-tick".
+
+        Args:
+            when: a cron expression of five fields (six with seconds first), or `every(seconds)`.
+            timezone: in which the expression is meant; see `rivetq.schedules.Cron` for what happens when clocks change.
+            misfire: what becomes of ticks that no worker fired in time. "once": the last of them is fired, however late
+                it is. "all": each of them. "skip": none, and the last one only if it is not later than `grace`.
+            grace: seconds; see "skip".
+            name: of the schedule, that of the task by default; it must not change, or it is another schedule.
+            args, kwargs: of the call.
+
+        Raises:
+            UsageError: an argument is wrong.
+        """
+        spec = spec_of(when, timezone)
+        if misfire not in ("skip", "once", "all"):
+            raise UsageError(f"misfire: 'skip', 'once' or 'all' expected, got {misfire!r}")
+        late = _seconds(grace, "grace")
+
+        def register(function: Any) -> Any:
+            task: Task[..., Any] = function if isinstance(function, Task) else self.task(function)
+            call, own = task.call(*args, **(kwargs or {})), name or task.name
+
+            def put(tx: Transaction, tick: datetime) -> None:
+                headers = {**(task.opts.headers or {}), TICK_HEADER: tick.isoformat()}
+                task.options(transaction=tx, headers=headers, idempotency_key=key(own, tick)).enqueue_many([call])
+
+            if own in self.schedules:
+                raise UsageError(f"schedule {own!r} is there already; give this one a name= of its own")
+            self.schedules[own] = Schedule(name=own, spec=spec, misfire=misfire, grace=late, put=put)
+            return task
+
+        return register
+
     def around(self, hook: Around) -> Around:
         """Call a hook around each job: a generator function with one yield, or what gives a context manager.
 
@@ -506,6 +562,19 @@ class App:
         made: Any = contextmanager(hook) if inspect.isgeneratorfunction(hook) else hook
         self.around_hooks.append(made)
         return hook
+
+    def testing(self, *, inline: bool = False, start: datetime | float | None = None) -> TestingApp:
+        """For tests: ``with app.testing() as testing``. Jobs are in memory, time stands still, and no worker is needed.
+
+        See `rivetq.testing.tasks.TestingApp`: `drain`, `advance`, `assert_enqueued`.
+
+        Args:
+            inline: `enqueue` runs the job at once, unless it is for later, and raises what the handler raises.
+            start: the first moment; an aware datetime or epoch seconds.
+        """
+        from .testing.tasks import TestingApp
+
+        return TestingApp(self, inline=inline, start=start)
 
     def cancel(self, job_id: int) -> bool:
         """Remove a waiting job, or tell one that runs in a worker of this app to stop; False if it is neither.
@@ -547,7 +616,7 @@ class App:
         if self._remote is not None:
             return self._remote.put(task.opts.queue, payloads, options)
         ids = (task.opts.transaction or self.broker).enqueue_many(task.opts.queue, payloads, **options)
-        if self._runner is not None:
+        if self._runner is not None and task.opts.transaction is None:
             for job_id in ids:
                 self._runner(job_id)
         return ids

@@ -51,6 +51,7 @@ from .pools import (
     fields,
     memory_bytes,
 )
+from .schedules import Scheduler
 from .tasks import App, Reject
 
 logger = logging.getLogger("rivetq.worker")
@@ -178,6 +179,7 @@ class Worker:
         self._limits_lock = threading.Lock()
         self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
+        self._scheduler: Scheduler | None = None
 
     # Beginning and ending
 
@@ -213,7 +215,11 @@ class Worker:
         for kind in {_kind(task) for task in self.app.tasks.values()} or {"thread"}:
             self._add_room(kind)
         self.app.workers.add(self)
-        for name, target in (("fetch", self._fetch), ("settle", self._settle), ("renew", self._renew)):
+        targets = {"fetch": self._fetch, "settle": self._settle, "renew": self._renew}
+        if self.app.schedules:
+            self._scheduler = Scheduler(self._broker, self.app.schedules)
+            targets["schedule"] = self._scheduler.run
+        for name, target in targets.items():
             thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -229,6 +235,8 @@ class Worker:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
+            if self._scheduler is not None:
+                self._scheduler.stop()
             self._threads[0].join()
             for room in self._rooms.values():
                 for delivery in room.pool.take_back():
@@ -239,8 +247,7 @@ class Worker:
             self._wait_for_handlers(begun)
             left = [delivery for delivery in list(self._held.values()) if delivery.ending is None]
             for delivery in left:
-                delivery.job.cancel(SHUTDOWN)
-                delivery.pool.cancel(delivery)
+                self._tell_handler(delivery, SHUTDOWN)
             for room in self._rooms.values():
                 room.pool.stop()
             for delivery in left:
@@ -278,9 +285,12 @@ class Worker:
         delivery = self._held.get(job_id)
         if delivery is None or delivery.ending is not None:
             return False
-        delivery.job.cancel(CANCELLED)
-        delivery.pool.cancel(delivery)
+        self._tell_handler(delivery, CANCELLED)
         return True
+
+    def _tell_handler(self, delivery: Delivery, reason: str) -> None:
+        delivery.job.cancel(reason)
+        self._rooms[_kind(delivery.task)].pool.cancel(delivery)
 
     @property
     def running(self) -> int:
@@ -377,7 +387,7 @@ class Worker:
             kind = _kind(task)
             if kind not in self._rooms:  # the first such task of the app came after the start
                 self._add_room(kind)
-            delivery = Delivery(lease, task, args, kwargs, self._rooms[kind].pool)
+            delivery = Delivery(lease, task, args, kwargs)
             seconds = lease.deadline.timestamp() - now_ms / 1000
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
@@ -543,8 +553,7 @@ class Worker:
                     deliveries.remove(delivery)
                     if self._held.get(delivery.lease.id) is delivery and delivery.ending is None:
                         self._note_lost(delivery)
-                        delivery.job.cancel(LEASE_LOST)
-                        delivery.pool.cancel(delivery)
+                        self._tell_handler(delivery, LEASE_LOST)
             except (BrokerClosedError, BrokerFailedError):
                 raise
             except RivetQError as error:  # a full disk: the next turn tries it again

@@ -1,0 +1,314 @@
+"""Schedules: tasks that are enqueued by the clock.
+
+A schedule is one record, itself a job: it waits in the queue `SCHEDULES` until its next tick is due. Then one
+transaction acks it, enqueues the tick's job, and enqueues the record of the tick that follows: all three or none. So a
+tick that was fired is never fired again, whatever dies in between, and the chain does not break. As a second guard each
+tick's job has an idempotency key of schedule and tick.
+
+Ticks are moments of the wall clock. What is missed while no worker runs is found at the next opening, in the record.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, tzinfo
+from typing import Any, Literal, Protocol
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import attrs
+
+from rivetq import (
+    Broker,
+    BrokerClosedError,
+    BrokerFailedError,
+    CapacityError,
+    Job,
+    Lease,
+    LeaseLostError,
+    UsageError,
+)
+
+logger = logging.getLogger("rivetq.worker")
+
+SCHEDULES = "rivetq.schedules"
+TICK_HEADER = "rivetq-tick"
+"""The tick of a job, in ISO 8601."""
+Misfire = Literal["skip", "once", "all"]
+LOOK_MS = 300_000
+"""A record looks at the wall clock this often at least, however far its tick is: when that clock is set forward, a tick
+comes so late at most."""
+EARLY_MS = 1000
+"""The queue's time line and the wall clock may differ a little; a larger difference is a clock that was set back."""
+TICKS = 100
+"""Missed ticks that one transaction enqueues at most."""
+AGAIN_S = 1.0
+"""After a queue that was full or over its rate."""
+
+
+class Spec(Protocol):
+    """When something is due."""
+
+    @property
+    def text(self) -> str:
+        """Says all about it: another text is another schedule."""
+        ...
+
+    def after(self, moment: datetime) -> Iterator[datetime]:
+        """The ticks after a moment, ascending, without end."""
+        ...
+
+
+@attrs.frozen
+class Every:
+    """Ticks at all multiples of a time, counted from 1970: the same after each restart."""
+
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return f"every {self.seconds:g} s"
+
+    def after(self, moment: datetime) -> Iterator[datetime]:
+        step_ms = round(self.seconds * 1000)
+        number = int(moment.timestamp() * 1000) // step_ms
+        while True:
+            number += 1
+            yield datetime.fromtimestamp(number * step_ms / 1000, UTC)
+
+
+def every(seconds: float) -> Every:
+    """A schedule for `App.periodic`: every so many seconds, 1 at least."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 1 <= seconds <= 1e9:
+        raise UsageError(f"every: from 1 second on, got {seconds!r}")
+    return Every(float(seconds))
+
+
+@attrs.frozen
+class Cron:
+    """Ticks of a cron expression in a time zone, as Debian's cron has them.
+
+    When clocks are set forward, a tick at a fixed time in the hour that is missing comes right after it; when they are
+    set back, one in the hour that comes twice comes once. Expressions whose minute or hour begins with a star go by
+    elapsed time.
+    """
+
+    expression: str
+    zone: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.expression} {self.zone}"
+
+    def after(self, moment: datetime) -> Iterator[datetime]:
+        for tick in _cronsim().CronSim(self.expression, moment.astimezone(_zone(self.zone))):
+            yield tick.astimezone(UTC)
+
+
+def _cronsim() -> Any:
+    try:
+        import cronsim
+    except ImportError:
+        raise UsageError("periodic: cron expressions need cronsim: pip install rivetq[schedules]") from None
+    return cronsim
+
+
+def _zone(name: str) -> tzinfo:
+    if name == "UTC":
+        return UTC
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise UsageError(
+            f"timezone: {name!r} is not known here; where the system has no time zones: pip install tzdata"
+        ) from error
+
+
+def spec_of(when: object, timezone: str) -> Spec:
+    """A checked schedule. Raises UsageError."""
+    if isinstance(when, Every):
+        return when
+    if not isinstance(when, str):
+        raise UsageError(f"periodic: a cron expression or every(seconds) expected, got {when!r}")
+    spec = Cron(" ".join(when.split()), timezone)
+    _zone(timezone)
+    cronsim = _cronsim()
+    try:
+        next(spec.after(datetime.now(UTC)))
+    except cronsim.CronSimError as error:
+        raise UsageError(f"periodic: {when!r} is no cron expression: {error}") from error
+    except StopIteration:
+        raise UsageError(f"periodic: {when!r} is never due") from None
+    return spec
+
+
+@attrs.frozen(kw_only=True)
+class Schedule:
+    """A task and when it is due."""
+
+    name: str
+    spec: Spec
+    misfire: Misfire
+    grace: float
+    """Seconds that a tick may be late and still be on time."""
+    put: Callable[[Any, datetime], object]
+    """Enqueues the job of a tick in a transaction."""
+
+    def due(self, first: datetime, now: datetime) -> tuple[list[datetime], datetime]:
+        """Of the ticks from `first` to `now`: those to enqueue now, and the one to wait for then."""
+        ticks = [first]
+        for tick in self.spec.after(first):
+            if tick > now:
+                break
+            if self.misfire == "all" and len(ticks) == TICKS:
+                return ticks, tick
+            if self.misfire != "all":
+                ticks.clear()  # the last one is enough
+            ticks.append(tick)
+        if self.misfire == "skip" and (now - ticks[-1]).total_seconds() > self.grace:
+            ticks = []
+        return ticks, tick
+
+
+class Scheduler:
+    """Fires what is due, in one thread. For workers.
+
+    Args:
+        schedules: by name.
+    """
+
+    def __init__(self, broker: Broker, schedules: dict[str, Schedule]) -> None:
+        self._broker = broker
+        self._schedules = schedules
+        self._inbox: queue.SimpleQueue[tuple[list[Lease] | None, BaseException | None] | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Until `stop`, or until the broker fails or is closed, which it raises."""
+        self.reconcile()
+        while True:
+            waiting = self._broker.lease_soon(SCHEDULES, TICKS, lambda leases, error: self._inbox.put((leases, error)))
+            told = self._inbox.get()
+            stopping = told is None
+            if told is None:
+                if waiting.cancel():
+                    return
+                told = self._inbox.get()
+                assert told is not None, "stopped twice"
+            leases, error = told
+            if error is not None:
+                raise error
+            for lease in leases or ():
+                if stopping:
+                    self._broker.release(lease)
+                else:
+                    self.fire(lease)
+            if stopping:
+                return
+
+    def stop(self) -> None:
+        self._inbox.put(None)
+
+    def step(self) -> None:
+        """Fire what is due now, in this thread."""
+        while leases := self._broker.lease_many(SCHEDULES, TICKS):
+            for lease in leases:
+                self.fire(lease)
+
+    def reconcile(self) -> None:
+        """One record for each schedule, as the program has it now; those of others stay until they are due."""
+        # A key ends with its record: one that was cancelled may come back.
+        self._broker.configure_queue(SCHEDULES, idempotency_ttl=0)
+        records: dict[str, list[tuple[Job, Any]]] = {}
+        after = 0
+        while jobs := self._broker.jobs(SCHEDULES, after=after, limit=1000):
+            after = jobs[-1].id
+            for job in jobs:
+                content = _content(job.payload)
+                if content is not None:
+                    records.setdefault(content["schedule"], []).append((job, content))
+        for schedule in self._schedules.values():
+            known = records.get(schedule.name, [])
+            valid = [job for job, content in known if content["spec"] == schedule.spec.text]
+            if not valid:
+                first = next(schedule.spec.after(self._now()))
+                self._enqueue(self._broker, schedule, first)
+            for job, _ in known:
+                if job not in valid[-1:]:
+                    self._broker.cancel(job.id)
+
+    def fire(self, lease: Lease) -> None:
+        """Enqueue what a record is due for, and the record that follows it."""
+        try:
+            self._fire(lease)
+        except LeaseLostError:
+            pass  # it was held for too long, and is there again
+        except (BrokerClosedError, BrokerFailedError):
+            raise
+        except Exception:
+            logger.exception("schedule record %s cannot be fired; it is tried again", lease.id)
+            with suppress(LeaseLostError):
+                self._broker.release(lease, delay=AGAIN_S)
+
+    def _fire(self, lease: Lease) -> None:
+        content = _content(lease.payload)
+        schedule = self._schedules.get(content["schedule"]) if content is not None else None
+        if schedule is None or content["spec"] != schedule.spec.text:
+            logger.info("a schedule that this program does not have any more ends: %r", lease.payload)
+            lease.ack()
+            return
+        now, first = self._now(), datetime.fromtimestamp(content["tick_ms"] / 1000, UTC)
+        left_ms = (first - now).total_seconds() * 1000
+        if left_ms > EARLY_MS:  # it only looked at the wall clock
+            self._broker.release(lease, delay=min(left_ms, LOOK_MS) / 1000)
+            return
+        ticks, following = schedule.due(first, max(now, first))
+        while True:
+            try:
+                with self._broker.transaction() as tx:
+                    tx.ack(lease)
+                    for tick in ticks:
+                        schedule.put(tx, tick)
+                    self._enqueue(tx, schedule, following)
+                return
+            except (CapacityError, UsageError) as error:  # of a batch of ticks a rate limit may allow one
+                if len(ticks) < 2:
+                    logger.warning("schedule %r waits: %s", schedule.name, error)
+                    self._broker.release(lease, delay=AGAIN_S)
+                    return
+                ticks, following = ticks[:1], ticks[1]
+
+    def _enqueue(self, to: Any, schedule: Schedule, tick: datetime) -> None:
+        tick_ms = _ms(tick)
+        now_ms = self._broker.clock.wall_ms()
+        to.enqueue(
+            SCHEDULES,
+            {"schedule": schedule.name, "spec": schedule.spec.text, "tick_ms": tick_ms},
+            delay=max(0, min(tick_ms - now_ms, LOOK_MS)) / 1000,
+            idempotency_key=key(f"{schedule.name}@{schedule.spec.text}", tick),
+            max_attempts=2**31 - 1,
+        )
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._broker.clock.wall_ms() / 1000, UTC)
+
+
+def key(name: str, tick: datetime) -> str:
+    """The idempotency key of a tick; names that are too long for one are cut."""
+    return f"{name.encode()[:200].decode(errors='ignore')}@{_ms(tick)}"
+
+
+def _ms(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)
+
+
+def _content(payload: bytes) -> Any:
+    """What a record says; None if it is none."""
+    try:
+        content = json.loads(payload)
+    except ValueError:
+        return None
+    keys = {"schedule", "spec", "tick_ms"}
+    return content if isinstance(content, dict) and keys <= content.keys() else None

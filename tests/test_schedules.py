@@ -1,0 +1,371 @@
+"""Schedules: each tick once, over restarts, crashes and clock changes; what is missed goes by the policy."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from rivetq import Broker, RateLimit, UsageError
+from rivetq.schedules import SCHEDULES, TICK_HEADER, Cron, Scheduler, every, spec_of
+from rivetq.tasks import App, current_job
+from rivetq.testing import ManualClock
+from rivetq.worker import Worker
+
+START = datetime(2026, 1, 1, 0, 0, 30, tzinfo=UTC)
+
+
+def utc(text: str) -> datetime:
+    return datetime.fromisoformat(text).replace(tzinfo=UTC)
+
+
+def ticks_between(spec: Any, start: datetime, end: datetime) -> list[datetime]:
+    found: list[datetime] = []
+    for tick in spec.after(start):
+        if tick > end:
+            return found
+        found.append(tick)
+    return found
+
+
+def make_app(broker: Broker, when: Any = "* * * * *", **options: Any) -> App:
+    app = App(broker)
+
+    @app.periodic(when, **options)
+    @app.task(queue="q")
+    def tick() -> None: ...
+
+    return app
+
+
+def live(app: App, seconds: float) -> None:
+    """Let time pass as for a worker: each record is fired when it is due."""
+    clock = app.broker.clock
+    assert isinstance(clock, ManualClock)
+    scheduler = Scheduler(app.broker, app.schedules)
+    scheduler.reconcile()
+    scheduler.step()
+    end_ms = clock.wall_ms() + round(seconds * 1000)
+    while clock.wall_ms() < end_ms:
+        due = [job.due_at for job in app.broker.jobs(SCHEDULES) if job.due_at]
+        left_ms = min(round(at.timestamp() * 1000) for at in due) - clock.wall_ms()
+        if left_ms <= 0:  # the wall clock was set, and tells nothing about the queue's time
+            left_ms = 1000
+        clock.advance(min(left_ms, end_ms - clock.wall_ms()) / 1000)
+        scheduler.step()
+
+
+def fired(broker: Broker, queue: str = "q") -> list[datetime]:
+    return [datetime.fromisoformat(job.headers[TICK_HEADER]) for job in broker.jobs(queue, limit=10_000)]
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(start=START)
+
+
+@pytest.fixture
+def broker(clock: ManualClock) -> Iterator[Broker]:
+    with Broker(":memory:", clock=clock) as broker:
+        yield broker
+
+
+# -- Each tick once
+
+
+def test_a_schedule_enqueues_its_task_at_each_tick(broker: Broker) -> None:
+    live(make_app(broker, "*/5 * * * *"), 3600)
+    assert fired(broker) == [utc("2026-01-01T00:00") + timedelta(minutes=5 * n) for n in range(1, 13)]
+    job = broker.jobs("q")[0]
+    assert (job.json(), job.headers["rivetq-task"]) == ({"args": [], "kwargs": {}}, "tick")
+    assert job.enqueued_at >= fired(broker)[0]
+
+
+def test_every_has_its_ticks_at_multiples_so_that_a_restart_does_not_move_them(broker: Broker) -> None:
+    live(make_app(broker, every(25)), 100)
+    assert [tick.timestamp() % 25 for tick in fired(broker)] == [0] * 4
+
+
+def test_there_is_one_record_a_schedule_however_often_it_is_reconciled(broker: Broker) -> None:
+    app = make_app(broker)
+    for _ in range(3):
+        Scheduler(broker, app.schedules).reconcile()
+    assert len(broker.jobs(SCHEDULES)) == 1
+    live(app, 600)
+    assert len(broker.jobs(SCHEDULES)) == 1
+    assert len(fired(broker)) == 10
+
+
+@pytest.mark.parametrize(
+    ("zone", "start"),
+    [
+        ("Europe/Paris", "2026-03-28T12:00"),
+        ("Europe/Paris", "2026-10-24T12:00"),
+        ("Australia/Lord_Howe", "2026-10-03T04:00"),
+    ],
+)
+def test_24_hours_over_a_change_of_the_clocks_and_20_restarts_fire_each_tick_once(
+    tmp_path: Path, zone: str, start: str
+) -> None:
+    """The third: two changes in one run, since Sydney changes half an hour after Lord Howe Island."""
+    clock = ManualClock(start=utc(start))
+    random_ = random.Random(start)
+    specs = {
+        "five": Cron("*/5 * * * *", zone), "hourly": Cron("7 * * * *", zone), "night": Cron("30 2 * * *", zone),
+        "day": Cron("0 9 * * *", zone), "sydney": Cron("15 1,2,3 * * *", "Australia/Sydney"), "sevens": every(700),
+    }  # fmt: skip
+    cuts = sorted(random_.sample(range(1, 24 * 3600), 20))
+    path = tmp_path / "data"
+    for begin, end in zip([0, *cuts], [*cuts, 24 * 3600], strict=True):
+        with Broker(path, clock=clock, fsync="never") as broker:
+            app = App(broker)
+            for name, spec in specs.items():
+                when = spec.expression if isinstance(spec, Cron) else spec
+                timezone = spec.zone if isinstance(spec, Cron) else "UTC"
+
+                @app.periodic(when, timezone=timezone, misfire="all")
+                @app.task(name=name, queue=name)
+                def task() -> None: ...
+
+            live(app, end - begin - 1)
+            crashed = tmp_path / "crashed"
+            if random_.random() < 0.5:  # the process dies: what is on disk goes on
+                broker.backup(crashed)
+        if crashed.exists():
+            shutil.rmtree(path)
+            crashed.rename(path)
+        clock.advance(1)  # nobody is there for a second
+    last = utc(start) + timedelta(hours=24)
+    with Broker(path, clock=clock) as broker:
+        app.broker  # closed by now, and not used again
+        for name, spec in specs.items():
+            expected = ticks_between(spec, utc(start), last)
+            # What was due in the last second nobody fired yet.
+            assert fired(broker, name) == [tick for tick in expected if tick < last - timedelta(seconds=1)], name
+            assert len(expected) >= 1
+
+
+def test_five_minutes_go_by_elapsed_time_over_a_change_of_the_clocks() -> None:
+    """Against an oracle of its own: each full five minutes of UTC."""
+    for start in ("2026-03-28T12:02", "2026-10-24T12:02"):
+        found = ticks_between(Cron("*/5 * * * *", "Europe/Paris"), utc(start), utc(start) + timedelta(hours=24))
+        assert found == [utc(start) + timedelta(minutes=3 + 5 * n) for n in range(288)]
+
+
+@pytest.mark.parametrize(
+    ("expression", "start", "expected"),
+    [
+        # Paris, 29 March 2026: 02:00 to 03:00 does not exist; 25 October: it comes twice.
+        ("30 2 * * *", "2026-03-28T12:00", ["2026-03-29T01:00", "2026-03-30T00:30"]),
+        ("30 2 * * *", "2026-10-24T12:00", ["2026-10-25T00:30", "2026-10-26T01:30"]),
+        ("0 9 * * *", "2026-03-28T12:00", ["2026-03-29T07:00", "2026-03-30T07:00"]),
+        ("0 9 * * *", "2026-10-24T12:00", ["2026-10-25T08:00", "2026-10-26T08:00"]),
+        ("0 * * * *", "2026-10-24T23:30", ["2026-10-25T00:00", "2026-10-25T01:00", "2026-10-25T02:00"]),
+    ],
+)
+def test_a_change_of_the_clocks_neither_loses_nor_doubles_a_tick(
+    expression: str, start: str, expected: list[str]
+) -> None:
+    ticks = Cron(expression, "Europe/Paris").after(utc(start))
+    assert [next(ticks) for _ in expected] == [utc(text) for text in expected]
+
+
+def test_a_crash_at_any_point_of_a_firing_neither_loses_nor_doubles_a_tick(
+    tmp_path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for turn in range(8):
+        with Broker(tmp_path / "data", clock=clock) as broker:
+            app = make_app(broker, misfire="all")
+            scheduler = Scheduler(broker, app.schedules)
+            scheduler.reconcile()
+            clock.advance(60)
+            if turn % 2:  # it dies with the record in its hand
+                assert broker.lease(SCHEDULES) is not None
+            else:
+                scheduler.step()
+    with Broker(tmp_path / "data", clock=clock) as broker:
+        live(make_app(broker, misfire="all"), 60)
+        assert fired(broker) == [utc("2026-01-01T00:00") + timedelta(minutes=n) for n in range(1, 10)]
+
+
+# -- What was missed
+
+
+@pytest.mark.parametrize(
+    ("misfire", "late", "expected"),
+    [("all", 600, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), ("once", 600, [10]), ("skip", 600, [10]), ("skip", 629, [10]),
+     ("all", 30, [1]), ("once", 30, [1]), ("skip", 30, [1])],
+)  # fmt: skip
+def test_missed_ticks_go_by_the_policy(
+    broker: Broker, clock: ManualClock, misfire: Any, late: int, expected: list[int]
+) -> None:
+    app = make_app(broker, misfire=misfire)
+    scheduler = Scheduler(broker, app.schedules)
+    scheduler.reconcile()
+    clock.advance(late)
+    scheduler.step()
+    assert fired(broker) == [utc("2026-01-01T00:00") + timedelta(minutes=n) for n in expected]
+    before = len(fired(broker))
+    live(app, 60)
+    assert len(fired(broker)) == before + 1
+
+
+def test_skip_drops_the_last_tick_too_when_it_is_later_than_the_grace_time(broker: Broker, clock: ManualClock) -> None:
+    app = make_app(broker, "0 * * * *", misfire="skip", grace=10)
+    scheduler = Scheduler(broker, app.schedules)
+    scheduler.reconcile()
+    clock.advance(3570 + 11)
+    scheduler.step()
+    assert fired(broker) == []
+    live(app, 3600)
+    assert fired(broker) == [utc("2026-01-01T02:00")]
+
+
+def test_very_many_missed_ticks_come_in_several_transactions(broker: Broker, clock: ManualClock) -> None:
+    app = make_app(broker, every(1), misfire="all")
+    scheduler = Scheduler(broker, app.schedules)
+    scheduler.reconcile()
+    clock.advance(1000)
+    scheduler.step()
+    assert fired(broker) == [START + timedelta(seconds=n) for n in range(1, 1001)]
+
+
+def test_a_full_queue_holds_the_schedule_up_and_loses_no_tick(broker: Broker, clock: ManualClock) -> None:
+    app = make_app(broker, misfire="all")
+    broker.configure_queue("q", max_jobs=2)
+    live(app, 300)
+    assert len(fired(broker)) == 2
+    broker.configure_queue("q", max_jobs=None)
+    live(app, 60)
+    assert fired(broker) == [utc("2026-01-01T00:00") + timedelta(minutes=n) for n in range(1, 7)]
+
+
+def test_a_rate_limit_lets_missed_ticks_through_one_by_one(broker: Broker, clock: ManualClock) -> None:
+    app = make_app(broker, misfire="all")
+    broker.configure_queue("q", rate_limit=RateLimit(per_second=1, burst=1, on="enqueue"))
+    scheduler = Scheduler(broker, app.schedules)
+    scheduler.reconcile()
+    clock.advance(300)
+    live(app, 29)
+    assert len(fired(broker)) == 5
+
+
+# -- Changes of the program and of the clock
+
+
+def test_a_changed_schedule_replaces_its_record_and_a_removed_one_ends(broker: Broker) -> None:
+    live(make_app(broker, "* * * * *"), 60)
+    hourly = make_app(broker, "0 * * * *")
+    live(hourly, 3600)
+    assert fired(broker) == [utc("2026-01-01T00:01"), utc("2026-01-01T01:00")]
+    live(make_app(broker, "* * * * *"), 60)  # back again
+    assert fired(broker)[-1] == utc("2026-01-01T01:02")
+    other = App(broker)
+    scheduler = Scheduler(broker, other.schedules)
+    clock = broker.clock
+    assert isinstance(clock, ManualClock)
+    clock.advance(120)
+    scheduler.step()
+    assert broker.jobs(SCHEDULES) == []
+
+
+@pytest.mark.parametrize("step", [3600, -1800])
+def test_a_wall_clock_that_is_set_moves_the_ticks_along_and_none_comes_twice(
+    broker: Broker, clock: ManualClock, step: int
+) -> None:
+    app = make_app(broker, "0 * * * *")
+    live(app, 1800)
+    clock.step_wall(step)
+    before = clock.now()
+    live(app, 3 * 3600)
+    ticks = fired(broker)
+    assert len(set(ticks)) == len(ticks)
+    assert ticks == ticks_between(Cron("0 * * * *", "UTC"), before - timedelta(hours=1), clock.now())[-len(ticks) :]
+    assert len(ticks) in (3, 4)
+    for job in broker.jobs("q"):
+        assert job.enqueued_at is not None
+
+
+def test_what_is_no_record_ends_and_disturbs_nobody(broker: Broker) -> None:
+    broker.enqueue(SCHEDULES, b"\xff")
+    broker.enqueue(SCHEDULES, {"schedule": "tick", "spec": "another", "tick_ms": 0})
+    live(make_app(broker), 120)
+    assert len(fired(broker)) == 2
+    assert len(broker.jobs(SCHEDULES)) == 1
+
+
+# -- In a program
+
+
+def test_a_worker_fires_schedules_and_runs_their_tasks() -> None:
+    ran: list[str] = []
+    done = threading.Event()
+    with App(":memory:") as app:
+
+        @app.periodic(every(1))
+        def tick() -> None:
+            ran.append(current_job().headers[TICK_HEADER])
+            if len(ran) == 2:
+                done.set()
+
+        with Worker(app):
+            assert done.wait(20)
+            time.sleep(0.05)
+        assert [count for count in Counter(ran).values() if count > 1] == []
+        assert len(app.broker.jobs(SCHEDULES, state="scheduled")) == 1
+
+
+def test_periodic_makes_a_task_or_takes_one_and_passes_arguments(broker: Broker) -> None:
+    app = App(broker)
+
+    @app.periodic("* * * * *", args=(1,), kwargs={"b": 2})
+    @app.periodic("0 * * * *", name="hourly", args=(3,))
+    def both(a: int, b: int = 0) -> int:
+        return a + b
+
+    assert both(1) == 1
+    assert sorted(app.schedules) == ["both", "hourly"]
+    live(app, 3600)
+    payloads = Counter(str(job.json()) for job in broker.jobs("default", limit=100))
+    assert payloads == {"{'args': [1], 'kwargs': {'b': 2}}": 60, "{'args': [3], 'kwargs': {}}": 1}
+
+
+@pytest.mark.parametrize(
+    ("when", "options", "why"),
+    [
+        ("* * *", {}, "no cron expression"), ("61 * * * *", {}, "no cron expression"), (5, {}, "every"),
+        ("* * * * *", {"timezone": "Mars/Olympus"}, "timezone"), ("0 0 31 2 *", {}, "periodic"),
+        ("* * * * *", {"misfire": "never"}, "misfire"), ("* * * * *", {"grace": -1}, "grace"),
+        ("* * * * *", {"args": (1,)}, "do not fit"),
+    ],
+)  # fmt: skip
+def test_a_bad_schedule_is_refused(broker: Broker, when: Any, options: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        make_app(broker, when, **options)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5, True, "1", float("nan")])
+def test_every_takes_a_second_at_least(seconds: Any) -> None:
+    with pytest.raises(UsageError, match="every"):
+        every(seconds)
+
+
+def test_two_schedules_of_one_name_are_refused(broker: Broker) -> None:
+    app = make_app(broker)
+    with pytest.raises(UsageError, match="'tick'"):
+        app.periodic("0 * * * *")(app.tasks["tick"])
+
+
+def test_a_time_zone_is_that_of_the_expression() -> None:
+    spec = spec_of("0 12 * * *", "America/New_York")
+    tick = next(spec.after(START))
+    assert (tick, tick.astimezone(ZoneInfo("America/New_York")).hour) == (utc("2026-01-01T17:00"), 12)

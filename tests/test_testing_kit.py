@@ -1,0 +1,177 @@
+"""`App.testing`: jobs in memory, run when the test says so, time by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rivetq import RetryPolicy, UsageError
+from rivetq.tasks import App, Reject, Retry, Snooze, current_job, every
+
+app = App("never opened")
+seen: list[Any] = []
+
+
+@app.task(queue="mail", retry=RetryPolicy(base=60, jitter="none", max_attempts=2))
+def send(to: str, body: str = "hello") -> None:
+    seen.append((to, current_job().attempt))
+    if to == "nobody":
+        raise ValueError("no such address")
+    if to == "all":
+        send.enqueue("ada")
+        greet.enqueue("bob")
+
+
+@app.task
+async def greet(name: str) -> None:
+    await asyncio.sleep(0)
+    seen.append(name)
+
+
+@app.task
+def end(how: str) -> None:
+    raise {"retry": Retry(5), "snooze": Snooze(5), "reject": Reject("no")}[how]
+
+
+@app.periodic(every(300))
+@app.task(pool="thread")
+def report() -> None:
+    seen.append("report")
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen() -> None:
+    seen.clear()
+
+
+def test_jobs_wait_until_they_are_drained_with_what_they_enqueue() -> None:
+    with app.testing() as testing:
+        send.enqueue("all")
+        assert seen == []
+        done = testing.drain()
+        assert seen == [("all", 1), ("ada", 1), "bob"]
+        assert (done.jobs, done.acked, done.failed, done.errors) == (3, 3, 0, [])
+        assert testing.drain().jobs == 0
+    assert not Path("never opened").exists()
+
+
+def test_drain_raises_what_a_handler_raised_and_the_job_is_retried() -> None:
+    with app.testing() as testing:
+        job_id = send.enqueue("nobody")
+        with pytest.raises(ValueError, match="no such address"):
+            testing.drain()
+        assert testing.drain().jobs == 0  # it waits for its retry
+        testing.advance(60)
+        done = testing.drain(raise_errors=False)
+        assert [str(error) for error in done.errors] == ["no such address"]
+        job = testing.broker.get(job_id)
+        assert job is not None
+        assert (job.state, job.attempts) == ("dead", 2)
+
+
+def test_outcomes_are_no_errors() -> None:
+    with app.testing() as testing:
+        end.enqueue_many([("retry",), ("snooze",), ("reject",)])
+        done = testing.drain()
+        assert (done.failed, done.released, done.errors) == (2, 1, [])
+
+
+def test_inline_runs_a_job_at_its_enqueue_and_raises_its_error() -> None:
+    with app.testing(inline=True) as testing:
+        send.enqueue("all")
+        assert seen == [("all", 1), ("ada", 1), "bob"]
+        send.options(delay=5).enqueue("later")
+        assert len(seen) == 3
+        testing.advance(5)
+        testing.drain()
+        assert seen[3:] == [("later", 1)]
+        with pytest.raises(ValueError, match="no such address"):
+            send.enqueue("nobody")
+        with testing.broker.transaction() as tx:
+            send.options(transaction=tx).enqueue("tx")
+        assert ("tx", 1) not in seen
+        testing.drain()
+        assert ("tx", 1) in seen
+
+
+def test_async_tasks_run_in_a_test_that_has_a_loop_itself() -> None:
+    async def main() -> None:
+        with app.testing() as testing:
+            await greet.aenqueue("ada")
+            testing.drain()
+        with app.testing(inline=True):
+            await greet.aenqueue("bob")
+
+    asyncio.run(main())
+    assert seen == ["ada", "bob"]
+
+
+def test_assert_enqueued_says_what_waits_instead() -> None:
+    with app.testing() as testing:
+        send.options(queue="other").enqueue("ada", body="hi")
+        send.options(delay=60).enqueue("bob")
+        (call,) = testing.assert_enqueued(send, args=["ada"], kwargs={"body": "hi"}, queue="other")
+        assert call.job.queue == "other"
+        testing.assert_enqueued(send, count=2)
+        testing.assert_enqueued(send, args=("bob",), queue="mail")
+        assert [call.args for call in testing.enqueued(queue="mail")] == [["bob"]]
+        for wrong in ({"args": ["eve"]}, {"queue": "mail", "args": ["ada"]}, {"count": 1}, {"kwargs": {"body": "x"}}):
+            with pytest.raises(AssertionError, match=r"other: send\('ada', body='hi'\)"):
+                testing.assert_enqueued(send, **wrong)  # type: ignore[arg-type]  # each of them is right by itself
+        with pytest.raises(AssertionError, match="'greet'"):
+            testing.assert_enqueued(greet)
+
+
+def test_advance_lets_schedules_enqueue_each_tick() -> None:
+    with app.testing(start=datetime(2026, 1, 1, tzinfo=UTC)) as testing:
+        testing.advance(3600)
+        testing.assert_enqueued(report, count=12)
+        assert testing.clock.now() == datetime(2026, 1, 1, 1, tzinfo=UTC)
+        testing.drain()
+    assert seen == ["report"] * 12
+
+
+def test_a_job_that_is_no_call_is_a_dead_letter() -> None:
+    with app.testing() as testing:
+        job_id = testing.broker.enqueue("mail", b"")
+        assert testing.drain().failed == 1
+        job = testing.broker.get(job_id)
+        assert job is not None
+        assert job.state == "dead"
+
+
+def test_a_task_that_enqueues_itself_for_ever_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.testing.tasks.MANY_JOBS", 20)
+    with App(":memory:") as other:
+
+        @other.task
+        def again() -> None:
+            again.enqueue()
+
+        with other.testing() as testing:
+            again.enqueue()
+            with pytest.raises(UsageError, match="enqueue itself"):
+                testing.drain()
+
+
+def test_the_app_is_as_before_after_the_block() -> None:
+    with App(":memory:") as other:
+
+        @other.task
+        def task() -> None: ...
+
+        task.enqueue()
+        before = other.broker
+        with other.testing() as testing:
+            assert testing.broker is not before
+            with pytest.raises(UsageError, match="already"), other.testing():
+                pass
+            task.enqueue_many([(), ()])
+        assert other.broker is before
+        assert before.stats().enqueued == 1
+        with pytest.raises(UsageError, match="once"):
+            testing.__enter__()

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
+collect_ignore = ["typed"]
+"""Programs for type checkers, not to be run."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cycles", type=int, default=100, help="cycles of kill -9 in test_kill.py")

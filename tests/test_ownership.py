@@ -485,6 +485,7 @@ def test_a_path_that_cannot_be_used_is_a_storage_error_and_nothing_is_touched(tm
 
 AS_NOBODY = """
 import os, sys
+import rivetq.local  # an engine is loaded when it is opened, and nobody may not read this interpreter's files
 from rivetq import Broker, StorageError
 path, verb = sys.argv[1:]
 if os.getuid() == 0:

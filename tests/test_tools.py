@@ -150,7 +150,7 @@ def test_verify_sees_an_index_that_does_not_match(closed: Path) -> None:
 @pytest.mark.parametrize("what", ["a job", "a total", "a key", "nothing"])
 def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """An index with right checksums that says something else: a bug would make one."""
-    honest = rivetq.tools._serve
+    honest = rivetq.tools.served
     seen: list[object] = []
 
     def serving(found: Any) -> Any:
@@ -165,7 +165,7 @@ def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch:
                 machine.keys.forget(machine.queues["mail"].number, "k30")
         return machine
 
-    monkeypatch.setattr(rivetq.tools, "_serve", serving)
+    monkeypatch.setattr(rivetq.tools, "served", serving)
     found = tools.verify(closed)
     assert len(seen) == 2
     assert (found.index is None) == (what == "nothing")

@@ -294,6 +294,32 @@ def test_mixed_endings_are_answered_in_one_commit(app: App, monkeypatch: pytest.
     assert (stats.acked, stats.scheduled, stats.dead) == (1, 2, 1)
 
 
+def test_a_job_that_comes_again_before_its_answer_is_noted_is_answered_again(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[int] = []
+
+    @app.task(retry=RetryPolicy(max_attempts=4, base=0))
+    def task() -> None:
+        attempts.append(current_job().attempt)
+        raise Retry(0)
+
+    worker = Worker(app, concurrency=2)
+    commit = worker._commit
+
+    def slow(held: Any) -> None:
+        commit(held)
+        number = held[0].lease.attempt
+        if number < 4:  # the fetcher has it again before this returns
+            until(lambda: any(each.lease.attempt == number + 1 for each in list(worker._held.values())))
+
+    monkeypatch.setattr(worker, "_commit", slow)
+    job_id = task.enqueue()
+    with worker:
+        until(lambda: job(app, job_id).state == "dead")
+    assert attempts == [1, 2, 3, 4]
+
+
 # -- Hooks
 
 

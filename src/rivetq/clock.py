@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 
@@ -63,8 +64,7 @@ def _nothing() -> None:
 
 def _read_boot_id() -> str:
     try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         # Not Linux: the process's own start, so that every open counts as another boot, which is the careful reading.
         return f"process-{time.time_ns()}"

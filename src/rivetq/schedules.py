@@ -73,6 +73,7 @@ class Every:
         return f"every {self.seconds:g} s"
 
     def after(self, moment: datetime) -> Iterator[datetime]:
+        """See `Spec.after`."""
         step_ms = round(self.seconds * 1000)
         number = int(moment.timestamp() * 1000) // step_ms
         while True:
@@ -104,6 +105,7 @@ class Cron:
         return f"{self.expression} {self.zone}"
 
     def after(self, moment: datetime) -> Iterator[datetime]:
+        """See `Spec.after`."""
         for tick in _cronsim().CronSim(self.expression, moment.astimezone(_zone(self.zone))):
             yield tick.astimezone(UTC)
 
@@ -209,6 +211,7 @@ class Scheduler:
                 return
 
     def stop(self) -> None:
+        """Let `run` return, soon."""
         self._inbox.put(None)
 
     def step(self) -> None:

@@ -412,6 +412,13 @@ class App:
                 found = self._broker
         return found
 
+    def use(self, path: str | os.PathLike[str], **options: Any) -> None:
+        """Another directory, and other options of `Broker`, for an app that is not open yet."""
+        with self._lock:
+            if self._broker is not None:
+                raise UsageError("use: the app's broker is open already")
+            self._path, self._options = path, options
+
     def close(self) -> None:
         """Close the broker, unless it was given open. May be repeated; the next use of a path opens it again."""
         with self._lock:

@@ -10,11 +10,13 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Self
 
 import attrs
 
-from .arguments import checked_path
+from .arguments import checked_path, checked_state
 from .backup import take
 from .broker import Broker
 from .clock import SystemClock
@@ -26,12 +28,13 @@ from .index import Index
 from .io import SystemDisk, read_file
 from .log import list_segments, read_mark
 from .machine import Machine, facts
+from .model import Job, JobState, QueueConfig, QueueStats, checked_int
 from .owner import DirectoryLock
-from .recovery import Recovered, records, recover, replay
+from .recovery import records, recover
 from .salvage import Salvage
 from .salvage import salvage as _salvage
 from .segment import segment_name
-from .state import Place
+from .view import ViewEngine, served
 
 Path = str | os.PathLike[str]
 
@@ -68,6 +71,11 @@ class Verification:
         return self.log is None and self.index is None and self.mark is None
 
 
+def check(path: Path) -> str:
+    """The absolute path of a directory that has a log; StorageError if there is none."""
+    return _directory(path)
+
+
 def verify(path: Path) -> Verification:
     """Read every byte of a directory that no broker has open, check every checksum, compare the index with the log.
 
@@ -87,7 +95,7 @@ def verify(path: Path) -> Verification:
         found.bytes = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
         try:
             whole = recover(disk, directory, None, SystemClock(), Machine)
-            _serve(whole)
+            served(whole)
         except CorruptLogError as error:
             found.log = Problem(file=error.file, offset=error.offset, what=str(error).removeprefix(f"{error.file}: "))
             return found
@@ -164,6 +172,66 @@ def dump(path: Path, *, payloads: bool = False) -> Iterator[dict[str, Any]]:
             }
 
 
+class Look:
+    """A directory as it is on disk, whoever has it open; see `look`. Its methods are those of `Broker`."""
+
+    def __init__(self, engine: ViewEngine) -> None:
+        self._engine = engine
+        self.as_of: datetime = engine.as_of
+        """The moment of the last record that was read."""
+        self.record: int = engine.record
+        """Its number."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the copy of the index that it reads from."""
+        self._engine.close()
+
+    def queues(self) -> list[str]:
+        """See `Broker.queues`."""
+        return self._engine.queues()
+
+    def stats(self, queue: str | None = None) -> QueueStats:
+        """See `Broker.stats`; `oldest_age` is that at `as_of`."""
+        return self._engine.stats(queue)
+
+    def config(self, queue: str) -> QueueConfig:
+        """The configuration in force, with `paused`."""
+        return self._engine.config(queue)
+
+    def jobs(self, queue: str, *, state: JobState | str | None = None, after: int = 0, limit: int = 100) -> list[Job]:
+        """See `Broker.jobs`."""
+        return self._engine.jobs(
+            queue, checked_state(state), checked_int(after, "after", 0), checked_int(limit, "limit", 1, 10_000)
+        )
+
+    def get(self, job_id: int) -> Job | None:
+        """See `Broker.get`."""
+        return self._engine.get(checked_int(job_id, "job_id", 0))
+
+
+def look(path: Path) -> Look:
+    """Look into a directory, whether a broker has it open or not: ``with look("data") as found``. Nothing is changed.
+
+    It shows the state after the last record that is in the files: the index of the last checkpoint, copied to a
+    temporary directory, and the log behind it. Delays and deadlines that passed since are for the owner to notice.
+
+    Raises:
+        StorageError: there is no log, or it cannot be read.
+        CorruptLogError, FormatError: as at an opening.
+    """
+    directory = _directory(path)
+    with _readable(directory):
+        return Look(ViewEngine(SystemDisk(), directory))
+
+
 def _event(event: Event, body: bytes | None) -> dict[str, Any]:
     value: dict[str, Any] = {"event": type(event).__name__}
     for name, item in attrs.asdict(event, recurse=False).items():
@@ -219,14 +287,6 @@ def _owned(directory: str) -> Iterator[None]:
         lock.refuse()
 
 
-def _serve(found: Recovered) -> Machine:
-    """The state that an opening would serve: with the records that it would write again."""
-    machine = found.machine
-    for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
-        replay(machine, body, Place(lsn=lsn))
-    return machine
-
-
 def _compare(directory: str, whole: Machine) -> Problem | None:
     """The index, with what the log has behind it, against the log alone."""
     path = os.path.join(directory, "index")
@@ -241,7 +301,7 @@ def _compare(directory: str, whole: Machine) -> Problem | None:
                 file=os.path.join(path, "data.mdb"), offset=None,
                 what="does not match its manifest: a crash cut a checkpoint short, or it is damaged",
             )  # fmt: skip
-        machine = _serve(found)
+        machine = served(found)
         now_ms = max(machine.now_ms, whole.now_ms)
         for each in (machine, whole):
             each.advance(now_ms)

@@ -168,7 +168,7 @@ class Worker:
         self._ended = threading.Event()
         self._wanted = threading.Event()  # somebody wants it to stop; set by signals too
         self._stop_lock = threading.Lock()
-        self._held: dict[int, Delivery] = {}  # by job id: leased and not answered
+        self._held: dict[int, Delivery] = {}  # leased and not answered; by token, since a job may come again at once
         self._endings: deque[Delivery] = deque()
         self._poked = threading.Event()  # there are endings
         self._settling = True
@@ -282,11 +282,11 @@ class Worker:
 
     def cancel(self, job_id: int) -> bool:
         """Tell the handler of a job that runs here to stop; False if none does. Its job goes when it stops."""
-        delivery = self._held.get(job_id)
-        if delivery is None or delivery.ending is not None:
-            return False
-        self._tell_handler(delivery, CANCELLED)
-        return True
+        for delivery in list(self._held.values()):
+            if delivery.lease.id == job_id and delivery.ending is None:
+                self._tell_handler(delivery, CANCELLED)
+                return True
+        return False
 
     def _tell_handler(self, delivery: Delivery, reason: str) -> None:
         delivery.job.cancel(reason)
@@ -394,7 +394,7 @@ class Worker:
             if seconds < self._shortest:
                 self._shortest = seconds
                 self._renewer_poked.set()
-            self._held[lease.id] = delivery
+            self._held[lease.token] = delivery
             if kind == "thread" and task.time_limit is not None:
                 self._watch_limit(delivery, now + task.time_limit)
             batches.setdefault(kind, []).append(delivery)
@@ -451,7 +451,7 @@ class Worker:
                 self._rooms[_kind(delivery.task)].ran(delivery.seconds)
             if self._stopping or any(room.is_wanting() for room in self._rooms.values()):
                 self._changed.notify_all()
-        held = [delivery for delivery in batch if self._held.get(delivery.lease.id) is delivery]
+        held = [delivery for delivery in batch if delivery.lease.token in self._held]
         while held:
             try:
                 self._commit(held)
@@ -467,7 +467,7 @@ class Worker:
                 time.sleep(RETRY_S)
         cancelled = []
         for delivery in held:
-            self._held.pop(delivery.lease.id, None)
+            self._held.pop(delivery.lease.token, None)
             if delivery.job.reason == CANCELLED and _ending(delivery).verb == "reject":
                 cancelled.append(delivery.lease.id)
         for job_id in cancelled:
@@ -497,7 +497,7 @@ class Worker:
                         tx.reject(lease, error=ending.error)
 
     def _note_lost(self, delivery: Delivery) -> None:
-        self._held.pop(delivery.lease.id, None)
+        self._held.pop(delivery.lease.token, None)
         logger.warning("job %s: %s", delivery.lease.id, LEASE_LOST, extra=fields(delivery))
 
     def _tell(self, delivery: Delivery, ending: str) -> None:
@@ -551,7 +551,7 @@ class Worker:
             except LeaseLostError as error:
                 for delivery in [each for each in deliveries if each.lease.id == error.job_id]:
                     deliveries.remove(delivery)
-                    if self._held.get(delivery.lease.id) is delivery and delivery.ending is None:
+                    if delivery.lease.token in self._held and delivery.ending is None:
                         self._note_lost(delivery)
                         self._tell_handler(delivery, LEASE_LOST)
             except (BrokerClosedError, BrokerFailedError):

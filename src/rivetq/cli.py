@@ -1,0 +1,622 @@
+"""The command line ``rivetq``: `pip install rivetq[cli]`.
+
+Commands that look work on a directory whatever process has it open, and say as of when. Commands that change something
+open it themselves, and say who has it if somebody does.
+
+Exit status::
+
+    0    done
+    1    the log is damaged, or something was missing (salvage); a worker whose broker failed
+    2    not done: wrong usage or settings, no such directory, no space
+    3    only the index or the mark is damaged (verify)
+    4    there is no such job (show, cancel)
+    5    another process has the directory open
+    130  Ctrl-C
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar
+
+import attrs
+
+from rivetq import Broker, BrokerLockedError, CorruptLogError, Job, JobState, RivetQError, UsageError, __version__
+
+from . import tools
+from .logs import configure
+from .settings import FIELDS, Settings, load
+from .tasks import App
+
+try:
+    import click
+    from rich.console import Console
+    from rich.live import Live
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ImportError as error:  # pragma: no cover
+    raise SystemExit(f"rivetq: the command line needs click and rich ({error}): pip install rivetq[cli]") from None
+
+DONE, DAMAGED, NOT_DONE, LOG_WHOLE, NO_JOB, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+PATIENCE_S = 1.0
+"""What takes longer shows that it goes on."""
+T = TypeVar("T")
+errors = Console(stderr=True)
+
+
+class _Group(click.Group):
+    """Every error of RivetQ is one line and an exit status."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CorruptLogError as error:
+            self._end(ctx, error, DAMAGED)
+        except BrokerLockedError as error:
+            self._end(ctx, error, LOCKED)
+        except BrokenPipeError:  # `dump | head`
+            sys.stderr.close()
+            ctx.exit(DONE)
+        except (RivetQError, OSError) as error:
+            self._end(ctx, error, NOT_DONE)
+        except click.Abort:  # a question that was not answered with yes
+            ctx.exit(NOT_DONE)
+        except KeyboardInterrupt:
+            click.echo("rivetq: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+    def _end(self, ctx: click.Context, error: BaseException, status: int) -> None:
+        click.echo(f"rivetq: {error}", err=True)
+        ctx.exit(status)
+
+
+_STATUSES = (__doc__ or "").partition("Exit status::\n\n")[2]
+
+
+@click.group(cls=_Group, epilog=f"\b\nExit status:\n{_STATUSES}")
+@click.version_option(__version__, prog_name="rivetq")
+@click.option("--config", type=click.Path(dir_okay=False), help="A TOML or YAML file of settings (or RIVETQ_CONFIG).")
+@click.option("-d", "--directory", "path", help="The directory of the broker (or RIVETQ_PATH; by default data).")
+@click.pass_context
+def main(ctx: click.Context, config: str | None, path: str | None) -> None:
+    """A durable job queue in a directory: look into it, work on it, repair it."""
+    ctx.obj = {"config": config, "path": path}
+
+
+def _settings(**explicit: Any) -> Settings:
+    given: dict[str, Any] = click.get_current_context().obj
+    return load(given["config"], **{"path": given["path"], **explicit})
+
+
+def _command(name: str | None = None) -> Callable[[Callable[..., int | None]], click.Command]:
+    """A command with --json and --directory; its return value is the exit status."""
+
+    def register(function: Callable[..., int | None]) -> click.Command:
+        def run(as_json: bool, directory: str | None, **arguments: Any) -> None:
+            context = click.get_current_context()
+            if directory is not None:
+                context.obj["path"] = directory
+            context.obj["json"] = as_json
+            context.exit(function(**arguments) or DONE)
+
+        run.__doc__ = function.__doc__
+        run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]  # as click keeps them
+        command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(run)
+        command = click.option("-d", "--directory", help="As before the command.")(command)
+        return main.command(name or function.__name__.strip("_").replace("_", "-"))(command)
+
+    return register
+
+
+def _wants_json() -> bool:
+    found: bool = click.get_current_context().obj["json"]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """What json.dumps takes."""
+    if attrs.has(type(value)):
+        return {name: _plain(item) for name, item in attrs.asdict(value, recurse=False).items()}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(_plain(value), ensure_ascii=False))
+
+
+def _job_json(job: Job, *, payload: bool = True) -> dict[str, Any]:
+    found: dict[str, Any] = {f.name: _plain(getattr(job, f.name)) for f in attrs.fields(Job) if f.name != "payload"}
+    found["state"] = str(job.state)
+    if payload:
+        try:
+            found["payload"] = job.json()
+        except RivetQError:
+            found["payload_base64"] = base64.b64encode(job.payload).decode()
+    return found
+
+
+_TEXTS = {"queue", "state", "error", "task", "setting", "call", "value", "from", "about"}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in _TEXTS else "right")
+    return table
+
+
+def _print_table(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+@contextmanager
+def _slow(text: str) -> Iterator[None]:
+    """Shows on a terminal that something goes on, once it has taken a second."""
+    done = threading.Event()
+
+    def show() -> None:
+        if done.wait(PATIENCE_S):
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=errors, transient=True) as progress:
+            progress.add_task(text, total=None)
+            done.wait()
+
+    if not errors.is_terminal:
+        yield
+        return
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _look() -> tools.Look:
+    with _slow("reading the log"):
+        return tools.look(_settings().path)
+
+
+@contextmanager
+def _opened() -> Iterator[Broker]:
+    """The broker, to change something; it must be there already. Leases stay as they are."""
+    settings = _settings(release_on_open=False)
+    tools.check(settings.path)
+    with _slow("opening"):
+        broker = settings.open_broker()
+    with broker:
+        yield broker
+
+
+def _as_of(found: tools.Look) -> str:
+    return f"as of {found.as_of.isoformat(timespec='milliseconds')}, record {found.record}"
+
+
+# Looking
+
+STATS = ("ready", "scheduled", "leased", "dead", "enqueued", "acked", "cancelled", "purged")
+
+
+def _stats_table(found: tools.Look) -> Table:
+    table = _table("queue", *STATS, "oldest s")
+    table.caption, table.caption_justify = _as_of(found), "left"
+    for queue in [*found.queues(), None]:
+        stats = found.stats(queue)
+        age = "" if stats.oldest_age is None else f"{stats.oldest_age:.1f}"
+        table.add_row(queue if queue is not None else "(all)", *(str(getattr(stats, name)) for name in STATS), age)
+    return table
+
+
+@_command()
+@click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
+@click.option("--interval", default=1.0, show_default=True, help="Seconds between two looks.")
+def stats(watch: bool, interval: float) -> None:
+    """Counts of all queues."""
+    if _wants_json():
+        while True:
+            with _look() as found:
+                queues = {name: found.stats(name) for name in found.queues()}
+                _print_json({"as_of": found.as_of, "record": found.record, "all": found.stats(), "queues": queues})
+            if not watch:
+                return
+            sys.stdout.flush()
+            time.sleep(interval)
+    with _look() as found:
+        table = _stats_table(found)
+    if not watch:
+        _print_table(table)
+        return
+    with Live(table, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            with _look() as found:
+                live.update(_stats_table(found), refresh=True)
+
+
+@_command()
+def queues() -> None:
+    """The queues and their configurations."""
+    with _look() as found:
+        configs = {name: found.config(name) for name in found.queues()}
+        if _wants_json():
+            _print_json({"as_of": found.as_of, "record": found.record, "queues": configs})
+            return
+        table = _table("queue", "paused", "ready", "visibility s", "max jobs", "rate limit", "attempts")
+        table.caption, table.caption_justify = _as_of(found), "left"
+        for name, config in configs.items():
+            limit = config.rate_limit
+            rate = "" if limit is None else f"{limit.per_second:g}/s, {limit.burst} at once, on {limit.on}"
+            table.add_row(
+                name, "yes" if config.paused else "", str(found.stats(name).ready), f"{config.visibility_timeout:g}",
+                str(config.max_jobs or ""), rate, str(config.retry.max_attempts or "no end"),
+            )  # fmt: skip
+    _print_table(table)
+
+
+@_command()
+@click.argument("queue")
+@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Those in one state.")
+@click.option("--after", default=0, help="Ids above this one: the next page.")
+@click.option("--limit", default=100, show_default=True, help="At most so many, up to 10,000.")
+def jobs(queue: str, state: str | None, after: int, limit: int) -> None:
+    """Jobs of a queue, by id."""
+    with _look() as found:
+        listed = found.jobs(queue, state=state, after=after, limit=limit)
+        if _wants_json():
+            _print_json({"as_of": found.as_of, "record": found.record, "jobs": [_job_json(job) for job in listed]})
+            return
+        table = _table("id", "state", "priority", "attempts", "enqueued", "task", "error")
+        table.caption, table.caption_justify = _as_of(found), "left"
+        for job in listed:
+            when = job.enqueued_at.isoformat(timespec="seconds")
+            task = job.headers.get("rivetq-task", "")
+            table.add_row(
+                str(job.id), str(job.state), str(job.priority), str(job.attempts), when, task, job.last_error or ""
+            )
+    _print_table(table)
+
+
+@_command()
+@click.argument("job_id", type=int)
+def show(job_id: int) -> int:
+    """One job, with its payload."""
+    with _look() as found:
+        job = found.get(job_id)
+        if job is None:
+            click.echo(f"rivetq: there is no job {job_id} ({_as_of(found)})", err=True)
+            return NO_JOB
+        content = _job_json(job)
+        if _wants_json():
+            _print_json({"as_of": found.as_of, "record": found.record, "job": content})
+            return DONE
+        for name, value in content.items():
+            click.echo(f"{name:14} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+        click.echo(_as_of(found))
+    return DONE
+
+
+@_command()
+@click.option("--payloads", is_flag=True, help="With the payloads, in base64.")
+def dump(payloads: bool) -> None:
+    """The records of the log, a line of JSON each."""
+    for record in tools.dump(_settings().path, payloads=payloads):
+        click.echo(json.dumps(record))
+
+
+# Changing
+
+
+def _told(value: dict[str, Any], text: str) -> None:
+    if _wants_json():
+        _print_json(value)
+    else:
+        click.echo(text)
+
+
+@_command()
+@click.argument("queue")
+@click.argument("payload", required=False)
+@click.option("--task", help="The name of a task: the payload is the list of its arguments, or an object of them.")
+@click.option("--priority", default=5, show_default=True, help="0 to 9, 9 is the most urgent.")
+@click.option("--delay", default=0.0, help="Seconds before which it is not leased.")
+@click.option("--key", help="Idempotency key.")
+@click.option("--header", multiple=True, metavar="NAME=VALUE", help="May be repeated.")
+def enqueue(
+    queue: str,
+    payload: str | None,
+    task: str | None,
+    priority: int,
+    delay: float,
+    key: str | None,
+    header: tuple[str, ...],
+) -> None:
+    """Put a job into a queue. PAYLOAD is JSON, else a text; "-" or none: the bytes of the standard input."""
+    headers = dict(_pair(each) for each in header)
+    body: Any
+    if payload is None or payload == "-":
+        body = sys.stdin.buffer.read()
+    else:
+        try:
+            body = json.loads(payload)
+        except ValueError:
+            body = payload
+    if task is not None:
+        headers["rivetq-task"] = task
+        body = body if not isinstance(body, bytes) else json.loads(body or b"[]")
+        body = {"kwargs": body} if isinstance(body, dict) else {"args": body}
+    settings = _settings(release_on_open=False)
+    with settings.open_broker() as broker:
+        options: Any = {"priority": priority, "delay": delay, "headers": headers, "idempotency_key": key}
+        job_id = broker.enqueue(queue, body, **options)
+    _told({"id": job_id}, f"job {job_id}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--header: NAME=VALUE expected, got {text!r}")
+    return name, value
+
+
+@_command()
+@click.argument("queue")
+def pause(queue: str) -> None:
+    """Let leases from a queue give nothing, until `resume`."""
+    with _opened() as broker:
+        broker.pause(queue)
+    _told({"queue": queue, "paused": True}, f"{queue} is paused")
+
+
+@_command()
+@click.argument("queue")
+def resume(queue: str) -> None:
+    """End a pause."""
+    with _opened() as broker:
+        broker.resume(queue)
+    _told({"queue": queue, "paused": False}, f"{queue} is not paused")
+
+
+@_command()
+@click.argument("queue")
+@click.argument("job_ids", type=int, nargs=-1)
+@click.option("--limit", type=int, help="At most so many.")
+def redrive(queue: str, job_ids: tuple[int, ...], limit: int | None) -> None:
+    """Bring dead letters back: all of a queue, or those with these ids."""
+    with _opened() as broker, _slow("bringing back"):
+        count = broker.redrive(queue, job_ids=job_ids or None, limit=limit)
+    _told({"queue": queue, "redriven": count}, f"{count} jobs are ready again")
+
+
+@_command()
+@click.argument("queue")
+@click.option("--state", type=click.Choice(["ready", "scheduled", "dead"]), help="Those in one state.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def purge(queue: str, state: str | None, yes: bool) -> None:
+    """Remove the jobs of a queue, but for leased ones."""
+    if not yes:
+        click.confirm("Remove these jobs for good?", abort=True, err=True)
+    with _opened() as broker, _slow("removing"):
+        count = broker.purge(queue, state=state)
+    _told({"queue": queue, "purged": count}, f"{count} jobs are removed")
+
+
+@_command()
+@click.argument("job_id", type=int)
+def cancel(job_id: int) -> int:
+    """Remove a job that waits or is a dead letter."""
+    with _opened() as broker:
+        done = broker.cancel(job_id)
+    _told({"id": job_id, "cancelled": done}, f"job {job_id} is removed" if done else f"job {job_id} is leased or gone")
+    return DONE if done else NO_JOB
+
+
+# Tools
+
+
+@_command()
+def verify() -> int:
+    """Read every byte, check every checksum, compare the index with the log."""
+    with _slow("reading every byte"):
+        found = tools.verify(_settings().path)
+    for problem in (found.log, found.index, found.mark):
+        if problem is not None:
+            click.echo(f"rivetq: {problem.file}: {problem.what}", err=True)
+    _report(found, "whole" if found.is_whole else "damaged")
+    return DONE if found.is_whole else DAMAGED if found.log else LOG_WHOLE
+
+
+def _report(found: Any, word: str) -> None:
+    values: dict[str, Any] = _plain(found)
+    if _wants_json():
+        _print_json(values)
+        return
+    click.echo(word)
+    for name, value in values.items():
+        if value is not None and not isinstance(value, dict | list):
+            click.echo(f"{name:12} {value}")
+
+
+@_command()
+def rebuild_index() -> None:
+    """Build the index anew from the log."""
+    path = _settings().path
+    with _slow("building the index"):
+        count = tools.rebuild_index(path)
+    _told({"path": path, "jobs": count}, f"{count} jobs")
+
+
+@_command()
+@click.argument("out", type=click.Path())
+@click.option("--copy", is_flag=True, help="Copy all bytes, link none.")
+def backup(out: str, copy: bool) -> None:
+    """Copy the directory to OUT and read the copy back; also while a broker has it open."""
+    with _slow("copying"):
+        found = tools.backup(_settings().path, out, link=not copy)
+    _report(found, "done")
+
+
+@_command()
+@click.argument("out", type=click.Path())
+def salvage(out: str) -> int:
+    """Write what can be read of a damaged log into the new directory OUT."""
+    with _slow("reading what can be read"):
+        found = tools.salvage(_settings().path, out)
+    _report(found, "whole" if found.is_whole else "something was missing, see salvage.json")
+    return DONE if found.is_whole else DAMAGED
+
+
+@_command()
+@click.option("--seconds", default=3.0, show_default=True, help="For each of the measurements.")
+@click.option("--threads", default=8, show_default=True)
+@click.option("--bytes", "size", default=256, show_default=True, help="Of a payload.")
+def bench(seconds: float, threads: int, size: int) -> None:
+    """Measure this disk: jobs a second, in a new directory beside the broker's."""
+    settings = _settings()
+    parent = os.path.dirname(os.path.abspath(settings.path))
+    figures: dict[str, float] = {}
+    options = {**settings.broker_options(), "release_on_open": True}
+    with (
+        tempfile.TemporaryDirectory(prefix="rivetq-bench-", dir=parent) as directory,
+        Broker(os.path.join(directory, "data"), **options) as broker,
+        Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress,
+    ):
+        payload = os.urandom(size)
+        rounds: list[tuple[str, int, Callable[[], int]]] = [
+            ("enqueue, 1 thread", 1, lambda: bool(broker.enqueue("bench", payload))),
+            (f"enqueue, {threads} threads", threads, lambda: bool(broker.enqueue("bench", payload))),
+            ("enqueue_many of 100, 1 thread", 1, lambda: len(broker.enqueue_many("bench", [payload] * 100))),
+            (f"lease and ack, {threads} threads", threads, lambda: _lease_and_ack(broker)),
+        ]
+        for name, count, call in rounds:
+            task = progress.add_task(name, total=seconds)
+            figures[name] = _rate(call, count, seconds, partial(_advance, progress, task))
+    if _wants_json():
+        _print_json({"fsync": settings.fsync, "payload_bytes": size, "jobs_per_second": figures})
+        return
+    table = _table("jobs a second", "call")
+    for name, rate in figures.items():
+        table.add_row(f"{rate:,.0f}", name)
+    table.caption, table.caption_justify = f"fsync={settings.fsync}, {size} bytes a payload", "left"
+    _print_table(table)
+
+
+def _advance(progress: Progress, task: TaskID, seconds: float) -> None:
+    progress.update(task, completed=seconds)
+
+
+def _lease_and_ack(broker: Broker) -> int:
+    lease = broker.lease("bench")
+    if lease is None:
+        return 0
+    lease.ack()
+    return 1
+
+
+def _rate(call: Callable[[], int], threads: int, seconds: float, tell: Callable[[float], None]) -> float:
+    counts = [0] * threads
+    end = time.perf_counter() + seconds
+
+    def work(number: int) -> None:
+        while time.perf_counter() < end:
+            counts[number] += call()
+
+    started = time.perf_counter()
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        workers[0].join(0.1)
+        tell(time.perf_counter() - started)
+    return sum(counts) / (time.perf_counter() - started)
+
+
+# Working
+
+
+@_command()
+@click.argument("app", required=False)
+@click.option("-q", "--queues", help="Names in order of preference, a,b, or with weights, a=3,b=1.")
+@click.option("--threads", type=int, help="Handlers in threads.")
+@click.option("--processes", type=int, help="Handlers in child processes.")
+@click.option("--tasks", type=int, help="Async handlers.")
+@click.option("--grace", type=float, help="Seconds that running jobs get to end.")
+@click.option("--max-jobs", type=int, help="Stop after so many.")
+@click.option("--max-memory", help="Stop when the process occupies more: bytes, or 512MiB.")
+@click.option("--log-level")
+@click.option("--metrics-port", type=int, help="Serve metrics on this port of the loopback interface.")
+def worker(app: str | None, **options: Any) -> int:
+    """Run the tasks of APP, as module:attribute, until SIGTERM or Ctrl-C."""
+    settings = _settings(app=app, log_json=True if _wants_json() else None, **options)
+    if settings.app is None:
+        raise UsageError("worker: an app is needed, as module:attribute; as an argument, or the setting app")
+    found = load_app(settings.app)
+    configure(level=settings.log_level, json=settings.log_json)
+    if settings.origins["path"] != "default":
+        found.use(settings.path, **settings.broker_options())
+    made = settings.worker(found)
+    if settings.metrics_port is None:
+        return made.run()
+    from .metrics import serve
+
+    server = serve(found.broker, settings.metrics_port, workers=[made])
+    try:
+        return made.run()
+    finally:
+        server.close()
+
+
+def load_app(name: str) -> App:
+    """The app that ``module:attribute`` names; the current directory comes first. Raises UsageError."""
+    module_name, colon, attribute = name.partition(":")
+    if not colon or not attribute:
+        raise UsageError(f"app: module:attribute expected, got {name!r}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UsageError(f"app: {module_name!r} cannot be imported: {error}") from error
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise UsageError(f"app: module {module_name!r} has no {attribute!r}") from None
+    if not isinstance(found, App):
+        raise UsageError(f"app: {name!r} is a {type(found).__name__}, an App is expected")
+    return found
+
+
+@_command()
+def config() -> None:
+    """The settings in force, and where each came from."""
+    settings = _settings()
+    if _wants_json():
+        _print_json({n: {"value": getattr(settings, n), "origin": settings.origins[n]} for n in FIELDS})
+        return
+    table = _table("setting", "value", "from", "about")
+    for name, field in FIELDS.items():
+        table.add_row(name, str(getattr(settings, name)), settings.origins[name], field.metadata["about"])
+    _print_table(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A look at a directory that somebody else may have open: read from its files, nothing is locked or changed.
+
+The index as it was at its last checkpoint is copied first (LMDB files must not be read while another process writes
+them without its locks), and vouched for by its manifest; then the log behind it is replayed. Without a usable index the
+log alone gives the same. What the owner decided and has not written yet is not seen.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+
+from .clock import SystemClock
+from .entry import Entry
+from .errors import CorruptLogError, StorageError, UsageError
+from .index import Index
+from .io import Disk
+from .live import LiveEngine
+from .machine import Machine
+from .model import moment
+from .recovery import Recovered, recover, replay
+from .segment import SegmentFile, segment_name
+from .state import Place
+
+ROUNDS, TAIL_ROUNDS = 20, 3
+"""So often it is looked again when files moved or the tail was written under it."""
+
+
+class ViewEngine(LiveEngine):
+    """The looking half of an engine, over a state that stands still. It is never started."""
+
+    def __init__(self, disk: Disk, directory: str) -> None:
+        self._disk = disk
+        self._log_path = os.path.join(directory, "log")
+        self._copy = tempfile.mkdtemp(prefix="rivetq-view-")
+        self._index = Index(disk, self._copy)
+        try:
+            found = self._read(directory)
+            machine = served(found)
+        except BaseException:
+            self._drop_copy()
+            raise
+        super().__init__(machine, SystemClock(), machine.now_ms)
+        self.record = found.end_lsn + len(found.surplus)
+        """The last one that was read."""
+
+    @property
+    def as_of(self) -> datetime:
+        """The moment of the last record: the owner may have done more since, and not much that it did not write."""
+        return moment(self._machine.now_ms)
+
+    def _read(self, directory: str) -> Recovered:
+        for turn in range(1, ROUNDS + 1):
+            self._copy_index(os.path.join(directory, "index"))
+            try:
+                return recover(self._disk, directory, self._index, SystemClock(), Machine)
+            except FileNotFoundError as error:  # a compaction dropped it meanwhile
+                if turn == ROUNDS:
+                    raise StorageError(f"{directory}: its segments go quicker than they are read; again") from error
+            except CorruptLogError:  # the tail was written while it was read, or it is damaged in earnest
+                if turn >= TAIL_ROUNDS:
+                    raise
+            self._index.close()
+        raise AssertionError("the last round returns or raises")
+
+    def _copy_index(self, path: str) -> None:
+        """As far as it is there; a copy that was taken in the middle of a checkpoint does not match its manifest."""
+        for name in ("manifest", "data.mdb"):
+            try:
+                shutil.copyfile(os.path.join(path, name), os.path.join(self._copy, name))
+            except FileNotFoundError:
+                return
+
+    def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        return [self._payload(entry) for entry in entries]
+
+    def _payload(self, entry: Entry) -> bytes:
+        try:
+            file = SegmentFile.open(self._disk, os.path.join(self._log_path, segment_name(entry.segment)))
+            return file.read(entry.length, entry.offset)
+        except OSError as error:
+            raise StorageError(f"job {entry.id}: its payload was moved since; look again") from error
+
+    def _tick(self) -> int:
+        # Time stands still: what would be due or expired by now is the owner's to say.
+        self._check()
+        return self._machine.now_ms
+
+    def maintain(self, verb: str) -> None:
+        raise UsageError("this is a view of a directory: it changes nothing")
+
+    def _finish(self, save: bool) -> None:
+        self._drop_copy()
+
+    def _drop_copy(self) -> None:
+        self._index.close()
+        shutil.rmtree(self._copy, ignore_errors=True)
+
+
+def served(found: Recovered) -> Machine:
+    """The state that an opening would serve: with the records that it would write again."""
+    machine = found.machine
+    for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
+        replay(machine, body, Place(lsn=lsn))
+    return machine

@@ -1,0 +1,334 @@
+"""The command line, run as a user runs it: output, JSON, exit status; beside a process that has the directory open."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rivetq import Broker, RateLimit
+
+pytest.importorskip("click", reason="the extra cli is not installed")
+
+from click.testing import CliRunner
+
+from rivetq import cli
+
+
+class Run:
+    """Runs commands on one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def __call__(self, *arguments: str, status: int = 0, stdin: str | bytes | None = None) -> str:
+        result = CliRunner().invoke(cli.main, ["-d", str(self.directory), *arguments], input=stdin)
+        assert result.exit_code == status, result.output
+        self.errors = result.stderr
+        return result.stdout
+
+    def json(self, *arguments: str, status: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", status=status))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    for name in [name for name in os.environ if name.startswith("RIVETQ_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return Run(tmp_path / "data")
+
+
+@pytest.fixture
+def filled(run: Run) -> Run:
+    with Broker(run.directory) as broker:
+        broker.configure_queue("mail", rate_limit=RateLimit(5, 10), max_jobs=100)
+        broker.enqueue("mail", {"to": "ada"}, headers={"rivetq-task": "send"})
+        broker.enqueue("mail", b"\xff", delay=1000)
+        broker.enqueue("dead", {})
+        lease = broker.lease("dead")
+        assert lease is not None
+        lease.reject(error="broken")
+    return run
+
+
+# -- Looking
+
+
+def test_stats_counts_all_queues(filled: Run) -> None:
+    found = filled.json("stats")
+    assert found["all"]["enqueued"] == 3
+    assert (found["queues"]["mail"]["ready"], found["queues"]["mail"]["scheduled"]) == (1, 1)
+    assert (found["queues"]["dead"]["dead"], "as_of" in found, found["record"] > 0) == (1, True, True)
+    text = filled("stats")
+    assert re.search(r"^mail +1 +1 +0 +0 +2 ", text, re.MULTILINE)
+    assert re.search(r"^\(all\) +1 +1 +0 +1 +3 ", text, re.MULTILINE)
+    assert "as of 20" in text
+
+
+def test_queues_shows_configurations(filled: Run) -> None:
+    filled("pause", "mail")
+    found = filled.json("queues")["queues"]["mail"]
+    assert (found["paused"], found["max_jobs"], found["rate_limit"]["per_second"]) == (True, 100, 5.0)
+    assert re.search(r"^mail +yes +1 +30 +100 +5/s, 10 at once, on lease +5", filled("queues"), re.MULTILINE)
+
+
+def test_jobs_lists_a_page_of_a_queue(filled: Run) -> None:
+    jobs = filled.json("jobs", "mail")["jobs"]
+    assert [(job["id"], job["state"]) for job in jobs] == [(1, "ready"), (2, "scheduled")]
+    assert (jobs[0]["payload"], jobs[1]["payload_base64"]) == ({"to": "ada"}, "/w==")
+    assert [job["id"] for job in filled.json("jobs", "mail", "--after", "1")["jobs"]] == [2]
+    assert [job["id"] for job in filled.json("jobs", "mail", "--state", "scheduled")["jobs"]] == [2]
+    assert filled.json("jobs", "unknown")["jobs"] == []
+    assert re.search(r"^ 3 +dead +5 +1 +\S+ +broken", filled("jobs", "dead"), re.MULTILINE)
+
+
+def test_show_shows_a_job_or_says_that_there_is_none(filled: Run) -> None:
+    assert filled.json("show", "1")["job"]["headers"] == {"rivetq-task": "send"}
+    assert 'payload        {"to": "ada"}' in filled("show", "1")
+    assert filled("show", "99", status=4) == ""
+    assert "no job 99" in filled.errors
+
+
+def test_dump_prints_the_records_of_the_log(filled: Run) -> None:
+    records = [json.loads(line) for line in filled("dump", "--payloads").splitlines()]
+    assert [record["lsn"] for record in records] == list(range(1, len(records) + 1))
+    assert any("payloads" in event for record in records for event in record["events"])
+
+
+# -- Changing
+
+
+def test_enqueue_takes_json_a_text_or_the_standard_input(run: Run) -> None:
+    assert run("enqueue", "q", '{"a": [1]}') == "job 1\n"
+    assert run.json("enqueue", "q", "no json", "--priority", "7", "--header", "a=b=c", "--key", "k") == {"id": 2}
+    assert run.json("enqueue", "q", "another", "--key", "k") == {"id": 2}
+    assert run("enqueue", "q", "-", stdin=b"\x00\xff") == "job 3\n"
+    assert run("enqueue", "q", '["ada"]', "--task", "send", "--delay", "60") == "job 4\n"
+    assert run("enqueue", "q", '{"to": "ada"}', "--task", "send") == "job 5\n"
+    with Broker(run.directory) as broker:
+        jobs = broker.jobs("q")
+    assert [job.payload for job in jobs] == [
+        b'{"a":[1]}', b'"no json"', b"\x00\xff", b'{"args":["ada"]}', b'{"kwargs":{"to":"ada"}}',
+    ]  # fmt: skip
+    assert (jobs[1].priority, dict(jobs[1].headers), jobs[3].state) == (7, {"a": "b=c"}, "scheduled")
+    assert jobs[3].headers["rivetq-task"] == "send"
+
+
+def test_pause_resume_redrive_cancel_and_purge_change_what_they_say(filled: Run) -> None:
+    assert filled.json("pause", "mail") == {"queue": "mail", "paused": True}
+    assert filled.json("resume", "mail") == {"queue": "mail", "paused": False}
+    assert filled.json("redrive", "dead") == {"queue": "dead", "redriven": 1}
+    assert filled("redrive", "dead") == "0 jobs are ready again\n"
+    filled("redrive", "dead", "99", status=2)
+    assert "99" in filled.errors
+    assert filled.json("cancel", "3") == {"id": 3, "cancelled": True}
+    assert filled.json("cancel", "3", status=4) == {"id": 3, "cancelled": False}
+    filled("purge", "mail", status=2, stdin="n\n")
+    assert filled.json("stats")["queues"]["mail"]["purged"] == 0
+    assert filled.json("purge", "mail", "--state", "scheduled", "--yes") == {"queue": "mail", "purged": 1}
+    assert filled("purge", "mail", "--yes") == "1 jobs are removed\n"
+
+
+def test_changing_keeps_the_leases_of_a_process_that_died(filled: Run) -> None:
+    with Broker(filled.directory) as broker:
+        assert broker.lease("mail", visibility_timeout=1000) is not None
+    filled("pause", "other")
+    assert filled.json("stats")["queues"]["mail"]["leased"] == 1
+
+
+# -- Tools
+
+
+def test_verify_backup_salvage_and_rebuild_index(filled: Run, tmp_path: Path) -> None:
+    assert filled.json("verify")["jobs"] == 3
+    assert filled("verify").startswith("whole\n")
+    assert filled.json("rebuild-index")["jobs"] == 3
+    assert filled.json("backup", str(tmp_path / "copy"))["jobs"] == 3
+    assert filled.json("salvage", str(tmp_path / "saved"))["jobs"]["mail"] == {"ready": 1, "scheduled": 1}
+    filled("backup", str(tmp_path / "copy"), status=2)
+    (filled.directory / "index" / "data.mdb").write_bytes(b"rot")
+    filled("verify", status=3)
+    segment = sorted((filled.directory / "log").glob("*.log"))[0]
+    data = bytearray(segment.read_bytes())
+    data[5] ^= 1
+    segment.write_bytes(data)
+    assert filled("verify", status=1).startswith("damaged\n")
+    filled("stats", status=1)
+    assert str(segment) in filled.errors
+
+
+def test_bench_measures_in_a_directory_of_its_own_and_removes_it(run: Run) -> None:
+    found = run.json("bench", "--seconds", "0.05", "--threads", "2")
+    assert len(found["jobs_per_second"]) == 4
+    assert all(rate > 0 for rate in found["jobs_per_second"].values())
+    assert "enqueue, 2 threads" in run("bench", "--seconds", "0.05", "--threads", "2")
+    assert list(run.directory.parent.iterdir()) == []
+
+
+# -- Beside a process that has the directory open
+
+OWNER = """
+import sys
+from rivetq import Broker
+with Broker(sys.argv[1]) as broker:
+    broker.enqueue_many("q", [{"n": n} for n in range(1000)])
+    broker.checkpoint()
+    broker.enqueue("q", {"n": 1000})
+    print("open", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner(run: Run) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", OWNER, str(run.directory)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "open\n"
+    yield process
+    process.communicate("", timeout=20)
+
+
+def test_what_looks_works_on_an_open_directory_and_says_as_of_when(run: Run, owner: subprocess.Popen[str]) -> None:
+    found = run.json("stats")
+    assert found["all"]["ready"] == 1001
+    assert run.json("show", "1001")["job"]["payload"] == {"n": 1000}
+    assert len(run.json("jobs", "q", "--limit", "10000")["jobs"]) == 1001
+    assert len(run("dump").splitlines()) >= 2
+    assert run.json("queues")["record"] == found["record"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["enqueue", "q", "1"], ["pause", "q"], ["resume", "q"], ["redrive", "q"], ["purge", "q", "--yes"], ["cancel", "1"],
+     ["verify"], ["rebuild-index"]],
+)  # fmt: skip
+def test_what_changes_something_says_who_holds_it(run: Run, owner: subprocess.Popen[str], command: list[str]) -> None:
+    run(*command, status=5)
+    assert f"pid {owner.pid}" in run.errors
+    assert run.json("stats")["all"]["ready"] == 1001
+
+
+def test_a_look_while_the_owner_works_and_compacts_sees_one_moment(run: Run) -> None:
+    with Broker(run.directory, segment_bytes=65_536) as broker:
+        for turn in range(30):
+            broker.enqueue_many("q", [{"n": n, "fill": "x" * 500} for n in range(50)])
+            for lease in broker.lease_many("q", 45):
+                lease.ack()
+            broker.compact() if turn % 3 else broker.checkpoint()
+            found = run.json("stats")["all"]
+            assert (found["enqueued"], found["acked"]) == (50 * (turn + 1), 45 * (turn + 1))
+            assert found["ready"] == 5 * (turn + 1)
+            assert len(run.json("jobs", "q", "--limit", "10000")["jobs"]) == 5 * (turn + 1)
+
+
+# -- Errors
+
+
+@pytest.mark.parametrize("command", ["stats", "queues", "verify", "dump", "rebuild-index"])
+def test_a_directory_without_a_log_is_status_2_and_nothing_is_made(run: Run, command: str) -> None:
+    run(command, status=2)
+    assert "there is no log" in run.errors
+    assert not run.directory.exists()
+
+
+@pytest.mark.parametrize("command", [["pause", "q"], ["cancel", "1"], ["redrive", "q"], ["purge", "q", "--yes"]])
+def test_a_change_makes_no_directory_by_mistake(run: Run, command: list[str]) -> None:
+    run(*command, status=2)
+    assert not run.directory.exists()
+
+
+@pytest.mark.parametrize("arguments", [["nothing"], ["show"], ["show", "x"], ["jobs", "q", "--state", "odd"], ["jobs"]])
+def test_wrong_usage_is_status_2(run: Run, arguments: list[str]) -> None:
+    run(*arguments, status=2)
+
+
+def test_a_bad_value_is_status_2(run: Run) -> None:
+    run("enqueue", "q", "1", "--priority", "11", status=2)
+    assert "priority" in run.errors
+    run("enqueue", "q", "1", "--header", "x", status=2)
+    assert "NAME=VALUE" in run.errors
+
+
+def test_config_shows_values_and_their_origins(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text("threads = 3\n")
+    monkeypatch.setenv("RIVETQ_GRACE", "7")
+    found = run.json("--config", str(file), "config")
+    assert found["threads"] == {"value": 3, "origin": f"file: {file}"}
+    assert found["grace"] == {"value": 7.0, "origin": "environment: RIVETQ_GRACE"}
+    assert found["path"] == {"value": str(run.directory), "origin": "argument"}
+    assert re.search(r"^grace +7.0 +environment: RIVETQ_GRACE", run("config"), re.MULTILINE)
+    monkeypatch.setenv("RIVETQ_GRAZE", "7")
+    run("config", status=2)
+    assert "RIVETQ_GRAZE" in run.errors
+
+
+# -- The worker, as a process
+
+APP = """
+from rivetq.tasks import App
+app = App("unused")
+
+@app.task(queue="mail")
+def send(to):
+    print("mail to", to, flush=True)
+"""
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.01)
+
+
+def test_a_worker_process_runs_tasks_until_sigterm(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(APP)
+    run("enqueue", "mail", '["ada"]', "--task", "send")
+    command = [sys.executable, "-m", "rivetq.cli", "-d", str(run.directory), "worker", "shop:app", "--threads", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mail to ada\n"
+        wait_for(lambda: bool(run.json("stats")["all"]["acked"]))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize(
+    ("app", "why"),
+    [("shop", "module:attribute"), ("nowhere:app", "cannot be imported"), ("shop:other", "has no 'other'"),
+     ("shop:send", "an App is expected"), (None, "an app is needed")],
+)  # fmt: skip
+def test_a_worker_without_an_app_is_status_2(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, app: str | None, why: str
+) -> None:
+    (tmp_path / "shop.py").write_text(APP)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run("worker", *([app] if app else []), status=2)
+    assert why in run.errors
+    sys.modules.pop("shop", None)
+
+
+def test_every_command_has_help_and_json(run: Run) -> None:
+    for name, command in cli.main.commands.items():
+        text = run(name, "--help")
+        assert command.help, name
+        assert "--json" in text
+    text = re.sub(r"\s+", " ", run("--help"))
+    for status, about in ((0, "done"), (1, "damaged"), (2, "not done"), (3, "index"), (4, "no such job"), (5, "open")):
+        assert re.search(rf"\b{status} .*{about}", text)

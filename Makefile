@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types coverage wheel bench bench-full crash sweeps rot planted workers clean
+.PHONY: demo test check format lint types coverage wheel docs bench bench-full bench-workers crash sweeps rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,9 @@ demo: $(VENV)/ready ## the main job on real input, killed three times on the way
 test: $(VENV)/ready ## all tests
 	$(BIN)/python -m pytest
 
-check: format lint types coverage wheel demo ## what CI runs: all of this, and a fair share of the longer hunts
+check: format lint types coverage wheel docs demo ## what CI runs: all of this, and a fair share of the longer hunts
 	$(MAKE) crash CYCLES=300 STATES=20000
+	$(MAKE) workers CYCLES=5
 	$(BIN)/python tests/sweeps.py crash errors exceptions sequences --trials 400 --stride 11
 	$(BIN)/python tests/sweeps.py recovery --trials 40
 
@@ -32,7 +33,7 @@ types: $(VENV)/ready
 
 coverage: $(VENV)/ready ## all tests, with the bars of branch coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest
+	RIVETQ_EXAMPLES=200 $(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 	$(BIN)/coverage report --include='src/rivetq/log.py,src/rivetq/machine.py,src/rivetq/recovery.py' --fail-under=100
@@ -41,6 +42,13 @@ wheel: $(VENV)/ready ## the wheel builds and holds py.typed
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(BIN)/python -m zipfile --list dist/*.whl | grep -q 'rivetq/py.typed'
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs-ready ## the documentation as a site, in site/; a warning fails
+	$(BIN)/mkdocs build --strict --quiet
 
 $(VENV)/bench-ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
@@ -51,6 +59,9 @@ bench: $(VENV)/bench-ready ## speed beside the disk's own limit and the peers th
 
 bench-full: $(VENV)/bench-ready ## the same with long rounds, 1 KiB payloads, up to 10 million waiting jobs; plots
 	$(BIN)/python benchmarks/bench.py --full --json bench-full.json --plots docs/plots
+
+bench-workers: $(VENV)/bench-ready ## workers on jobs that do nothing, beside huey, dramatiq, RQ, Celery and taskiq
+	$(BIN)/python benchmarks/workers.py
 
 CYCLES ?= 100
 STATES ?= 20000
@@ -73,4 +84,4 @@ workers: $(VENV)/ready ## tell a worker process under load to end, and kill one,
 	$(BIN)/python -m pytest tests/test_worker_processes.py --cycles $(CYCLES) -s
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

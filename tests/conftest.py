@@ -15,7 +15,7 @@ collect_ignore = ["typed"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cycles", type=int, default=100, help="cycles of kill -9 in test_kill.py")
+    parser.addoption("--cycles", type=int, default=0, help="cycles of kill -9; 0: what `make test` does of them")
     parser.addoption("--every-byte", action="store_true", help="three mutations of every byte, every cut: `make rot`")
 
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import rivetq
+from rivetq.settings import FIELDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-PROGRAMS = [ROOT / "README.md", ROOT / "docs/tutorial.md"]
+PROGRAMS = [
+    ROOT / "README.md",
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in (
+            "tutorial", "tasks", "workers", "schedules", "asyncio", "testing", "outbox", "web-frameworks",
+            "configuration", "command-line", "coming-from",
+        )
+    ),
+]  # fmt: skip
 WHERE_NAMES_ARE_EXPLAINED = [ROOT / "docs" / name for name in ("glossary.md", "tutorial.md", "guarantees.md")]
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -57,11 +71,20 @@ def test_the_first_example_prints_what_the_readme_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    [(_, source)] = python_blocks(ROOT / "README.md")
+    (_, source), _ = python_blocks(ROOT / "README.md")
     exec(source, {})
     assert capsys.readouterr().out == "mail to bob@example.org\nmail to ada@example.org\n2 mails sent\n"
     exec(source, {})
     assert capsys.readouterr().out == "mail to bob@example.org\n3 mails sent\n"
+
+
+def test_the_second_example_prints_the_more_urgent_letter_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, (_, source) = python_blocks(ROOT / "README.md")
+    exec(source, {"__name__": "__main__"})
+    assert capsys.readouterr().out == "letter to bob@example.org at once\nletter to ada@example.org in time\n"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -121,3 +144,46 @@ def test_every_promise_names_its_tests() -> None:
     assert len(paragraphs) >= 10
     for claim in rows + paragraphs:
         assert re.search(r"\]\(\.\./(tests|src/rivetq/testing)/\w+\.py\)", claim), f"no test for: {claim[:80]}"
+
+
+def test_every_setting_is_in_the_table_with_its_default() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    table = page.partition("## Settings\n")[2].partition("\n## ")[0]
+    rows = {row[1]: row[2] for row in re.finditer(r"^\| `(\w+)` \| (.*?) \| .+ \|$", table, re.MULTILINE)}
+    assert list(rows) == list(FIELDS)
+    for name, text in rows.items():
+        field = FIELDS[name]
+        if text == "the number of processors":
+            assert field.default == (os.cpu_count() or 1), name
+        elif text == "none":
+            assert field.default is None, name
+        else:  # as a file or the environment says it
+            assert field.metadata["parser"](text.strip("`")) == field.default, name
+
+
+def test_the_examples_of_the_command_line_work_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("click", reason="the extra cli is not installed")
+    from click.testing import CliRunner
+
+    from rivetq import cli
+
+    page = ROOT / "docs" / "command-line.md"
+    [(_, source)] = python_blocks(page)
+    (tmp_path / "shop.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "shop", raising=False)
+    for name in [name for name in os.environ if name.startswith("RIVETQ_")]:
+        monkeypatch.delenv(name)
+    shown = [shlex.split(line) for line in re.findall(r"^\$ rivetq (.*)$", page.read_text(), re.MULTILINE)]
+    root, worker = logging.getLogger(), logging.getLogger("rivetq")
+    before = [(logger, logger.handlers[:], logger.level, logger.propagate) for logger in (root, worker)]
+    try:
+        for arguments in shown:
+            result = CliRunner().invoke(cli.main, arguments)
+            assert result.exit_code == 0, f"rivetq {shlex.join(arguments)}: {result.output}"
+    finally:
+        for logger, handlers, level, propagates in before:  # `worker` has set up logging
+            logger.handlers[:], logger.level, logger.propagate = handlers, level, propagates
+        monkeypatch.delitem(sys.modules, "shop", raising=False)
+    assert {arguments[0] for arguments in shown} == set(cli.main.commands), "a command has no example"

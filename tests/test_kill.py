@@ -23,6 +23,8 @@ from kill_child import QUEUE, SEGMENT_BYTES, key_of
 
 from rivetq import Broker
 
+CYCLES = 60
+"""In `make test`."""
 SAMPLE = 40
 """Keys of earlier lives that are looked up after each opening; at the end all of them are."""
 
@@ -209,7 +211,7 @@ class Hunt:
 def test_kill_9_at_any_instant_loses_no_job_and_brings_no_acked_one_back(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    cycles: int = request.config.getoption("--cycles")
+    cycles: int = request.config.getoption("--cycles") or CYCLES
     seed = os.environ.get("RIVETQ_SEED") or str(random.SystemRandom().randrange(2**32))
     print(f"\nkill -9: seed {seed}")
     rng = random.Random(seed)

@@ -14,7 +14,7 @@ from rivetq.log import Log
 
 @pytest.mark.parametrize(
     ("name", "trials", "stride"),
-    [("crash", 150, 1), ("recovery", 2, 1), ("errors", 60, 37), ("exceptions", 50, 89), ("sequences", 40, 113)],
+    [("crash", 80, 1), ("recovery", 2, 1), ("errors", 60, 37), ("exceptions", 50, 89), ("sequences", 40, 113)],
     ids=list(SWEEPS),
 )
 def test_nothing_that_goes_wrong_breaks_a_promise(name: str, trials: int, stride: int) -> None:

@@ -127,7 +127,8 @@ def test_what_it_cannot_say_is_refused(value: object) -> None:
     [
         b"", b"{", b"\xff", b'{"$later": 1}', b'{"$uuid": "x"}', b'{"$uuid": 7}', b'{"$decimal": "x"}',
         b'{"$class": ["os:system", {"command": "x"}]}', b'{"$class": 7}', b'{"$object": 7}', b'{"$bytes": "%"}',
-        b'{"$class": ["test_typedjson:Address", {"town": "Rome"}]}', b'{"$timedelta": [1]}',
+        b'{"$class": ["test_typedjson:Address", {"since": null}]}', b'{"$timedelta": [1]}',
+        b'{"$class": ["test_typedjson:Address", {"town": "Rome", "x": 1}]}',
         b'{"$class": ["test_typedjson:Address", [1]]}', b"[" * 100_000,
     ],
 )  # fmt: skip
@@ -136,6 +137,13 @@ def test_bytes_that_it_did_not_write_are_refused(data: bytes) -> None:
     codec.register(Address)
     with pytest.raises(UsageError, match="arguments: "):
         codec.loads(data.replace(b"test_typedjson", __name__.encode()))
+
+
+def test_a_field_that_came_later_than_the_job_has_its_default() -> None:
+    codec = TypedJson()
+    codec.register(Address)
+    data = b'{"$class": ["test_typedjson:Address", {"town": "Rome"}]}'.replace(b"test_typedjson", __name__.encode())
+    assert codec.loads(data) == Address("Rome")
 
 
 @pytest.mark.parametrize("kind", [int, Plain, "Address"])

@@ -66,12 +66,12 @@ class Account:
         return len(enqueued), len(ran)
 
 
-def begin(account: Account) -> subprocess.Popen[bytes]:
-    """A worker process that has run some jobs."""
+def begin(account: Account, runs: int = 20) -> subprocess.Popen[bytes]:
+    """A worker process, leader of a group of its own, that has run some jobs, or has just begun."""
     before = account.lines.read_text().count("ran ") if account.lines.exists() else 0
     process = subprocess.Popen([sys.executable, str(CHILD), str(account.directory)], start_new_session=True)
     end = time.monotonic() + START_S
-    while not account.lines.exists() or account.lines.read_text().count("ran ") < before + 20:
+    while not account.lines.exists() or account.lines.read_text().count("ran ") < before + runs:
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
             raise AssertionError(f"it does not work; exit status {process.wait()}")
@@ -81,8 +81,7 @@ def begin(account: Account) -> subprocess.Popen[bytes]:
 
 @pytest.fixture
 def cycles(request: pytest.FixtureRequest) -> int:
-    given = request.config.getoption("--cycles")
-    return SLICE if given == 100 else int(given)  # 100: the default of another test
+    return int(request.config.getoption("--cycles")) or SLICE
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
@@ -101,6 +100,19 @@ def test_a_worker_that_is_told_to_end_loses_no_job_and_burns_no_attempt(
         enqueued, ran = account.check(killed=False)
     print(f"\n{number.name}: {enqueued} jobs enqueued, {ran} run, the slowest end took {longest:.2f} s of {GRACE_S} s")
     assert longest <= GRACE_S
+
+
+def test_a_signal_to_the_whole_group_kills_no_child_that_comes_up(tmp_path: Path, cycles: int) -> None:
+    """As Ctrl-C and supervisors send it, while the first children of the process pool start."""
+    account = Account(tmp_path / "data")
+    for turn in range(cycles):
+        process = begin(account, runs=0)
+        while account.lines.read_text().count("begun") <= turn:
+            time.sleep(0.005)
+        time.sleep(random.random() * 0.3)
+        os.killpg(process.pid, random.choice([signal.SIGTERM, signal.SIGINT]))
+        assert process.wait(GRACE_S + 20) == 0
+        account.check(killed=False)
 
 
 def test_a_worker_that_is_killed_loses_no_job(tmp_path: Path, cycles: int) -> None:

@@ -563,15 +563,17 @@ def _rate(call: Callable[[], int], threads: int, seconds: float, tell: Callable[
 @click.option("--max-memory", help="Stop when the process occupies more: bytes, or 512MiB.")
 @click.option("--log-level")
 @click.option("--metrics-port", type=int, help="Serve metrics on this port of the loopback interface.")
-def worker(app: str | None, **options: Any) -> int:
+def worker(app: str | None, **given_here: Any) -> int:
     """Run the tasks of APP, as module:attribute, until SIGTERM or Ctrl-C."""
-    settings = _settings(app=app, log_json=True if _wants_json() else None, **options)
+    settings = _settings(app=app, log_json=True if _wants_json() else None, **given_here)
     if settings.app is None:
         raise UsageError("worker: an app is needed, as module:attribute; as an argument, or the setting app")
     found = load_app(settings.app)
     configure(level=settings.log_level, json=settings.log_json)
-    if settings.origins["path"] != "default":
-        found.use(settings.path, **settings.broker_options())
+    given = {name for name, origin in settings.origins.items() if origin != "default"}
+    options = {name: value for name, value in settings.broker_options().items() if name in given}
+    if options or "path" in given:  # what nobody set is as the app has it
+        found.use(settings.path if "path" in given else None, **options)
     made = settings.worker(found)
     if settings.metrics_port is None:
         return made.run()

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
@@ -30,6 +31,7 @@ logger = logging.getLogger("rivetq.worker")
 
 TIME_LIMIT = "time limit exceeded"
 SHUTDOWN = "the worker is shutting down"
+_PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 END_S = 5.0
 """How long a child or a thread of a pool gets to end when it has nothing to do; then it is killed or left behind."""
 
@@ -375,7 +377,14 @@ class _Child:
         self._app = app
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_child_main, args=(theirs,), name="rivetq-child", daemon=True)
-        self._process.start()
+        # Ctrl-C and a supervisor's SIGTERM go to the whole group, also while the child's interpreter comes up: blocked
+        # until the child ignores them, else they would kill it, and its job would have failed.
+        resource_tracker.ensure_running()  # its first start, which the child's start would include, unblocks them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self._jobs = 0
         self._memory = 0
@@ -443,8 +452,9 @@ class _Child:
 
 def _child_main(pipe: Connection) -> None:
     """Run jobs until the parent closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _PARENTS_SIGNALS:  # the parent decides
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
     remote = _Remote(pipe)
     while True:

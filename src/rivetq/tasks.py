@@ -17,6 +17,7 @@ so any program that can enqueue can call a task. `rivetq.worker` has what runs t
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import inspect
@@ -135,7 +136,8 @@ class CurrentJob:
     def cancelled(self) -> bool:
         """Stop as soon as you can: the lease was lost, somebody cancelled it, or its time limit is over.
 
-        A handler in a thread cannot be stopped from outside; one that runs for long should look here now and then.
+        A handler in a thread cannot be stopped from outside; one that runs for long should look here now and then. In
+        a child process neither this nor `stopping` is ever set: the child is killed.
         """
         return self._is_cancelled
 
@@ -412,12 +414,13 @@ class App:
                 found = self._broker
         return found
 
-    def use(self, path: str | os.PathLike[str], **options: Any) -> None:
-        """Another directory, and other options of `Broker`, for an app that is not open yet."""
+    def use(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        """Another directory or other options of `Broker`, for an app that is not open yet; the others stay."""
         with self._lock:
             if self._broker is not None:
                 raise UsageError("use: the app's broker is open already")
-            self._path, self._options = path, options
+            self._path = self._path if path is None else path
+            self._options = {**self._options, **options}
 
     def close(self) -> None:
         """Close the broker, unless it was given open. May be repeated; the next use of a path opens it again."""
@@ -476,7 +479,8 @@ class App:
                 there are any.
             queue, priority, retry, max_attempts, visibility_timeout: for its jobs, as in `Broker.enqueue`.
             time_limit: seconds that one run may take. An async function is cancelled, a process is killed; a function
-                in a thread is told (`current_job().cancelled`) and cannot be stopped. The attempt failed.
+                in a thread is told (`current_job().cancelled`) and cannot be stopped: if it goes on to its end, its job
+                is done. Otherwise the attempt failed.
             idempotency_key: a function of the task's arguments that gives the key of a call, or None for none.
             pool: where a sync function runs: "thread", or "process" for one that computes, or that must be killed when
                 it hangs. Async functions run in an event loop.
@@ -634,6 +638,8 @@ class App:
             return self.put(task, calls)
         from .aio import AsyncBroker
 
+        if self._broker is None:
+            await asyncio.to_thread(lambda: self.broker)  # opening it reads the disk
         if self._async is None:
             self._async = AsyncBroker(self.broker)
         payloads, options = self._prepared(task, calls)

@@ -146,12 +146,13 @@ class TypedJson:
         if _is_enum(kind):
             return kind(self._value(content))
         fields = _fields(kind)
-        if set(content) != set(fields):
-            raise UsageError(f"arguments: {name} has the fields {sorted(fields)}, the job has {sorted(content)}")
+        if unknown := set(content) - set(fields):
+            raise UsageError(f"arguments: {name} has no field {', '.join(sorted(unknown))}; it has {', '.join(fields)}")
         values = {field: self._value(item) for field, item in content.items()}
-        made = kind(**{argument: values[field] for field, argument in fields.items() if argument is not None})
+        # A field that came later than the job has its default, or the constructor refuses.
+        made = kind(**{argument: values[f] for f, argument in fields.items() if argument is not None and f in values})
         for field, argument in fields.items():
-            if argument is None:
+            if argument is None and field in values:
                 object.__setattr__(made, field, values[field])
         return made
 

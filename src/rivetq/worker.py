@@ -117,7 +117,7 @@ class Worker:
     Args:
         app: whose tasks are run; its broker is opened.
         queues: names in order of preference; or a mapping of names to weights, so that with work in all of them each
-            gets its share; None: those of the app's tasks, with equal weights.
+            gets its share of turns, a turn being a batch; None: those of the app's tasks, with equal weights.
         concurrency: handlers at a time: an int, a `Concurrency`, or a mapping with threads, processes and tasks.
         grace: seconds that running jobs get to end after a stop. What still runs then is given back with its attempt
             refunded, if it can be stopped or not.

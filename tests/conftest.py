@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-collect_ignore = ["typed"]
-"""Programs for type checkers, not to be run."""
+collect_ignore = ["typed", "worker_child.py"]
+"""Programs for type checkers, and one that is run with arguments."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -17,7 +17,7 @@ from rivetq import RivetQError
 from rivetq.tasks import App, current_job
 from rivetq.worker import Worker
 
-DIRECTORY = sys.argv[1] if len(sys.argv) > 1 else os.environ["RIVETQ_TEST_DIRECTORY"]
+DIRECTORY = sys.argv[1]
 GRACE_S = 2.0
 app = App(DIRECTORY)
 

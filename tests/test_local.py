@@ -666,3 +666,15 @@ def test_jobs_for_a_paused_queue_wake_nobody(tmp_path: Path) -> None:
         assert broker.lease("q") is None
         broker.resume("q")
         assert len(broker.lease_many("q", 5)) == 2
+
+
+def test_the_histogram_of_jobs_per_sync_counts_jobs_and_not_events(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data") as broker:
+        before = broker.histograms()["jobs_per_fsync"].sum
+        broker.enqueue_many("new", [b""] * 100)  # the queue, which is no job, and a hundred jobs
+        with broker.transaction() as tx:
+            tx.enqueue_many("new", [b""] * 10)
+            tx.enqueue("other", b"")
+        found = broker.histograms()
+        assert found["jobs_per_fsync"].sum - before == 111
+        assert found["fsync_seconds"].count == found["jobs_per_fsync"].count > 0

@@ -262,6 +262,17 @@ def test_a_job_without_a_context_begins_a_trace(traces: Traces, headers: dict[st
     assert (run.parent, list(run.links)) == (None, [])
 
 
+def test_a_job_without_a_context_is_in_the_trace_that_it_is_run_in(traces: Traces) -> None:
+    @traces.app.task
+    def send() -> None: ...
+
+    with traces.app.testing() as testing:
+        testing.broker.enqueue("default", {}, headers={"rivetq-task": "send"})
+        with traces.tracer.start_as_current_span("a test") as outer:
+            testing.drain()
+    assert parent_of(traces.one("process default")) == id_of(outer)
+
+
 def test_baggage_and_trace_state_reach_the_handler_and_end_with_it(traces: Traces) -> None:
     seen: list[Any] = []
 
@@ -372,8 +383,8 @@ def test_a_run_that_was_told_to_stop_says_why_and_is_no_error(traces: Traces) ->
     assert (run.status.status_code, list(run.events)) == (StatusCode.UNSET, [])
 
 
-def test_other_hooks_run_within_the_span(traces: Traces) -> None:
-    seen: list[int] = []
+def test_other_hooks_run_within_the_span_also_those_that_came_first() -> None:
+    traces, seen = Traces(), []
 
     @traces.app.around
     def hook(job: Any) -> Iterator[None]:
@@ -383,6 +394,7 @@ def test_other_hooks_run_within_the_span(traces: Traces) -> None:
     @traces.app.task
     def send() -> None: ...
 
+    instrument(traces.app, traces.provider)
     with traces.app.testing() as testing:
         send.enqueue()
         testing.drain()

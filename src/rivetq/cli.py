@@ -577,8 +577,10 @@ def worker(app: str | None, **given_here: Any) -> int:
     made = settings.worker(found)
     if settings.metrics_port is None:
         return made.run()
-    from .metrics import serve
-
+    try:
+        from .metrics import serve
+    except ImportError as error:
+        raise UsageError(str(error)) from error
     server = serve(found.broker, settings.metrics_port, workers=[made])
     try:
         return made.run()

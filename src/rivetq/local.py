@@ -29,14 +29,19 @@ from .entry import Entry
 from .errors import DiskFullError, StorageError, UsageError
 from .events import (
     Acked,
+    Buried,
+    Cancelled,
     Copied,
     Enqueued,
     Event,
+    Extended,
     IdsReserved,
     KeyCopied,
     Leased,
     Purged,
     Redriven,
+    Released,
+    Retried,
     SegmentsDropped,
 )
 from .group import GroupCommit
@@ -222,7 +227,7 @@ class LocalEngine(LiveEngine):
         if length > MAX_BODY_BYTES:
             raise UsageError(f"{length} bytes in one record, {MAX_BODY_BYTES} is the most: split the batch")
         must_sync = IdsReserved in map(type, events)
-        jobs = len(events) if len(events) > 1 else _jobs(events[0])
+        jobs = _jobs(events[0]) if len(events) == 1 else sum(map(_jobs, events))
         if self._log.is_roomy(length):
             return body, None, must_sync, jobs
         snapshot = snapshot_length = None
@@ -805,7 +810,9 @@ def _jobs(event: Event) -> int:
     """How many jobs an event is about, for the histogram of jobs per sync."""
     if type(event) is Enqueued:
         return len(event.lengths)
-    return len(event.ids) if isinstance(event, Leased | Acked | Purged | Redriven) else 1
+    if isinstance(event, Leased | Acked | Purged | Redriven):
+        return len(event.ids)
+    return int(isinstance(event, Retried | Released | Buried | Extended | Cancelled))
 
 
 class _TakenRun(NamedTuple):

@@ -256,3 +256,27 @@ def test_a_transaction_is_all_or_nothing_and_a_lost_fence_says_so() -> None:
                 await broker.ack(lease)
 
     asyncio.run(main())
+
+
+def test_records_that_need_room_made_are_awaited_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger than a segment, and a lease that finds none ready: the disk makes room, not the event loop."""
+
+    async def main() -> None:
+        async with AsyncBroker(tmp_path / "data", segment_bytes=65_536) as broker:
+            waiting = asyncio.create_task(broker.lease_many("q", 100, wait=20))
+            payloads = [bytes([n]) * 300_000 for n in range(12)]
+            ids = await asyncio.gather(*(broker.enqueue("q", payload) for payload in payloads))
+            leases = await waiting
+            log = inside(broker.broker)._log
+            has_room, refused = log.has_room, iter([False])
+            monkeypatch.setattr(log, "is_roomy", lambda length: False)
+            monkeypatch.setattr(log, "has_room", lambda *a, **k: next(refused, True) and has_room(*a, **k))
+            leases += await broker.lease_many("q", 100)
+            monkeypatch.undo()
+            assert sorted((lease.id, lease.payload) for lease in leases) == sorted(zip(ids, payloads, strict=True))
+            await broker.ack_many(leases)
+            assert (await broker.stats("q")).acked == 12
+
+    asyncio.run(main())

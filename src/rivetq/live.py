@@ -714,11 +714,7 @@ class SoonLease:
         """Take what there is and tell it, else wait to be woken."""
         engine = self._engine
         try:
-            engine._check()
-            taken, pause_s = engine._attempt(*self._arguments, self, waits=True)
-        except NeedRoomError as need:
-            engine._notifier.call(partial(self._look_with_room, need))
-            return
+            taken, pause_s = self._attempt()
         except BaseException as error:
             self._end(error)
             return
@@ -732,13 +728,15 @@ class SoonLease:
         self._is_timed = False
         self.look()
 
-    def _look_with_room(self, need: NeedRoomError) -> None:
-        try:
-            self._engine._make_room(need)
-        except BaseException as error:
-            self._end(error)
-        else:
-            self.look()
+    def _attempt(self) -> tuple[_Taken | None, float | None]:
+        engine = self._engine
+        while True:
+            engine._check()
+            try:
+                return engine._attempt(*self._arguments, self, waits=True)
+            except NeedRoomError as need:
+                # Here, not in the notifier's thread: whoever does not wait at all must not be told that there is none.
+                engine._make_room(need)
 
     def _end(self, error: BaseException) -> None:
         engine = self._engine

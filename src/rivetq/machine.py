@@ -921,8 +921,8 @@ class Machine:
     def tally_expired(self, events: Sequence[Event]) -> None:
         """These retries and deaths, just applied, were not an answer's."""
         for event in events:
-            if isinstance(event, Retried | Buried) and (entry := self.jobs.get(event.id)) is not None:
-                entry.queue.expired += 1
+            assert isinstance(event, Retried | Buried), event
+            self.jobs[event.id].queue.expired += 1  # it was leased a moment ago, so it is loose
 
     def deliveries(self, name: str | None) -> Deliveries:
         """What became of the deliveries of one queue, or of all together."""

@@ -359,6 +359,18 @@ def test_every_takes_a_second_at_least(seconds: Any) -> None:
         every(seconds)
 
 
+def test_schedules_with_long_names_that_begin_alike_are_two(broker: Broker) -> None:
+    app = App(broker)
+    for n in range(2):
+
+        @app.periodic("* * * * *", name="x" * 300 + str(n))
+        @app.task(name=f"t{n}", queue=f"q{n}")
+        def task() -> None: ...
+
+    live(app, 60)
+    assert [len(fired(broker, f"q{n}")) for n in range(2)] == [1, 1]
+
+
 def test_two_schedules_of_one_name_are_refused(broker: Broker) -> None:
     app = make_app(broker)
     with pytest.raises(UsageError, match="'tick'"):

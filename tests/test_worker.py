@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import worker_tasks
 
-from rivetq import Broker, Job, LeaseRef, QueueStats, RetryPolicy, UsageError
+from rivetq import Broker, Job, LeaseRef, QueueStats, RetryPolicy, SystemClock, UsageError
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job
 from rivetq.worker import Concurrency, Settled, Worker
 
@@ -318,6 +318,102 @@ def test_a_job_that_comes_again_before_its_answer_is_noted_is_answered_again(
     with worker:
         until(lambda: job(app, job_id).state == "dead")
     assert attempts == [1, 2, 3, 4]
+
+
+class OddRetryError(Retry):
+    def __init__(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("end", ["odd outcome", "too long", "generator", "coroutine", "dead loop", "hook"])
+def test_a_worker_outlives_a_job_that_goes_wrong_in_an_odd_way(app: App, end: str) -> None:
+    async def nothing() -> None: ...
+
+    async def exits() -> None:
+        raise SystemExit(3)
+
+    @app.around
+    def hook(job: CurrentJob) -> Iterator[None]:
+        if job.task == "bad" and end == "hook":
+            raise ValueError("hook")
+        yield
+
+    def bad() -> Any:
+        if end == "odd outcome":
+            raise OddRetryError
+        if end == "too long":
+            raise Snooze(9e9)
+        if end == "coroutine":
+            made = nothing()
+            made.close()
+            return made
+        return (n for n in ())
+
+    async def bad_async() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(exits())
+
+    is_async = end in ("dead loop", "hook")
+    task: Any = app.task(name="bad", max_attempts=1, time_limit=20)(bad_async if is_async else bad)
+
+    @app.task
+    async def fine_async() -> None: ...
+
+    @app.task
+    def fine() -> None: ...
+
+    job_id = task.enqueue()
+    with Worker(app, concurrency=1) as worker:
+        until(lambda: job(app, job_id).state == "dead")
+        (fine_async if is_async else fine).enqueue()
+        until(lambda: app.broker.stats().acked == 1)
+        assert worker.failure is None
+
+
+def test_an_async_job_that_is_cancelled_before_its_first_step_is_removed(app: App) -> None:
+    blocked, go = threading.Event(), threading.Event()
+
+    @app.task
+    async def task(blocks: bool) -> None:
+        if blocks:
+            blocked.set()
+            go.wait(PATIENCE_S)
+
+    with Worker(app) as worker:
+        task.enqueue(True)
+        assert blocked.wait(PATIENCE_S)
+        job_id = task.enqueue(False)
+        until(lambda: worker.running == 2)
+        assert app.cancel(job_id)
+        go.set()
+        until(lambda: app.broker.get(job_id) is None)
+        until(lambda: not worker.running)
+
+
+class SteppedClock(SystemClock):
+    step_ms = 0
+
+    def wall_ms(self) -> int:
+        return super().wall_ms() + self.step_ms
+
+
+@pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000])
+def test_leases_are_renewed_in_time_after_a_step_of_the_wall_clock(step_ms: int) -> None:
+    clock = SteppedClock()
+    runs: list[int] = []
+    with Broker(":memory:", clock=clock) as broker:
+        app = App(broker)
+
+        @app.task(visibility_timeout=0.5)
+        def task() -> None:
+            runs.append(1)
+            time.sleep(1.3)
+
+        with Worker(app):
+            clock.step_ms = step_ms
+            task.enqueue()
+            until(lambda: broker.stats().acked == 1)
+    assert runs == [1]
 
 
 # -- Hooks

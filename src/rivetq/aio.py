@@ -222,7 +222,7 @@ class AsyncBroker:
         waiting = broker._engine.lease_soon(queues, max_jobs, visibility_ms, broker, done)
 
         def end() -> None:
-            if waiting.cancel():
+            if waiting.cancel() and not future.done():
                 future.set_result([])
 
         timer: asyncio.TimerHandle | None = None

@@ -7,6 +7,7 @@ what an ending means for the job is the worker's business.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
@@ -108,7 +110,7 @@ def ending_of(error: BaseException) -> Ending:
             return Ending("nack", text_of(error))
 
 
-def text_of(error: BaseException) -> str:
+def text_of(error: BaseException | None) -> str:
     """ "TypeName: message", whatever the message does."""
     try:
         return f"{type(error).__name__}: {error}"
@@ -117,12 +119,15 @@ def text_of(error: BaseException) -> str:
 
 
 def _returned(value: Any) -> Ending:
+    if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
+        return Ending("nack", f"TypeError: the handler returned a {type(value).__name__}, which nobody runs")
     return ending_of(value) if isinstance(value, Outcome) else ACK
 
 
 def run_here(delivery: Delivery, app: App) -> None:
     """Run a sync handler in this thread; sets how it ended."""
     started = time.perf_counter()
+    value = None  # a hook that swallows what the handler raised makes it done
     try:
         with running(delivery.job, app.around_hooks):
             value = delivery.task.function(*delivery.args, **delivery.kwargs)
@@ -140,6 +145,8 @@ async def run_async(delivery: Delivery, app: App) -> None:
     delivery.started_at = time.monotonic()
     job, task = delivery.job, delivery.task
     limit = task.time_limit
+    timer: asyncio.Timeout | None = None
+    value = None  # as in run_here
     try:
         with running(job, app.around_hooks):
             if limit is None:
@@ -150,7 +157,7 @@ async def run_async(delivery: Delivery, app: App) -> None:
         delivery.ending = ACK if value is None else _returned(value)
     except BaseException as error:
         delivery.error = error
-        if limit is not None and timer.expired():
+        if timer is not None and timer.expired():
             job.cancel(TIME_LIMIT)
             delivery.ending = Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s)")
         else:
@@ -206,7 +213,10 @@ class ThreadPool:
         app, get, done = self._app, self._waiting.get, self._done
         while (delivery := get()) is not None:
             delivery.started_at = time.monotonic()
-            run_here(delivery, app)
+            try:
+                run_here(delivery, app)
+            except BaseException as error:  # an outcome of a class of its own that cannot be read, a log filter
+                delivery.ending = delivery.ending or Ending("nack", f"{type(error).__name__}: the end cannot be told")
             done(delivery)
 
 
@@ -232,7 +242,7 @@ class LoopPool:
         self._thread = threading.Thread(target=self._run_loop, name="rivetq-worker-loop", daemon=True)
         self._waiting: deque[Delivery] = deque()
         self._tasks: dict[Delivery, asyncio.Task[None]] = {}
-        self._unseen: deque[Sequence[Delivery]] = deque()
+        self._is_stopped = False
 
     def start(self) -> None:
         self._thread.start()
@@ -265,7 +275,11 @@ class LoopPool:
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
+        while not self._is_stopped:
+            try:
+                self._loop.run_forever()
+            except BaseException:  # a task that a handler began raised SystemExit, say: the others go on
+                logger.exception("the event loop of the worker was broken into; it goes on")
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
@@ -275,6 +289,7 @@ class LoopPool:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=END_S / 2)
+        self._is_stopped = True
         self._loop.stop()
 
     def _begin(self) -> None:
@@ -285,11 +300,14 @@ class LoopPool:
                 delivery = waiting.popleft()
             except IndexError:  # they were taken back meanwhile
                 break
-            tasks[delivery] = self._loop.create_task(self._run(delivery))
+            tasks[delivery] = task = self._loop.create_task(run_async(delivery, self._app))
+            task.add_done_callback(partial(self._ended, delivery))
 
-    async def _run(self, delivery: Delivery) -> None:
-        await run_async(delivery, self._app)
+    def _ended(self, delivery: Delivery, task: asyncio.Task[None]) -> None:
+        # A callback and not the end of the coroutine: a task that is cancelled before its first step never runs.
         del self._tasks[delivery]
+        if delivery.ending is None:
+            delivery.ending = Ending("nack", "CancelledError: " if task.cancelled() else text_of(task.exception()))
         self._done(delivery)
         if self._waiting:
             self._begin()
@@ -357,6 +375,8 @@ class ProcessPool:
                     child.kill()
                 delivery.ending = child.run(delivery)
             except BaseException as error:
+                if child is not None:  # what is in its pipe now nobody can tell
+                    child.kill()
                 logger.exception("job %s: the process pool failed", delivery.lease.id, extra=fields(delivery))
                 delivery.ending = Ending("nack", f"{type(error).__name__}: {error}")
             self._running.pop(delivery, None)
@@ -428,8 +448,9 @@ class _Child:
                     self._pipe.send(self._put(*content))
                     continue
                 self._jobs += 1
-                ending, self._memory = content
-                assert isinstance(ending, Ending)
+                token, ending, self._memory = content
+                if token != delivery.lease.token or not isinstance(ending, Ending):
+                    raise RuntimeError("the child told the end of another job: did a handler fork and return twice?")
                 return ending
         except (EOFError, OSError):
             self._process.join(END_S)
@@ -456,18 +477,21 @@ def _child_main(pipe: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
-    remote = _Remote(pipe)
+    remote, own = _Remote(pipe), os.getpid()
     while True:
         try:
             task, lease = pipe.recv()
         except (EOFError, OSError):
             return
-        except BaseException as error:  # the task's module cannot be imported, say
+        except BaseException:  # the task's module cannot be imported, say
             logger.exception("a task cannot be imported")
-            pipe.send(("done", (Ending("nack", f"{type(error).__name__}: {error}"), memory_bytes())))
-            continue
+            os._exit(1)
         task.app._remote = remote
-        pipe.send(("done", (_run_in_child(task, lease), memory_bytes())))
+        ending = _run_in_child(task, lease)
+        if os.getpid() != own:  # a handler forked and returned in both
+            os._exit(0)
+        with remote.lock:  # a thread that outlives its handler may be asking
+            pipe.send(("done", (lease.token, ending, memory_bytes())))
 
 
 def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
@@ -487,10 +511,10 @@ class _Remote:
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
-        self._lock = threading.Lock()  # one question at a time
+        self.lock = threading.Lock()  # one question at a time
 
     def put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> Sequence[int]:
-        with self._lock:
+        with self.lock:
             self._pipe.send(("put", (queue_, payloads, options)))
             done, answer = self._pipe.recv()
         if not done:

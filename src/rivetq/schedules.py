@@ -10,6 +10,7 @@ Ticks are moments of the wall clock. What is missed while no worker runs is foun
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import queue
@@ -299,8 +300,9 @@ class Scheduler:
 
 
 def key(name: str, tick: datetime) -> str:
-    """The idempotency key of a tick; names that are too long for one are cut."""
-    return f"{name.encode()[:200].decode(errors='ignore')}@{_ms(tick)}"
+    """The idempotency key of a tick; of a name that is too long for one its hash."""
+    data = name.encode()
+    return f"{name if len(data) <= 200 else hashlib.sha256(data).hexdigest()}@{_ms(tick)}"
 
 
 def _ms(moment: datetime) -> int:

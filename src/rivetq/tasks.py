@@ -496,6 +496,8 @@ class App:
         def register(function: Callable[..., Any]) -> Task[..., Any]:
             if inspect.iscoroutinefunction(function) and checked.pool == "process":
                 raise UsageError("pool: 'process' is for sync functions")
+            if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+                raise UsageError("task: a generator function is never run by a call of it")
             if checked.pool == "process" and "<locals>" in function.__qualname__:
                 raise UsageError("pool: 'process' is for functions of a module, which a child process can import")
             task = Task(self, name or function.__name__, function, checked)
@@ -617,7 +619,7 @@ class App:
             if not isinstance(args, list) or not isinstance(kwargs, dict):
                 raise UsageError("args: a list, and kwargs: an object expected")
             task.bind(args, kwargs)
-        except UsageError as error:
+        except Exception as error:  # a codec of the application's own may raise anything
             raise Reject(f"task {name!r} cannot be called: {error}") from error
         return task, args, kwargs
 
@@ -660,16 +662,23 @@ class App:
 
     def _known_codec(self) -> Codec:
         """The codec, once it knows the classes of all tasks. Not before: annotations may name what comes later."""
-        while self._unhinted:
-            if isinstance(self.codec, TypedJson):
-                self.codec.register_annotations(hints(self._unhinted[-1].function))
-            self._unhinted.pop()
+        if self._unhinted:
+            with self._lock:  # whoever comes second finds all of them known
+                while self._unhinted:
+                    if isinstance(self.codec, TypedJson):
+                        self.codec.register_annotations(hints(self._unhinted[-1].function))
+                    self._unhinted.pop()
         return self.codec
+
+
+def duration(value: Duration) -> float:
+    """Seconds of a duration that was checked."""
+    return value.total_seconds() if isinstance(value, timedelta) else float(value)
 
 
 def _seconds(value: Duration, name: str) -> float:
     """Seconds of a duration. Raises UsageError."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e10:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3.1e9:
         raise UsageError(f"{name}: seconds or a timedelta expected, got {value!r}")
     return float(seconds)

@@ -52,7 +52,7 @@ from .pools import (
     memory_bytes,
 )
 from .schedules import Scheduler
-from .tasks import App, Reject
+from .tasks import App, Reject, duration
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -67,6 +67,7 @@ RENEWALS = 3
 """A lease is extended so often in its time: one extension may come late, and the next still saves it."""
 MARGIN_S = 2.0
 """Of the grace time that is kept for giving back what still runs and closing, a fifth of it at most."""
+SIGNAL_S = 0.2
 RETRY_S = 1.0
 """After an answer that found the disk full."""
 
@@ -148,6 +149,8 @@ class Worker:
         self.grace = _seconds(grace, "grace")
         self._concurrency = Concurrency.of(concurrency)
         self._visibility = None if visibility_timeout is None else _seconds(visibility_timeout, "visibility_timeout")
+        if self._visibility == 0:
+            raise UsageError("visibility_timeout: above 0 seconds expected")
         self._prefetch = _count(prefetch, "prefetch", least=0)
         self._max_jobs = None if max_jobs is None else _count(max_jobs, "max_jobs")
         self._max_memory = None if max_memory is None else _count(max_memory, "max_memory")
@@ -166,7 +169,8 @@ class Worker:
         self._leased: tuple[list[Lease] | None, BaseException | None] | None = None  # what a waiting lease was told
         self._started = False
         self._ended = threading.Event()
-        self._wanted = threading.Event()  # somebody wants it to stop; set by signals too
+        self._wanted = threading.Event()  # something wants it to stop
+        self._signals = 0
         self._stop_lock = threading.Lock()
         self._held: dict[int, Delivery] = {}  # leased and not answered; by token, since a job may come again at once
         self._endings: deque[Delivery] = deque()
@@ -192,7 +196,9 @@ class Worker:
         before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.start()
-            while not self._wanted.wait(3600):
+            # Not for longer: another thread may have got the signal. And the handler takes no lock, since it may break
+            # into itself.
+            while not self._signals and not self._wanted.wait(SIGNAL_S):
                 pass
             self.stop()
         finally:
@@ -202,9 +208,7 @@ class Worker:
         return 0 if self.failure is None else 1
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        if self._wanted.is_set():
-            self.grace = 0.0
-        self._wanted.set()
+        self._signals += 1
 
     def start(self) -> None:
         """Open the broker and begin to work, in threads. Raises what `Broker` raises."""
@@ -266,7 +270,8 @@ class Worker:
         """Until nothing runs or the grace time is over; a signal may shorten it."""
         with self._changed:
             while any(room.jobs for room in self._rooms.values()) and self.failure is None:
-                left = begun + self.grace - min(MARGIN_S, self.grace / 5) - time.monotonic()
+                grace = self.grace if self._signals < 2 else 0.0
+                left = begun + grace - min(MARGIN_S, grace / 5) - time.monotonic()
                 if left <= 0:
                     return
                 self._changed.wait(min(left, 0.5))
@@ -388,7 +393,7 @@ class Worker:
             if kind not in self._rooms:  # the first such task of the app came after the start
                 self._add_room(kind)
             delivery = Delivery(lease, task, args, kwargs)
-            seconds = lease.deadline.timestamp() - now_ms / 1000
+            seconds = self._granted(lease, task, lease.deadline.timestamp() - now_ms / 1000)
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
             if seconds < self._shortest:
@@ -403,6 +408,14 @@ class Worker:
             with self._changed:
                 room.jobs += len(batch)
             room.pool.submit(batch)
+
+    def _granted(self, lease: Lease, task: Any, by_wall: float) -> float:
+        """Seconds to renew a lease for. The wall clock alone may have been set since the queue last saw it."""
+        known = self._visibility
+        if known is None:
+            own = task.opts.visibility_timeout
+            known = self._broker.configure_queue(lease.queue).visibility_timeout if own is None else duration(own)
+        return by_wall if 0 < by_wall < known else known
 
     def _add_room(self, kind: str) -> None:
         many, done = self._concurrency, self._done
@@ -464,6 +477,8 @@ class Worker:
                 held = [delivery for delivery in held if delivery.lease.id != job_id]
             except DiskFullError:
                 logger.warning("no space to write down how %s jobs ended; again in %s s", len(held), RETRY_S)
+                if not self._settling:  # its leases expire
+                    break
                 time.sleep(RETRY_S)
         cancelled = []
         for delivery in held:

@@ -670,6 +670,34 @@ def test_a_time_limit_kills_a_child_that_holds_its_interpreter(children: App) ->
     assert found.last_error == "TimeLimitError: time limit exceeded (0.5 s), its process was killed"
 
 
+def test_a_grandchild_that_holds_the_pipe_does_not_hold_up_the_time_limit(children: App) -> None:
+    job_id = worker_tasks.hang_with_a_grandchild.options(max_attempts=1).enqueue()
+    with Worker(children, concurrency=1):
+        started = time.monotonic()
+        until(lambda: job(children, job_id).state == "dead")
+        assert time.monotonic() - started < 3
+    assert (job(children, job_id).last_error or "").startswith("TimeLimitError")
+
+
+def test_a_handler_that_forks_and_returns_twice_does_not_answer_for_the_next_job(children: App) -> None:
+    worker_tasks.return_twice.enqueue()
+    worker_tasks.tell_pid.enqueue_many([()] * 4)
+    with Worker(children, concurrency=1):
+        until(lambda: len(worker_tasks.ends) == 4)
+        until(lambda: children.broker.stats("children").acked == 5)
+
+
+def test_time_limits_of_jobs_that_ended_take_no_memory(app: App) -> None:
+    @app.task(time_limit=3600)
+    def task() -> None: ...
+
+    with Worker(app) as worker:
+        for _ in range(5):
+            task.enqueue_many([()] * 400)
+            until(drained(app))
+        assert len(worker._limits) < 2000
+
+
 def test_a_lease_outlives_a_child_that_holds_its_interpreter_for_three_visibility_timeouts(children: App) -> None:
     worker_tasks.compute.enqueue(3 * 0.6 + 0.2)
     with Worker(children, concurrency=1):

@@ -57,6 +57,19 @@ def hang() -> None:
     hold_the_interpreter(60)
 
 
+@app.task(queue="children", pool="process", time_limit=0.5)
+def hang_with_a_grandchild() -> None:
+    if os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+    time.sleep(60)
+
+
+@app.task(queue="children", pool="process")
+def return_twice() -> None:
+    os.fork()
+
+
 @app.task(queue="children", pool="process", visibility_timeout=0.6, max_attempts=1)
 def compute(seconds: float) -> None:
     hold_the_interpreter(seconds)

@@ -34,6 +34,7 @@ logger = logging.getLogger("rivetq.worker")
 TIME_LIMIT = "time limit exceeded"
 SHUTDOWN = "the worker is shutting down"
 _PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+LOOK_S = 1.0
 END_S = 5.0
 """How long a child or a thread of a pool gets to end when it has nothing to do; then it is killed or left behind."""
 
@@ -438,10 +439,14 @@ class _Child:
             self._pipe.send((delivery.task, delivery.lease))
             while True:
                 left = None if until is None else max(0, until - time.monotonic())
-                if not self._pipe.poll(left):
-                    job.cancel(TIME_LIMIT)
-                    self.kill()
-                    until = None  # the pipe ends now
+                # A look at the process now and then: what a handler forked may hold the pipe open after its end.
+                if not self._pipe.poll(LOOK_S if left is None else min(left, LOOK_S)):
+                    if left is not None and left <= LOOK_S:
+                        job.cancel(TIME_LIMIT)
+                        self.kill()
+                        raise EOFError
+                    if not self.is_alive():
+                        raise EOFError
                     continue
                 kind, content = self._pipe.recv()
                 if kind == "put":
@@ -453,7 +458,9 @@ class _Child:
                     raise RuntimeError("the child told the end of another job: did a handler fork and return twice?")
                 return ending
         except (EOFError, OSError):
-            self._process.join(END_S)
+            end = time.monotonic() + END_S
+            while self.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
+                time.sleep(0.005)
             if job.reason == TIME_LIMIT:
                 return Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s), its process was killed")
             if job.reason is not None:

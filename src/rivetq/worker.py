@@ -581,6 +581,9 @@ class Worker:
 
     def _watch_limit(self, delivery: Delivery, at: float) -> None:
         with self._limits_lock:
+            if len(self._limits) > 64 + 2 * len(self._held):  # jobs that ended long before their limit
+                self._limits = [each for each in self._limits if each[2].ending is None]
+                heapq.heapify(self._limits)
             heapq.heappush(self._limits, (at, next(self._numbers), delivery))
             first = self._limits[0][2] is delivery
         if first:

@@ -101,8 +101,17 @@ class LiveEngine:
         self._close_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._unsubscribe: Callable[[], None] = _nothing
-        self._notifier = Notifier(self._settle, self._start_thread)
+        self._soon: Notifier | None = None  # made when it is needed: it refers to the engine, and most live without
+        self._soon_lock = threading.Lock()
         _live.add(self)
+
+    @property
+    def _notifier(self) -> Notifier:
+        found = self._soon
+        if found is None:
+            with self._soon_lock:
+                found = self._soon = self._soon or Notifier(self._settle, self._start_thread)
+        return found
 
     def start(self) -> None:
         """Begin to serve: the threads run from here on."""
@@ -606,7 +615,8 @@ class LiveEngine:
             unsubscribe, self._unsubscribe = self._unsubscribe, _nothing
             unsubscribe()
             self._timer_poked.set()
-            self._notifier.stop()
+            if self._soon is not None:
+                self._soon.stop()
             self._stop()
             for thread in self._threads:
                 if thread is not threading.current_thread():

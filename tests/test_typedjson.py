@@ -7,7 +7,7 @@ import enum
 import json
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, Generic, NewType, TypeVar
 from uuid import UUID
 
 import attrs
@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from rivetq import UsageError
 from rivetq.typedjson import TypedJson
+
+T = TypeVar("T")
 
 
 class Colour(enum.Enum):
@@ -40,6 +42,43 @@ class Person:
 
 class Plain:
     pass
+
+
+@dataclasses.dataclass
+class Price:
+    cents: int
+    scale: dataclasses.InitVar[int] = 1
+
+    def __post_init__(self, scale: int) -> None:
+        self.cents *= scale
+
+
+@attrs.frozen
+class Doubled:
+    n: int = attrs.field(converter=lambda value: value * 2, validator=attrs.validators.lt(100))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Box(Generic[T]):
+    content: T
+
+
+class Pair(enum.Enum):
+    ONE = (1, 2)
+
+
+class Rights(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+class Undecorated(Address):
+    def __init__(self) -> None:
+        super().__init__("Rome")
+        object.__setattr__(self, "more", 1)
+
+
+Wrapped = NewType("Wrapped", Price)
 
 
 plain = st.recursive(
@@ -87,7 +126,7 @@ def test_the_words_of_the_format() -> None:
     assert codec.dumps(person).decode() == (
         '{"$class":["test_typedjson:Person",{"name":"Ada","_secret":{"$bytes":"AA=="},"homes":'
         '[{"$class":["test_typedjson:Address",{"town":"Paris","since":{"$date":"2026-01-02"},"full":"?"}]}],'
-        '"colour":{"$class":["test_typedjson:Colour","red"]}}]}'
+        '"colour":{"$class":["test_typedjson:Colour","RED"]}}]}'
     ).replace("test_typedjson", __name__)
     values = [
         (datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), '{"$datetime":"2026-01-02T03:04:05+00:00"}'),
@@ -116,7 +155,9 @@ def test_annotations_register_the_classes_that_they_mention_at_any_depth() -> No
     assert codec.loads(codec.dumps(Address("Rome"))) == Address("Rome")
 
 
-@pytest.mark.parametrize("value", [Plain(), Address("Rome"), Colour.RED, {1: 2}, float("nan"), {"a", "b"}, "\ud800"])
+@pytest.mark.parametrize(
+    "value", [Plain(), Undecorated(), Address("Rome"), Colour.RED, {1: 2}, float("nan"), {"a", "b"}, "\ud800"]
+)
 def test_what_it_cannot_say_is_refused(value: object) -> None:
     with pytest.raises(UsageError, match="arguments: "):
         TypedJson().dumps(value)
@@ -139,6 +180,25 @@ def test_bytes_that_it_did_not_write_are_refused(data: bytes) -> None:
         codec.loads(data.replace(b"test_typedjson", __name__.encode()))
 
 
+@pytest.mark.parametrize(
+    "value", [Price(5, 100), Doubled(3), Box(content=Price(1)), Pair.ONE, Rights.READ | Rights.WRITE, Rights.READ]
+)
+def test_what_its_constructor_computes_is_not_computed_again(value: Any) -> None:
+    codec = TypedJson()
+    codec.register_annotations([Wrapped, Box[int], Doubled, Pair, Rights])
+    again = codec.loads(codec.dumps([value]))
+    assert again == [value]
+    assert type(again[0]) is type(value)
+
+
+def test_what_a_validator_refuses_is_refused() -> None:
+    codec = TypedJson()
+    codec.register(Doubled)
+    data = codec.dumps(Doubled(3)).replace(b"6", b"600")
+    with pytest.raises(UsageError, match="arguments: "):
+        codec.loads(data)
+
+
 def test_a_field_that_came_later_than_the_job_has_its_default() -> None:
     codec = TypedJson()
     codec.register(Address)
@@ -146,7 +206,7 @@ def test_a_field_that_came_later_than_the_job_has_its_default() -> None:
     assert codec.loads(data) == Address("Rome")
 
 
-@pytest.mark.parametrize("kind", [int, Plain, "Address"])
+@pytest.mark.parametrize("kind", [int, Plain, Undecorated, "Address"])
 def test_only_dataclasses_attrs_classes_and_enums_are_registered(kind: Any) -> None:
     with pytest.raises(UsageError, match="register"):
         TypedJson().register(kind)

@@ -390,6 +390,85 @@ def test_an_async_job_that_is_cancelled_before_its_first_step_is_removed(app: Ap
         until(lambda: not worker.running)
 
 
+def test_a_handler_that_stops_its_own_worker_is_told_that_it_cannot(app: App) -> None:
+    @app.task(max_attempts=1)
+    def task() -> None:
+        worker.stop()
+
+    worker = Worker(app)
+    job_id = task.enqueue()
+    with worker:
+        until(lambda: job(app, job_id).state == "dead")
+    assert (job(app, job_id).last_error or "").startswith("UsageError: stop")
+
+
+def test_a_listener_that_exits_ends_nothing(app: App) -> None:
+    def exits(settled: Settled) -> None:
+        raise SystemExit(1)
+
+    @app.task
+    def task() -> None: ...
+
+    with Worker(app, on_settled=exits) as worker:
+        task.enqueue_many([(), ()])
+        until(lambda: app.broker.stats().acked == 2)
+        assert worker.failure is None
+
+
+def test_a_worker_whose_threads_cannot_begin_can_be_stopped(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    @app.task
+    def task() -> None: ...
+
+    def refuses(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    worker = Worker(app)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuses)
+        with pytest.raises(RuntimeError):
+            worker.start()
+    worker.stop()
+
+
+def test_run_is_for_the_main_thread(app: App) -> None:
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            Worker(app).run()
+        except UsageError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(PATIENCE_S)
+    assert len(caught) == 1
+
+
+def test_a_hook_that_swallows_an_error_makes_the_job_done_and_an_async_one_is_refused(app: App) -> None:
+    @app.around
+    def hook(job: CurrentJob) -> Iterator[None]:
+        try:
+            yield
+        except ValueError:
+            pass
+
+    async def asynchronous(job: CurrentJob) -> Any:
+        yield
+
+    with pytest.raises(UsageError, match="around"):
+        app.around(asynchronous)  # type: ignore[arg-type]  # wrong on purpose
+
+    @app.task(max_attempts=1)
+    def task() -> None:
+        raise ValueError("swallowed")
+
+    task.enqueue()
+    with Worker(app):
+        until(drained(app))
+    assert app.broker.stats().acked == 1
+
+
 class SteppedClock(SystemClock):
     step_ms = 0
 

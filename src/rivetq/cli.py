@@ -45,7 +45,7 @@ try:
     from rich.live import Live
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
     from rich.table import Table
-except ImportError as error:  # pragma: no cover
+except ImportError as error:  # pragma: no cover  # the tests run where both are installed
     raise SystemExit(f"rivetq: the command line needs click and rich ({error}): pip install rivetq[cli]") from None
 
 DONE, DAMAGED, NOT_DONE, LOG_WHOLE, NO_JOB, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130

@@ -25,9 +25,9 @@ from typing import Any, Literal, Protocol
 
 import attrs
 
-from rivetq import Duration, Lease, RivetQError
+from rivetq import Lease, RivetQError
 
-from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, running
+from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, duration, running
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -45,7 +45,8 @@ class Ending:
 
     verb: Literal["ack", "nack", "release", "reject"]
     error: str | None = None
-    delay: Duration | None = None
+    delay: float | None = None
+    """Seconds."""
 
 
 ACK = Ending("ack")
@@ -102,9 +103,9 @@ def ending_of(error: BaseException) -> Ending:
     """What an exception of a handler means."""
     match error:
         case Retry():
-            return Ending("nack", str(error), error.delay)
+            return Ending("nack", str(error), None if error.delay is None else duration(error.delay))
         case Snooze():
-            return Ending("release", None, error.delay)
+            return Ending("release", None, duration(error.delay))
         case Reject():
             return Ending("reject", str(error))
         case _:

@@ -161,12 +161,17 @@ class CurrentJob:
 _current: ContextVar[CurrentJob] = ContextVar("rivetq_current_job")
 
 
+def here() -> CurrentJob | None:
+    """The job that runs in this thread or asyncio task, if one does."""
+    return _current.get(None)
+
+
 def current_job() -> CurrentJob:
     """The job that runs here; UsageError outside of a handler."""
-    try:
-        return _current.get()
-    except LookupError:
-        raise UsageError("current_job: no job runs here; it works in a handler that a worker called") from None
+    found = here()
+    if found is None:
+        raise UsageError("current_job: no job runs here; it works in a handler that a worker called")
+    return found
 
 
 @contextmanager
@@ -572,6 +577,10 @@ class App:
         ...     yield
         ...     print("end", job.task)
         """
+        if inspect.iscoroutinefunction(hook) or inspect.isasyncgenfunction(hook):
+            raise UsageError(
+                "around: a generator function or one that gives a context manager expected, not an async one"
+            )
         made: Any = contextmanager(hook) if inspect.isgeneratorfunction(hook) else hook
         self.around_hooks.append(made)
         return hook

@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -43,7 +44,8 @@ class TypedJson:
     """The codec in use unless an `App` is given another.
 
     It knows what JSON knows, and bytes, datetime, date, time, timedelta, UUID, Decimal, enums, dataclasses and attrs
-    classes; the last three once they are registered. A tuple comes back as a list. Keys of mappings must be str.
+    classes; the last three once they are registered. They come back as they were: no constructor runs again, and what
+    a validator of attrs refuses is refused. A tuple comes back as a list. Keys of mappings must be str.
     """
 
     def __init__(self) -> None:
@@ -114,7 +116,7 @@ class TypedJson:
                 f"{name} is not known here: annotate the task's argument with it, or call app.codec.register(it)"
             )
         if _is_enum(kind):
-            return {_CLASS: [name, self._plain(value.value)]}
+            return {_CLASS: [name, value.value if isinstance(value, enum.Flag) else value.name]}
         return {_CLASS: [name, {field: self._plain(getattr(value, field)) for field in _fields(kind)}]}
 
     def _value(self, plain: Any) -> Any:
@@ -144,16 +146,17 @@ class TypedJson:
                 f"app.codec.register(it)"
             )
         if _is_enum(kind):
-            return kind(self._value(content))
+            members: Any = kind
+            return members(content) if issubclass(kind, enum.Flag) else members[content]
         fields = _fields(kind)
         if unknown := set(content) - set(fields):
             raise UsageError(f"arguments: {name} has no field {', '.join(sorted(unknown))}; it has {', '.join(fields)}")
-        values = {field: self._value(item) for field, item in content.items()}
-        # A field that came later than the job has its default, or the constructor refuses.
-        made = kind(**{argument: values[f] for f, argument in fields.items() if argument is not None and f in values})
-        for field, argument in fields.items():
-            if argument is None and field in values:
-                object.__setattr__(made, field, values[field])
+        # Not by its constructor, which may compute: what was written are the fields as they were then.
+        made: Any = object.__new__(kind)
+        for field, default in fields.items():
+            object.__setattr__(made, field, self._value(content[field]) if field in content else default(made))
+        if attrs.has(kind):
+            attrs.validate(made)
         return made
 
 
@@ -168,15 +171,33 @@ def _is_enum(kind: Any) -> bool:
 
 
 def _is_record(kind: Any) -> bool:
-    return isinstance(kind, type) and (dataclasses.is_dataclass(kind) or attrs.has(kind))
+    """A class that was itself decorated: what a plain subclass adds, its fields do not tell."""
+    return isinstance(kind, type) and ("__dataclass_fields__" in vars(kind) or "__attrs_attrs__" in vars(kind))
 
 
-def _fields(kind: type) -> dict[str, str | None]:
-    """Names of the fields, each with its argument of the constructor, None if it has none."""
+def _fields(kind: type) -> dict[str, Callable[[Any], Any]]:
+    """Names of the fields, each with what gives its default for an instance, since it may have come after the job."""
     if attrs.has(kind):
-        return {field.name: field.alias if field.init else None for field in attrs.fields(kind)}
+        return {field.name: partial(_attrs_default, field) for field in attrs.fields(kind)}
     assert dataclasses.is_dataclass(kind)
-    return {field.name: field.name if field.init else None for field in dataclasses.fields(kind)}
+    return {field.name: partial(_dataclass_default, field) for field in dataclasses.fields(kind)}
+
+
+def _attrs_default(field: attrs.Attribute[Any], made: Any) -> Any:
+    default: Any = field.default
+    if default is attrs.NOTHING:
+        raise UsageError(f"arguments: the job has no field {field.name!r}, and it has no default")
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]  # typed as the function that makes one
+        return default.factory(made) if default.takes_self else default.factory()
+    return default
+
+
+def _dataclass_default(field: dataclasses.Field[Any], made: Any) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    raise UsageError(f"arguments: the job has no field {field.name!r}, and it has no default")
 
 
 def hints(owner: Any) -> list[Any]:
@@ -189,11 +210,11 @@ def hints(owner: Any) -> list[Any]:
 
 
 def _mentioned(annotation: Any) -> list[type]:
-    """The classes in an annotation, such as those of ``list[Mail] | None``."""
-    parts = typing.get_args(annotation)
-    if not parts:
-        return [annotation] if isinstance(annotation, type) else []
-    return [each for part in parts for each in _mentioned(part)]
+    """The classes in an annotation, such as those of ``list[Mail] | None`` or ``Box[Mail]``."""
+    if isinstance(annotation, typing.NewType):
+        return _mentioned(annotation.__supertype__)
+    found = [each for each in (annotation, typing.get_origin(annotation)) if isinstance(each, type)]
+    return found + [each for part in typing.get_args(annotation) for each in _mentioned(part)]
 
 
 def _seconds(value: Any) -> timedelta:

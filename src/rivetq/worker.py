@@ -52,7 +52,7 @@ from .pools import (
     memory_bytes,
 )
 from .schedules import Scheduler
-from .tasks import App, Reject, duration
+from .tasks import App, Reject, duration, here
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -193,6 +193,8 @@ class Worker:
         0: it ended in order, all jobs are done or given back; 1: the broker failed, see `failure`. A second signal ends
         the grace time. The app is closed.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError("run: signals come to the main thread only; in another use start() and stop()")
         before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.start()
@@ -202,9 +204,9 @@ class Worker:
                 pass
             self.stop()
         finally:
+            self.app.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.app.close()
         return 0 if self.failure is None else 1
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
@@ -230,6 +232,8 @@ class Worker:
 
     def stop(self, grace: float | None = None) -> None:
         """Lease no more, let run what runs for the grace time, give back the rest, end the threads. May be repeated."""
+        if any(delivery.job is here() for delivery in list(self._held.values())):
+            raise UsageError("stop: a handler cannot wait for its own end; let another thread stop the worker")
         with self._stop_lock:
             if not self._started or self._ended.is_set():
                 return
@@ -241,7 +245,8 @@ class Worker:
                 self._changed.notify_all()
             if self._scheduler is not None:
                 self._scheduler.stop()
-            self._threads[0].join()
+            for thread in self._threads[:1]:  # the fetcher; none if not even that could be started
+                thread.join()
             for room in self._rooms.values():
                 for delivery in room.pool.take_back():
                     delivery.ending = GIVEN_BACK
@@ -379,6 +384,7 @@ class Worker:
         """Give each job to the pool of its task; what is no call of a task is answered at once."""
         now_ms, now = self._broker.clock.wall_ms(), time.monotonic()
         batches: dict[str, list[Delivery]] = {}
+        timeouts: dict[str, float] = {}
         for lease in leases:
             try:
                 task, args, kwargs = self.app.find(lease)
@@ -393,7 +399,7 @@ class Worker:
             if kind not in self._rooms:  # the first such task of the app came after the start
                 self._add_room(kind)
             delivery = Delivery(lease, task, args, kwargs)
-            seconds = self._granted(lease, task, lease.deadline.timestamp() - now_ms / 1000)
+            seconds = self._granted(lease, task, lease.deadline.timestamp() - now_ms / 1000, timeouts)
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
             if seconds < self._shortest:
@@ -409,12 +415,18 @@ class Worker:
                 room.jobs += len(batch)
             room.pool.submit(batch)
 
-    def _granted(self, lease: Lease, task: Any, by_wall: float) -> float:
-        """Seconds to renew a lease for. The wall clock alone may have been set since the queue last saw it."""
+    def _granted(self, lease: Lease, task: Any, by_wall: float, timeouts: dict[str, float]) -> float:
+        """Seconds to renew a lease for. The wall clock may have been set: it counts where it says less than is known.
+
+        `timeouts` are those of the queues, as far as this batch asked for them.
+        """
         known = self._visibility
+        if known is None and task.opts.visibility_timeout is not None:
+            known = duration(task.opts.visibility_timeout)
         if known is None:
-            own = task.opts.visibility_timeout
-            known = self._broker.configure_queue(lease.queue).visibility_timeout if own is None else duration(own)
+            known = timeouts.get(lease.queue)
+        if known is None:
+            known = timeouts[lease.queue] = self._broker.configure_queue(lease.queue).visibility_timeout
         return by_wall if 0 < by_wall < known else known
 
     def _add_room(self, kind: str) -> None:
@@ -519,7 +531,7 @@ class Worker:
         for listener in self.on_settled:
             try:
                 listener(Settled(delivery.lease.queue, delivery.task.name, ending, delivery.seconds))
-            except Exception:
+            except BaseException:  # whatever it is, the answers of others must go on
                 logger.exception("a listener of the worker failed")
 
     def _check_limits(self) -> None:

@@ -181,9 +181,11 @@ class TestingApp:
             _in_a_loop(delivery, self.app)
         else:
             run_here(delivery, self.app)
-        if delivery.error is not None and not isinstance(delivery.error, Outcome):
-            done.errors.append(delivery.error)
         self._answer(lease, delivery.ending, done)
+        if delivery.error is not None and not isinstance(delivery.error, Outcome):
+            if not isinstance(delivery.error, Exception):
+                raise delivery.error  # Ctrl-C, say
+            done.errors.append(delivery.error)
 
     def _run_inline(self, job_id: int) -> None:
         """In `Task.enqueue`: the job at once, if it is not for later."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -448,10 +449,8 @@ def test_run_is_for_the_main_thread(app: App) -> None:
 def test_a_hook_that_swallows_an_error_makes_the_job_done_and_an_async_one_is_refused(app: App) -> None:
     @app.around
     def hook(job: CurrentJob) -> Iterator[None]:
-        try:
+        with contextlib.suppress(ValueError):
             yield
-        except ValueError:
-            pass
 
     async def asynchronous(job: CurrentJob) -> Any:
         yield

@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import attrs
 
@@ -164,7 +164,7 @@ class Worker:
         """Why it ended by itself: the broker failed or was closed."""
         self._changed = threading.Condition()  # guards the pools' counts and the flags below
         self._rooms: dict[str, _Room] = {}
-        self._kinds_of: dict[str, set[str]] = {}  # pools by queue
+        self._grouped: dict[frozenset[str], list[str]] | None = None  # queues by the pools in which their tasks run
         self._stopping = False
         self._leased: tuple[list[Lease] | None, BaseException | None] | None = None  # what a waiting lease was told
         self._started = False
@@ -325,45 +325,50 @@ class Worker:
     def _fetch(self) -> None:
         while True:
             with self._changed:
-                while not self._stopping and not (open_queues := self._open_queues()):
+                while not self._stopping and not (groups := self._open_groups()):
                     self._changed.wait()
                 if self._stopping:
                     return
-            leases: list[Lease] = []
-            # One call for the queues that share a pool: it takes as many jobs as that has room for.
-            names = self._order.next(list(open_queues))
-            while names and not leases:
-                room = open_queues[names[0]]
-                group = [name for name in names if open_queues[name] is room]
-                leases = self._broker.lease_many(group, room.free(), visibility_timeout=self._visibility)
-                names = [name for name in names if name not in group]
-            self._hand_out(leases or self._wait_for_leases(open_queues))
+            try:
+                leases = self._lease(groups)
+            except DiskFullError as error:  # it passes, as it does for an answer
+                logger.warning("no space to lease jobs; again in %s s: %s", RETRY_S, error)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
+                continue
+            self._hand_out(leases)
 
-    def _open_queues(self) -> dict[str, _Room]:
-        """Queues whose jobs there is room for, each with the fullest of the pools in which they run."""
+    def _lease(self, groups: list[_Group]) -> list[Lease]:
+        """Jobs for pools that have room: at once if there are any, else as soon as there are."""
+        names = self._order.next([name for group in groups for name in group.names])
+        groups.sort(key=lambda group: names[0] not in group.names)
+        for group in groups if len(groups) > 1 else ():  # as many as the pool of each has room for
+            own = set(group.names)
+            mine = [name for name in names if name in own]
+            if leases := self._broker.lease_many(mine, group.room.free(), visibility_timeout=self._visibility):
+                return leases
+        return self._wait_for_leases(names, min(group.room.free() for group in groups), len(groups))
+
+    def _open_groups(self) -> list[_Group]:
+        """The queues whose jobs there is room for: those that run in the same pools together."""
         # Caller holds self._changed.
-        found = {}
-        for name in self._order.names:
-            room = min((self._rooms[kind] for kind in self._kinds(name)), key=_Room.free)
-            if room.is_wanting():
-                found[name] = room
-        return found
+        if self._grouped is None:
+            self._grouped = {}
+            tasks = self.app.tasks.values()
+            kinds_of: dict[str, set[str]] = {}
+            for task in tasks:
+                kinds_of.setdefault(task.opts.queue, set()).add(_kind(task))
+            for name in self._order.names:  # a queue that no task names may hold jobs of any
+                self._grouped.setdefault(frozenset(kinds_of.get(name) or self._rooms), []).append(name)
+        fullest = {kinds: min((self._rooms[kind] for kind in kinds), key=_Room.free) for kinds in self._grouped}
+        return [_Group(fullest[kinds], names) for kinds, names in self._grouped.items() if fullest[kinds].is_wanting()]
 
-    def _kinds(self, queue: str) -> set[str]:
-        """Where the tasks of a queue run."""
-        found = self._kinds_of.get(queue)
-        if found is None:
-            own = {_kind(task) for task in self.app.tasks.values() if task.opts.queue == queue}
-            found = self._kinds_of[queue] = own or set(self._rooms)
-        return found
-
-    def _wait_for_leases(self, queues: dict[str, _Room]) -> list[Lease]:
-        """Until there is a job, or none is wanted any more, or another queue has room: then none."""
+    def _wait_for_leases(self, names: list[str], most: int, groups: int) -> list[Lease]:
+        """Until there is a job, or none is wanted any more, or another pool has room: then none."""
         self._leased = None
-        least = min(room.free() for room in queues.values())
-        waiting = self._broker.lease_soon(list(queues), least, self._told, visibility_timeout=self._visibility)
+        waiting = self._broker.lease_soon(names, most, self._told, visibility_timeout=self._visibility)
         with self._changed:
-            while self._leased is None and not self._stopping and len(self._open_queues()) == len(queues):
+            while self._leased is None and not self._stopping and len(self._open_groups()) == groups:
                 self._changed.wait()
         if self._leased is None and waiting.cancel():
             return []
@@ -441,7 +446,7 @@ class Worker:
         pool.start()
         with self._changed:
             self._rooms[kind] = _Room(pool, self._prefetch)
-            self._kinds_of.clear()
+            self._grouped = None
 
     # What pools tell
 
@@ -673,9 +678,16 @@ class _Order:
         credit = self._credit
         for name in names:
             credit[name] += weights[name]
-        names.sort(key=lambda name: -credit[name])
-        credit[names[0]] -= sum(weights[name] for name in names)
-        return names
+        first = max(names, key=credit.__getitem__)
+        credit[first] -= sum(map(weights.__getitem__, names))
+        return [first, *(name for name in names if name != first)]
+
+
+class _Group(NamedTuple):
+    """Queues that one call leases from, and the fullest of the pools in which their tasks run."""
+
+    room: _Room
+    names: list[str]
 
 
 def _kind(task: Any) -> str:

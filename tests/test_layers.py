@@ -23,7 +23,9 @@ FLOORS = [
     # public
     "arguments", "broker", "aio", "__init__", "tools", "__main__",
 ]  # fmt: skip
-EXTRAS = ["typedjson", "schedules", "tasks", "pools", "worker", "logs", "metrics", "otel", "settings", "cli"]
+EXTRAS = [
+    "typedjson", "schedules", "tasks", "pools", "children", "worker", "logs", "metrics", "otel", "settings", "cli",
+]  # fmt: skip
 """Above the house: they import public names of `rivetq` and each other, and what their extra brings."""
 TESTING = {
     "testing/tasks",

@@ -1,4 +1,4 @@
-"""Where handlers run: threads, child processes, an event loop. One shape for all three.
+"""Where handlers run: threads and an event loop here, child processes in `children`. One shape for all three.
 
 A pool is given deliveries and tells each one's ending to `done`, in whatever thread it happens. It knows no broker:
 what an ending means for the job is the worker's business.
@@ -9,23 +9,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import multiprocessing
-import os
 import queue
-import signal
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
 
 import attrs
 
-from rivetq import Lease, RivetQError
+from rivetq import Lease
 
 from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, duration, running
 
@@ -33,8 +27,6 @@ logger = logging.getLogger("rivetq.worker")
 
 TIME_LIMIT = "time limit exceeded"
 SHUTDOWN = "the worker is shutting down"
-_PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-LOOK_S = 1.0
 END_S = 5.0
 """How long a child or a thread of a pool gets to end when it has nothing to do; then it is killed or left behind."""
 
@@ -205,7 +197,7 @@ class ThreadPool:
         """A thread cannot be stopped from outside; its handler was told."""
 
     def take_back(self) -> list[Delivery]:
-        return _drained(self._waiting)
+        return drained(self._waiting)
 
     def stop(self) -> None:
         for _ in range(self.slots):
@@ -222,7 +214,8 @@ class ThreadPool:
             done(delivery)
 
 
-def _drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
+def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
+    """What nobody has taken yet."""
     found: list[Delivery] = []
     while True:
         try:
@@ -313,238 +306,3 @@ class LoopPool:
         self._done(delivery)
         if self._waiting:
             self._begin()
-
-
-class ProcessPool:
-    """Handlers in child processes, one job at a time each; a thread here waits on each child.
-
-    Children are spawned, not forked: a fork would copy the locks of all threads as they are. A child imports the task
-    by the module and name of its function. When a child dies, its own job failed, and the next one gets a new child.
-
-    Args:
-        max_jobs: a child ends after so many and another takes its place.
-        max_memory: bytes that a child may occupy after a job; the next job gets another child.
-    """
-
-    def __init__(
-        self, app: App, slots: int, done: Done, *, max_jobs: int | None = None, max_memory: int | None = None
-    ) -> None:
-        self.slots = slots
-        self._app = app
-        self._done = done
-        self._max_jobs = max_jobs
-        self._max_memory = max_memory
-        self._waiting: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
-        self._running: dict[Delivery, _Child] = {}
-        self._threads: list[threading.Thread] = []
-
-    def start(self) -> None:
-        for number in range(self.slots):
-            thread = threading.Thread(target=self._run, name=f"rivetq-child-{number}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def submit(self, deliveries: Sequence[Delivery]) -> None:
-        for delivery in deliveries:
-            self._waiting.put(delivery)
-
-    def cancel(self, delivery: Delivery) -> None:
-        child = self._running.get(delivery)
-        if child is not None:
-            child.kill()
-
-    def take_back(self) -> list[Delivery]:
-        return _drained(self._waiting)
-
-    def stop(self) -> None:
-        for child in list(self._running.values()):
-            child.kill()
-        for _ in range(self.slots):
-            self._waiting.put(None)
-        for thread in self._threads:
-            thread.join(END_S)
-
-    def _run(self) -> None:
-        child: _Child | None = None
-        while (delivery := self._waiting.get()) is not None:
-            delivery.started_at = time.monotonic()
-            started = time.perf_counter()
-            try:
-                if child is None or not child.is_alive():
-                    child = _Child(self._app)
-                self._running[delivery] = child
-                if delivery.job.cancelled:  # told before it could be killed
-                    child.kill()
-                delivery.ending = child.run(delivery)
-            except BaseException as error:
-                if child is not None:  # what is in its pipe now nobody can tell
-                    child.kill()
-                logger.exception("job %s: the process pool failed", delivery.lease.id, extra=fields(delivery))
-                delivery.ending = Ending("nack", f"{type(error).__name__}: {error}")
-            self._running.pop(delivery, None)
-            delivery.seconds = time.perf_counter() - started
-            if child is not None and child.is_spent(self._max_jobs, self._max_memory):
-                child.end()
-                child = None
-            self._done(delivery)
-        if child is not None:
-            child.end()
-
-
-class _Child:
-    """A child process, as seen from its thread in the parent."""
-
-    def __init__(self, app: App) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._app = app
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_child_main, args=(theirs,), name="rivetq-child", daemon=True)
-        # Ctrl-C and a supervisor's SIGTERM go to the whole group, also while the child's interpreter comes up: blocked
-        # until the child ignores them, else they would kill it, and its job would have failed.
-        resource_tracker.ensure_running()  # its first start, which the child's start would include, unblocks them
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        self._jobs = 0
-        self._memory = 0
-
-    def is_alive(self) -> bool:
-        return self._process.is_alive()
-
-    def is_spent(self, max_jobs: int | None, max_memory: int | None) -> bool:
-        return (
-            not self.is_alive()
-            or (max_jobs is not None and self._jobs >= max_jobs)
-            or (max_memory is not None and self._memory > max_memory)
-        )
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def end(self) -> None:
-        """It is idle: closing the pipe is enough."""
-        self._pipe.close()
-        self._process.join(END_S)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(END_S)
-
-    def run(self, delivery: Delivery) -> Ending:
-        limit = delivery.task.time_limit
-        until = None if limit is None else time.monotonic() + limit
-        job = delivery.job
-        try:
-            self._pipe.send((delivery.task, delivery.lease))
-            while True:
-                left = None if until is None else max(0, until - time.monotonic())
-                # A look at the process now and then: what a handler forked may hold the pipe open after its end.
-                if not self._pipe.poll(LOOK_S if left is None else min(left, LOOK_S)):
-                    if left is not None and left <= LOOK_S:
-                        job.cancel(TIME_LIMIT)
-                        self.kill()
-                        raise EOFError
-                    if not self.is_alive():
-                        raise EOFError
-                    continue
-                kind, content = self._pipe.recv()
-                if kind == "put":
-                    self._pipe.send(self._put(*content))
-                    continue
-                self._jobs += 1
-                token, ending, self._memory = content
-                if token != delivery.lease.token or not isinstance(ending, Ending):
-                    raise RuntimeError("the child told the end of another job: did a handler fork and return twice?")
-                return ending
-        except (EOFError, OSError):
-            end = time.monotonic() + END_S
-            while self.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
-                time.sleep(0.005)
-            if job.reason == TIME_LIMIT:
-                return Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s), its process was killed")
-            if job.reason is not None:
-                return Ending("nack", job.reason)
-            code = self._process.exitcode
-            return Ending("nack", f"ChildDied: the process of the job ended with exit code {code}")
-
-    def _put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> tuple[bool, Any]:
-        try:
-            return True, list(self._app.broker.enqueue_many(queue_, payloads, **options))
-        except RivetQError as error:
-            return False, error
-
-
-# In the child
-
-
-def _child_main(pipe: Connection) -> None:
-    """Run jobs until the parent closes the pipe or dies."""
-    for number in _PARENTS_SIGNALS:  # the parent decides
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
-    threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
-    remote, own = _Remote(pipe), os.getpid()
-    while True:
-        try:
-            task, lease = pipe.recv()
-        except (EOFError, OSError):
-            return
-        except BaseException:  # the task's module cannot be imported, say
-            logger.exception("a task cannot be imported")
-            os._exit(1)
-        task.app._remote = remote
-        ending = _run_in_child(task, lease)
-        if os.getpid() != own:  # a handler forked and returned in both
-            os._exit(0)
-        with remote.lock:  # a thread that outlives its handler may be asking
-            pipe.send(("done", (lease.token, ending, memory_bytes())))
-
-
-def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
-    app = task.app
-    try:
-        found, args, kwargs = app.find(lease)
-        delivery = Delivery(lease, found, args, kwargs)
-        run_here(delivery, app)
-        assert delivery.ending is not None
-        return delivery.ending
-    except BaseException as error:
-        return ending_of(error)
-
-
-class _Remote:
-    """The parent's broker, for `Task.enqueue`."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self.lock = threading.Lock()  # one question at a time
-
-    def put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> Sequence[int]:
-        with self.lock:
-            self._pipe.send(("put", (queue_, payloads, options)))
-            done, answer = self._pipe.recv()
-        if not done:
-            raise answer
-        ids: Sequence[int] = answer
-        return ids
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def memory_bytes() -> int:
-    """Bytes that this process occupies now, or at most so far where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

@@ -38,6 +38,7 @@ from rivetq import (
     UsageError,
 )
 
+from .children import ProcessPool, memory_bytes
 from .pools import (
     GIVEN_BACK,
     SHUTDOWN,
@@ -46,10 +47,8 @@ from .pools import (
     Ending,
     LoopPool,
     Pool,
-    ProcessPool,
     ThreadPool,
     fields,
-    memory_bytes,
 )
 from .schedules import Scheduler
 from .tasks import App, Reject, duration, here

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,21 @@ def test_records_that_need_room_made_are_awaited_like_any_other(
             assert (await broker.stats("q")).acked == 12
 
     asyncio.run(main())
+
+
+def test_a_lease_that_is_given_up_after_it_was_woken_takes_nothing() -> None:
+    told: list[Any] = []
+    with Broker(":memory:") as broker:
+        held, go = threading.Event(), threading.Event()
+        waiting = broker.lease_soon("q", 1, lambda leases, error: told.append((leases, error)))
+        notifier: Any = inside(broker)._notifier
+        notifier.call(lambda: (held.set(), go.wait(20)))
+        assert held.wait(20)
+        broker.enqueue("q", b"")  # it will look when the thread is free
+        assert waiting.cancel()
+        go.set()
+        notifier.call(held.clear)
+        while held.is_set():
+            time.sleep(0.001)
+        assert told == []
+        assert broker.stats("q").ready == 1

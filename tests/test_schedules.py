@@ -295,6 +295,15 @@ def test_a_wall_clock_that_is_set_moves_the_ticks_along_and_none_comes_twice(
         assert job.enqueued_at is not None
 
 
+def test_a_schedule_that_is_changed_and_changed_back_before_its_tick_has_its_record(broker: Broker) -> None:
+    for when in ("* * * * *", "0 * * * *", "* * * * *"):
+        app = make_app(broker, when)
+        Scheduler(broker, app.schedules).reconcile()
+    assert len(broker.jobs(SCHEDULES)) == 1
+    live(app, 60)
+    assert len(fired(broker)) == 1
+
+
 def test_what_is_no_record_ends_and_disturbs_nobody(broker: Broker) -> None:
     broker.enqueue(SCHEDULES, b"\xff")
     broker.enqueue(SCHEDULES, {"schedule": "tick", "spec": "another", "tick_ms": 0})

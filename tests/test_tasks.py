@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import inspect
 import pickle
+import sys
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -319,3 +321,36 @@ def test_cancel_removes_a_job_that_waits(app: App) -> None:
     assert app.cancel(job_id)
     assert not app.cancel(job_id)
     assert app.broker.get(job_id) is None
+
+
+def test_many_threads_may_be_the_first_to_use_an_app() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    errors: list[Exception] = []
+    try:
+        for _ in range(10):
+            with App(":memory:") as app:
+                tasks = []
+                for n in range(30):
+                    kind = dataclasses.make_dataclass(f"Made{n}", [("n", int)])
+
+                    def function(value: Any) -> None: ...
+
+                    function.__annotations__ = {"value": kind}
+                    tasks.append((app.task(name=f"t{n}")(function), kind))
+
+                def use(calls: list[Any] = tasks) -> None:
+                    try:
+                        for task, kind in calls:
+                            task.enqueue(kind(1))
+                    except Exception as error:
+                        errors.append(error)
+
+                threads = [threading.Thread(target=use) for _ in range(8)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert errors == []

@@ -16,10 +16,12 @@ import pytest
 from inside import inside
 
 import rivetq.backup
+import rivetq.view
 from rivetq import Broker, BrokerLockedError, CorruptLogError, RetryPolicy, StorageError, UsageError, tools
 from rivetq.__main__ import main
 from rivetq.codec import decode_record
 from rivetq.events import Acked, Buried, Cancelled, Enqueued, Leased, Purged
+from rivetq.index import Index
 from rivetq.segment import Record, Scan, decode_header
 
 SEGMENT_BYTES = 65_536
@@ -169,6 +171,39 @@ def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch:
     found = tools.verify(closed)
     assert len(seen) == 2
     assert (found.index is None) == (what == "nothing")
+
+
+def test_a_look_begins_with_the_index_and_looks_again_when_the_tail_moved(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Index] = []
+    load, real, faults = (
+        Index.load,
+        rivetq.view.recover,
+        [CorruptLogError("moved", file="f", offset=0), FileNotFoundError()],
+    )
+
+    def loads(self: Index, machine: Any) -> None:
+        loaded.append(self)
+        load(self, machine)
+
+    def moving(*args: Any) -> Any:
+        if faults:
+            raise faults.pop()
+        return real(*args)
+
+    monkeypatch.setattr(Index, "load", loads)
+    monkeypatch.setattr(rivetq.view, "recover", moving)
+    with tools.look(closed) as found:
+        assert found.stats().enqueued > 0
+    assert (faults, len(loaded)) == ([], 1)
+
+
+def test_a_look_that_meets_damage_each_time_says_so(closed: Path) -> None:
+    segment = sorted((closed / "log").glob("*.log"))[0]
+    rot(segment, 5)
+    with pytest.raises(CorruptLogError):
+        tools.look(closed)
 
 
 def test_verify_refuses_what_a_broker_has_open_or_what_is_no_directory(busy: Broker, tmp_path: Path) -> None:

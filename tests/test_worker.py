@@ -475,19 +475,22 @@ class SteppedClock(SystemClock):
         return super().wall_ms() + self.step_ms
 
 
+@pytest.mark.parametrize("whose", ["task", "queue", "worker"])
 @pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000])
-def test_leases_are_renewed_in_time_after_a_step_of_the_wall_clock(step_ms: int) -> None:
+def test_leases_are_renewed_in_time_after_a_step_of_the_wall_clock(step_ms: int, whose: str) -> None:
     clock = SteppedClock()
     runs: list[int] = []
     with Broker(":memory:", clock=clock) as broker:
         app = App(broker)
 
-        @app.task(visibility_timeout=0.5)
+        @app.task(visibility_timeout=0.5 if whose == "task" else None)
         def task() -> None:
             runs.append(1)
             time.sleep(1.3)
 
-        with Worker(app):
+        if whose == "queue":
+            broker.configure_queue("default", visibility_timeout=0.5)
+        with Worker(app, visibility_timeout=0.5 if whose == "worker" else None):
             clock.step_ms = step_ms
             task.enqueue()
             until(lambda: broker.stats().acked == 1)
@@ -650,25 +653,33 @@ def test_a_cancelled_handler_that_goes_on_to_its_end_is_done(app: App) -> None:
 
 
 def test_a_lease_lost_at_the_answer_leaves_the_other_answers_alone(app: App) -> None:
-    at_end = threading.Barrier(3)
     refs: list[CurrentJob] = []
+    settling, go = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    @app.task
+    def first() -> None: ...
 
     @app.task
     def task(n: int) -> None:
         if n == 0:
             refs.append(current_job())
-        at_end.wait(PATIENCE_S)
-        at_end.wait(PATIENCE_S)
 
-    told: list[Settled] = []
-    task.enqueue_many([(0,), (1,)])
-    with Worker(app, on_settled=told.append):
-        at_end.wait(PATIENCE_S)
+    def note(settled: Settled) -> None:
+        told.append(settled.ending)
+        settling.set()
+        go.wait(PATIENCE_S)  # the endings of the others gather meanwhile
+
+    with Worker(app, on_settled=note) as worker:
+        first.enqueue()
+        assert settling.wait(PATIENCE_S)
+        task.enqueue_many([(0,), (1,), (2,)])
+        until(lambda: len(worker._endings) == 3)
         app.broker.reject(LeaseRef(refs[0].id, refs[0].lease.token), error="by somebody else")
-        at_end.wait(PATIENCE_S)
-        until(lambda: len(told) == 2)
-    assert (app.broker.stats().acked, app.broker.stats().dead) == (1, 1)
-    assert sorted(s.ending for s in told) == ["ack", "lost"]
+        go.set()
+        until(lambda: len(told) == 4)
+    assert (app.broker.stats().acked, app.broker.stats().dead) == (3, 1)
+    assert sorted(told) == ["ack", "ack", "ack", "lost"]
 
 
 # -- Time limits
@@ -763,6 +774,15 @@ def test_a_handler_that_forks_and_returns_twice_does_not_answer_for_the_next_job
     with Worker(children, concurrency=1):
         until(lambda: len(worker_tasks.ends) == 4)
         until(lambda: children.broker.stats("children").acked == 5)
+
+
+def test_a_child_that_answers_for_another_job_is_replaced_and_its_own_job_failed(children: App) -> None:
+    job_id = worker_tasks.answer_for_another.enqueue()
+    worker_tasks.tell_pid.enqueue_many([()] * 3)
+    with Worker(children, concurrency=1):
+        until(lambda: len(worker_tasks.ends) == 3)
+    assert "the end of another job" in (job(children, job_id).last_error or "")
+    assert children.broker.stats("children").acked == 3
 
 
 def test_time_limits_of_jobs_that_ended_take_no_memory(app: App) -> None:

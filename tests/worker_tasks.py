@@ -8,6 +8,7 @@ import signal
 import time
 from typing import Any
 
+from rivetq.pools import Ending
 from rivetq.tasks import App, Reject, Retry, Snooze, current_job
 
 app = App(":memory:")
@@ -63,6 +64,12 @@ def hang_with_a_grandchild() -> None:
         time.sleep(3)
         os._exit(0)
     time.sleep(60)
+
+
+@app.task(queue="children", pool="process", max_attempts=1)
+def answer_for_another() -> None:
+    remote: Any = app._remote
+    remote._pipe.send(("done", (0, Ending("ack"), 0)))
 
 
 @app.task(queue="children", pool="process")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ AFTER: dict[str, tuple[Any, str, int, str | None]] = {
     "Retry": (Retry(), "scheduled", 1, "the task asked for a retry"),
     "Retry with a delay": (Retry(1000, error="busy"), "scheduled", 1, "busy"),
     "Snooze": (Snooze(1000), "scheduled", 0, None),
+    "Snooze for a timedelta": (Snooze(timedelta(seconds=1000)), "scheduled", 0, None),
     "Reject": (Reject("never"), "dead", 1, "never"),
     "SystemExit": (SystemExit(1), "scheduled", 1, "SystemExit: 1"),
     "KeyboardInterrupt": (KeyboardInterrupt(), "scheduled", 1, "KeyboardInterrupt: "),
@@ -205,7 +207,7 @@ def test_the_end_of_a_handler_decides_what_becomes_of_its_job(app: App, kind: st
     assert (found.state, found.attempts, found.last_error) == (state, attempts, last_error)
     if state == "scheduled":
         assert found.due_at is not None
-        delay = 1000 if end in ("Snooze", "Retry with a delay") else 500
+        delay = 500 if end in ("an error", "Retry", "SystemExit", "KeyboardInterrupt") else 1000
         assert abs((found.due_at - found.enqueued_at).total_seconds() - delay) < 30
 
 
@@ -686,7 +688,7 @@ def test_a_lease_lost_at_the_answer_leaves_the_other_answers_alone(app: App) -> 
 
 
 def test_a_time_limit_cancels_an_async_handler_and_its_attempt_failed(app: App) -> None:
-    @app.task(time_limit=0.1, max_attempts=1)
+    @app.task(time_limit=timedelta(seconds=0.1), max_attempts=1, visibility_timeout=timedelta(seconds=9))
     async def task() -> None:
         await asyncio.sleep(PATIENCE_S)
 

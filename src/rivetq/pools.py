@@ -21,7 +21,7 @@ import attrs
 
 from rivetq import Lease
 
-from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, duration, running
+from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, running, seconds_of
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -95,9 +95,9 @@ def ending_of(error: BaseException) -> Ending:
     """What an exception of a handler means."""
     match error:
         case Retry():
-            return Ending("nack", str(error), None if error.delay is None else duration(error.delay))
+            return Ending("nack", str(error), None if error.delay is None else seconds_of(error.delay, "delay"))
         case Snooze():
-            return Ending("release", None, duration(error.delay))
+            return Ending("release", None, seconds_of(error.delay, "delay"))
         case Reject():
             return Ending("reject", str(error))
         case _:

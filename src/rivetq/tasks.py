@@ -63,7 +63,7 @@ class Retry(Outcome):
     def __init__(self, delay: Duration | None = None, *, error: str | None = None) -> None:
         super().__init__(delay, error)
         if delay is not None:
-            _seconds(delay, "delay")
+            seconds_of(delay, "delay")
         if error is not None and not isinstance(error, str):
             raise UsageError(f"error: a str expected, got {error!r}")
         self.delay = delay
@@ -78,7 +78,7 @@ class Snooze(Outcome):
 
     def __init__(self, delay: Duration) -> None:
         super().__init__(delay)
-        _seconds(delay, "delay")
+        seconds_of(delay, "delay")
         self.delay = delay
 
     def __str__(self) -> str:
@@ -214,7 +214,7 @@ class Options:
     def __attrs_post_init__(self) -> None:
         if self.pool not in ("thread", "process"):
             raise UsageError(f"pool: 'thread' or 'process' expected, got {self.pool!r}")
-        if self.time_limit is not None and not _seconds(self.time_limit, "time_limit"):
+        if self.time_limit is not None and not seconds_of(self.time_limit, "time_limit"):
             raise UsageError("time_limit: above 0 seconds expected")
         key = self.idempotency_key
         if key is not None and not callable(key) and not isinstance(key, str):
@@ -242,7 +242,7 @@ class Task(Generic[P, R_co]):
         self.opts = options
         self.is_async = inspect.iscoroutinefunction(function)
         limit = options.time_limit
-        self.time_limit = None if limit is None else _seconds(limit, "time_limit")
+        self.time_limit = None if limit is None else seconds_of(limit, "time_limit")
         self._signature = inspect.signature(function)
         self._plain = _plain_arguments(self._signature)
         functools.update_wrapper(self, function)
@@ -547,7 +547,7 @@ class App:
         spec = spec_of(when, timezone)
         if misfire not in ("skip", "once", "all"):
             raise UsageError(f"misfire: 'skip', 'once' or 'all' expected, got {misfire!r}")
-        late = _seconds(grace, "grace")
+        late = seconds_of(grace, "grace")
 
         def register(function: Any) -> Any:
             task: Task[..., Any] = function if isinstance(function, Task) else self.task(function)
@@ -680,13 +680,8 @@ class App:
         return self.codec
 
 
-def duration(value: Duration) -> float:
-    """Seconds of a duration that was checked."""
-    return value.total_seconds() if isinstance(value, timedelta) else float(value)
-
-
-def _seconds(value: Duration, name: str) -> float:
-    """Seconds of a duration. Raises UsageError."""
+def seconds_of(value: Duration, name: str) -> float:
+    """Seconds of a duration that a caller gave. Raises UsageError."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3.1e9:
         raise UsageError(f"{name}: seconds or a timedelta expected, got {value!r}")

@@ -32,6 +32,7 @@ from rivetq import (
     BrokerClosedError,
     BrokerFailedError,
     DiskFullError,
+    Duration,
     Lease,
     LeaseLostError,
     RivetQError,
@@ -51,7 +52,7 @@ from .pools import (
     fields,
 )
 from .schedules import Scheduler
-from .tasks import App, Reject, duration, here
+from .tasks import App, Reject, here, seconds_of
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -135,8 +136,8 @@ class Worker:
         queues: Sequence[str] | Mapping[str, float] | None = None,
         concurrency: Concurrency | Mapping[str, int] | int | None = None,
         *,
-        grace: float = 30.0,
-        visibility_timeout: float | None = None,
+        grace: Duration = 30.0,
+        visibility_timeout: Duration | None = None,
         prefetch: int = PREFETCH_JOBS,
         max_jobs: int | None = None,
         max_memory: int | None = None,
@@ -145,9 +146,9 @@ class Worker:
         on_settled: Callable[[Settled], None] | None = None,
     ) -> None:
         self.app = app
-        self.grace = _seconds(grace, "grace")
+        self.grace = seconds_of(grace, "grace")
         self._concurrency = Concurrency.of(concurrency)
-        self._visibility = None if visibility_timeout is None else _seconds(visibility_timeout, "visibility_timeout")
+        self._visibility = None if visibility_timeout is None else seconds_of(visibility_timeout, "visibility_timeout")
         if self._visibility == 0:
             raise UsageError("visibility_timeout: above 0 seconds expected")
         self._prefetch = _count(prefetch, "prefetch", least=0)
@@ -229,7 +230,7 @@ class Worker:
             self._threads.append(thread)
             thread.start()
 
-    def stop(self, grace: float | None = None) -> None:
+    def stop(self, grace: Duration | None = None) -> None:
         """Lease no more, let run what runs for the grace time, give back the rest, end the threads. May be repeated."""
         if any(delivery.job is here() for delivery in list(self._held.values())):
             raise UsageError("stop: a handler cannot wait for its own end; let another thread stop the worker")
@@ -238,7 +239,7 @@ class Worker:
                 return
             begun = time.monotonic()
             if grace is not None:
-                self.grace = _seconds(grace, "grace")
+                self.grace = seconds_of(grace, "grace")
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
@@ -426,7 +427,7 @@ class Worker:
         """
         known = self._visibility
         if known is None and task.opts.visibility_timeout is not None:
-            known = duration(task.opts.visibility_timeout)
+            known = seconds_of(task.opts.visibility_timeout, "visibility_timeout")
         if known is None:
             known = timeouts.get(lease.queue)
         if known is None:
@@ -661,7 +662,7 @@ class _Order:
         self._weights: dict[str, float] | None = None
         self._credit: dict[str, float] = dict.fromkeys(self.names, 0.0)
         if isinstance(queues, Mapping):
-            self._weights = {name: _seconds(weight, f"queues[{name!r}]") for name, weight in queues.items()}
+            self._weights = {name: seconds_of(weight, f"queues[{name!r}]") for name, weight in queues.items()}
             if not all(self._weights.values()):
                 raise UsageError("queues: weights above 0 expected")
 
@@ -716,9 +717,3 @@ def _count(value: object, name: str, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UsageError(f"{name}: an int of at least {least} expected, got {value!r}")
     return value
-
-
-def _seconds(value: object, name: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e10:
-        raise UsageError(f"{name}: a number of at least 0 expected, got {value!r}")
-    return float(value)

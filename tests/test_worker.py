@@ -7,6 +7,7 @@ import contextlib
 import logging
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,8 +16,19 @@ from typing import Any
 
 import pytest
 import worker_tasks
+from inside import inside
 
-from rivetq import Broker, Job, LeaseRef, QueueStats, RetryPolicy, SystemClock, UsageError
+from rivetq import (
+    Broker,
+    BrokerFailedError,
+    DiskFullError,
+    Job,
+    LeaseRef,
+    QueueStats,
+    RetryPolicy,
+    SystemClock,
+    UsageError,
+)
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job
 from rivetq.worker import Concurrency, Settled, Worker
 
@@ -778,6 +790,20 @@ def test_a_handler_that_forks_and_returns_twice_does_not_answer_for_the_next_job
         until(lambda: children.broker.stats("children").acked == 5)
 
 
+def test_a_payload_of_many_megabytes_comes_to_a_child_as_it_is(children: App) -> None:
+    data = bytes(range(256)) * 40_960  # 10 MiB, 13 as stored
+    worker_tasks.measure.enqueue(data)
+    with Worker(children, concurrency=1):
+        until(lambda: worker_tasks.ends == [f"{len(data)} {zlib.crc32(data)}"])
+
+
+def test_many_children_begin_at_once(children: App) -> None:
+    worker_tasks.tell_pid.enqueue_many([()] * 24)
+    with Worker(children, concurrency={"processes": 8}):
+        until(lambda: len(worker_tasks.ends) == 24)
+    assert {end.split()[0] for end in worker_tasks.ends} == {"1"}
+
+
 def test_a_child_that_answers_for_another_job_is_replaced_and_its_own_job_failed(children: App) -> None:
     job_id = worker_tasks.answer_for_another.enqueue()
     worker_tasks.tell_pid.enqueue_many([()] * 3)
@@ -968,6 +994,38 @@ def test_a_handler_that_ends_after_the_worker_gave_its_job_back_changes_nothing(
     assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
 
 
+def test_a_job_that_ends_while_it_is_given_back_is_answered_once(app: App) -> None:
+    begun, go, settling = threading.Event(), threading.Event(), threading.Event()
+
+    @app.task
+    def first() -> None: ...
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        go.wait(PATIENCE_S)
+
+    def note(settled: Settled) -> None:
+        if not settling.is_set():
+            settling.set()
+            until(lambda: len(worker._endings) == 2)  # the same job, twice, in one batch
+
+    worker = Worker(app, concurrency=2, on_settled=note)
+    worker.start()
+    job_id = task.enqueue()
+    assert begun.wait(PATIENCE_S)
+    first.enqueue()
+    assert settling.wait(PATIENCE_S)
+    stopping = threading.Thread(target=worker.stop, args=(0,))
+    stopping.start()
+    until(lambda: len(worker._endings) == 1)
+    go.set()
+    stopping.join(PATIENCE_S)
+    assert app.broker.stats().leased == 0
+    found = app.broker.get(job_id)
+    assert found is None or (found.state, found.attempts) == ("ready", 0)
+
+
 def test_it_stops_by_itself_after_max_jobs(app: App) -> None:
     @app.task
     def task() -> None: ...
@@ -1006,6 +1064,69 @@ def test_a_broker_that_fails_or_is_closed_ends_the_worker_with_status_1(tmp_path
         threading.Timer(0.1, app.broker.close).start()
         assert worker.run() == 1
         assert worker.failure is not None
+
+
+def test_a_failed_sync_ends_the_worker_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(fd: int) -> None:
+        raise OSError("no disk")
+
+    with App(tmp_path / "data") as app:
+
+        @app.task
+        def task() -> None: ...
+
+        with Worker(app) as worker:
+            task.enqueue()
+            until(lambda: app.broker.stats().acked == 1)
+            monkeypatch.setattr(inside(app.broker)._disk, "fdatasync", fails, raising=False)
+            with pytest.raises(BrokerFailedError):
+                task.enqueue()
+            until(lambda: worker.failure is not None)
+        assert isinstance(worker.failure, BrokerFailedError)
+        monkeypatch.undo()
+    with Broker(tmp_path / "data") as broker:
+        assert broker.stats().acked == 1
+
+
+def test_a_full_disk_is_waited_out_and_holds_up_no_stop(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.worker.RETRY_S", 0.01)
+    broker, refusals = app.broker, iter(range(6))
+    lease_soon, ack_many = broker.lease_soon, broker.ack_many
+    full = DiskFullError("no space", path="data")
+
+    def leases(*args: Any, **kwargs: Any) -> Any:
+        if next(refusals, None) is not None:
+            raise full
+        return lease_soon(*args, **kwargs)
+
+    def acks(leases: Any) -> None:
+        if next(refusals, None) is not None:
+            raise full
+        ack_many(leases)
+
+    @app.task
+    def task() -> None: ...
+
+    monkeypatch.setattr(broker, "lease_soon", leases)
+    monkeypatch.setattr(broker, "ack_many", acks)
+    task.enqueue()
+    with Worker(app) as worker:
+        until(lambda: broker.stats().acked == 1)
+        refusals = iter(range(3))
+        task.enqueue()
+        until(lambda: broker.stats().acked == 2)
+        assert worker.failure is None
+
+        def never(leases: Any) -> None:
+            raise full
+
+        monkeypatch.setattr(broker, "ack_many", never)
+        task.enqueue()
+        until(lambda: broker.stats().leased == 1)
+        started = time.monotonic()
+        worker.stop(0.2)
+        assert time.monotonic() - started < 5
+    assert broker.stats().leased == 1  # it expires
 
 
 def test_a_worker_is_started_once(app: App) -> None:

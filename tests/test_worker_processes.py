@@ -44,8 +44,11 @@ class Account:
                 ran[int(ids[0])] += 1
         return enqueued, ran
 
-    def check(self, *, killed: bool) -> tuple[int, int]:
-        """Nothing that was enqueued is lost; after an end in order no job ran twice, and no attempt was counted."""
+    def check(self, *, killed: bool, hurried: bool = False) -> tuple[int, int]:
+        """Nothing that was enqueued is lost; after an end in order no job ran twice, and no attempt was counted.
+
+        Hurried: without a grace time a handler in a thread may just be ending when its job is given back.
+        """
         enqueued, ran = self.said()
         with Broker(self.directory, release_on_open=killed) as broker:
             waiting: dict[int, int] = {}
@@ -60,8 +63,9 @@ class Account:
         assert stats.leased == 0
         if not killed:
             assert stats.dead == 0
-            assert not {job_id for job_id in waiting if job_id in ran}, "ran to its end and was not acked"
-            assert max(ran.values(), default=1) == 1, "ran twice"
+            if not hurried:
+                assert not {job_id for job_id in waiting if job_id in ran}, "ran to its end and was not acked"
+                assert max(ran.values(), default=1) == 1, "ran twice"
             assert {job_id for job_id, attempts in waiting.items() if attempts} == set(), "attempts were burnt"
         return len(enqueued), len(ran)
 
@@ -113,6 +117,16 @@ def test_a_signal_to_the_whole_group_kills_no_child_that_comes_up(tmp_path: Path
         os.killpg(process.pid, random.choice([signal.SIGTERM, signal.SIGINT]))
         assert process.wait(GRACE_S + 20) == 0
         account.check(killed=False)
+
+
+def test_two_signals_at_once_end_a_worker_like_one(tmp_path: Path, cycles: int) -> None:
+    account = Account(tmp_path / "data")
+    for turn in range(2 * cycles):
+        process = begin(account)
+        for number in (signal.SIGTERM, signal.SIGINT) if turn % 2 else (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            process.send_signal(number)
+        assert process.wait(GRACE_S + 20) == 0
+        account.check(killed=False, hurried=True)
 
 
 def test_a_worker_that_is_killed_loses_no_job(tmp_path: Path, cycles: int) -> None:

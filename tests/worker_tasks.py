@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import time
+import zlib
 from typing import Any
 
 from rivetq.pools import Ending
@@ -51,6 +52,11 @@ def end(how: str) -> None:
 def sleep(seconds: float) -> None:
     told.enqueue("begun")
     time.sleep(seconds)
+
+
+@app.task(queue="children", pool="process")
+def measure(data: bytes) -> None:
+    told.enqueue(f"{len(data)} {zlib.crc32(data)}")
 
 
 @app.task(queue="children", pool="process", time_limit=0.5)

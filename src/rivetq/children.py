@@ -178,7 +178,8 @@ class _Child:
             end = time.monotonic() + END_S
             while self.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
                 time.sleep(0.005)
-            logger.warning("job %s: its process ended in the middle", delivery.lease.id, extra=fields(delivery))
+            if job.reason in (None, TIME_LIMIT):  # else it was told to
+                logger.warning("job %s: its process ended in the middle", delivery.lease.id, extra=fields(delivery))
             if job.reason == TIME_LIMIT:
                 return Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s), its process was killed")
             if job.reason is not None:

@@ -481,6 +481,8 @@ class Worker:
                 self._rooms[_kind(delivery.task)].ran(delivery.seconds)
             if self._stopping or any(room.is_wanting() for room in self._rooms.values()):
                 self._changed.notify_all()
+        # Each once: at a stop a job may be given back while its handler ends.
+        batch = list(dict.fromkeys(batch))
         held = [delivery for delivery in batch if delivery.lease.token in self._held]
         while held:
             try:

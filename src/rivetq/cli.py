@@ -363,8 +363,9 @@ def enqueue(
         headers["rivetq-task"] = task
         body = body if not isinstance(body, bytes) else json.loads(body or b"[]")
         body = {"kwargs": body} if isinstance(body, dict) else {"args": body}
-    settings = _settings(release_on_open=False)
-    with settings.open_broker() as broker:
+    with _slow("opening"):
+        broker = _settings(release_on_open=False).open_broker()
+    with broker:
         options: Any = {"priority": priority, "delay": delay, "headers": headers, "idempotency_key": key}
         job_id = broker.enqueue(queue, body, **options)
     _told({"id": job_id}, f"job {job_id}")

@@ -808,11 +808,16 @@ class LocalEngine(LiveEngine):
 
 def _jobs(event: Event) -> int:
     """How many jobs an event is about, for the histogram of jobs per sync."""
-    if type(event) is Enqueued:
+    if isinstance(event, Enqueued):
         return len(event.lengths)
-    if isinstance(event, Leased | Acked | Purged | Redriven):
+    if isinstance(event, _OF_MANY):
         return len(event.ids)
-    return int(isinstance(event, Retried | Released | Buried | Extended | Cancelled))
+    return int(isinstance(event, _OF_ONE))
+
+
+# Once, not in each call: they are made for every record.
+_OF_MANY = Leased | Acked | Purged | Redriven
+_OF_ONE = Retried | Released | Buried | Extended | Cancelled
 
 
 class _TakenRun(NamedTuple):

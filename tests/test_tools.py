@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,9 +208,116 @@ def test_a_look_that_meets_damage_each_time_says_so(closed: Path) -> None:
         tools.look(closed)
 
 
-def test_verify_refuses_what_a_broker_has_open_or_what_is_no_directory(busy: Broker, tmp_path: Path) -> None:
+def test_verify_of_an_open_directory_reads_a_copy_of_one_moment(busy: Broker, tmp_path: Path) -> None:
+    def verified() -> tools.Verification:
+        found = tools.verify(busy.path)
+        assert found.path == busy.path
+        assert os.listdir(tmp_path) == ["data"], "the copy is removed"
+        return found
+
+    def kept() -> dict[str, bytes]:  # spares come as the owner needs them
+        return {name: data for name, data in contents(Path(busy.path)).items() if "spare-" not in name}
+
+    before = kept()
+    found = verified()
+    assert kept() == before
+    assert found.is_whole
+    stats = busy.stats()
+    jobs = stats.ready + stats.scheduled + stats.leased + stats.dead
+    assert found.jobs == jobs > 0
+    assert found.as_of is not None
+    busy.checkpoint()
+    busy.enqueue("one", b"behind the index")
+    found = verified()
+    assert (found.is_whole, found.jobs) == (True, jobs + 1)
+
+
+def test_verify_of_an_open_directory_sees_damage_to_its_log_and_its_index(
+    busy: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools, "VERIFY_PATIENCE_S", 0)
+    busy.checkpoint()
+    index = Path(busy.path) / "index" / "data.mdb"
+    rot(index, 5000)
+    found = tools.verify(busy.path)
+    assert found.log is None
+    assert found.index is not None
+    assert (found.index.file, found.is_whole) == (str(index), False)
+    segment = sorted((Path(busy.path) / "log").glob("*.log"))[0]
+    rot(segment, 5)
+    found = tools.verify(busy.path)
+    assert found.log is not None
+    assert (found.log.file, found.as_of) == (str(segment), None)
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_verify_looks_again_while_a_checkpoint_is_under_way(busy: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy.checkpoint()
+    manifest = Path(busy.path) / "index" / "manifest"
+    whole, looks = manifest.read_bytes(), 0
+    manifest.write_bytes(bytes(len(whole)))
+
+    def copied(path: str, out: str) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 4:
+            manifest.write_bytes(whole)
+        rivetq.view.copy_index(path, out)
+
+    monkeypatch.setattr("rivetq.tools.copy_index", copied)
+    assert tools.verify(busy.path).is_whole
+    assert looks == 4
+
+
+def test_verify_of_an_open_directory_whose_parent_cannot_be_written_copies_elsewhere(
+    busy: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkdtemp, []
+
+    def refuse(prefix: str, **place: str) -> str:
+        if place:
+            raise PermissionError(errno.EACCES, "no", place["dir"])
+        made.append(make(prefix=prefix))
+        return made[-1]
+
+    monkeypatch.setattr("rivetq.tools.tempfile.mkdtemp", refuse)
+    assert tools.verify(busy.path).is_whole
+    assert len(made) == 1
+    assert not os.path.exists(made[0])
+
+
+def test_verify_beside_an_owner_that_works_and_compacts_finds_it_whole(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data", segment_bytes=SEGMENT_BYTES, fsync="never") as broker:
+        over = threading.Event()
+
+        def work() -> None:
+            turn = 0
+            while not over.is_set():
+                broker.enqueue_many("q", [b"x" * 500] * 50)
+                broker.ack_many(broker.lease_many("q", 45))
+                broker.compact() if turn % 3 else broker.checkpoint()
+                turn += 1
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            found = [tools.verify(broker.path) for _ in range(10)]
+        finally:
+            over.set()
+            thread.join()
+    assert [each for each in found if not each.is_whole] == []
+    assert found[-1].records > found[0].records
+
+
+def test_tools_that_write_refuse_what_a_broker_has_open(busy: Broker, tmp_path: Path) -> None:
     with pytest.raises(BrokerLockedError):
-        tools.verify(busy.path)
+        tools.rebuild_index(busy.path)
+    with pytest.raises(BrokerLockedError):
+        tools.salvage(busy.path, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_verify_refuses_what_is_no_directory(tmp_path: Path) -> None:
     for nothing in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(StorageError, match="there is no log"):
             tools.verify(nothing)
@@ -751,7 +860,7 @@ def test_the_commands_run_from_a_shell(closed: Path, tmp_path: Path) -> None:
     assert run("verify")[0] == 2
     assert run("nonsense", closed)[0] == 2
     with Broker(tmp_path / "open"):
-        code, _, err = run("verify", tmp_path / "open")
+        code, _, err = run("rebuild-index", tmp_path / "open")
         assert code == 2
         assert "another broker has it open" in err
 

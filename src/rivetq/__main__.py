@@ -98,7 +98,7 @@ def _backup(given: argparse.Namespace) -> int:
 
 
 def _print(report: attrs.AttrsInstance) -> None:
-    print(json.dumps(attrs.asdict(report), indent=2))
+    print(json.dumps(attrs.asdict(report), indent=2, default=str))
 
 
 if __name__ == "__main__":

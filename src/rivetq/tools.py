@@ -9,6 +9,9 @@ import base64
 import contextlib
 import errno
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
@@ -22,21 +25,23 @@ from .broker import Broker
 from .clock import SystemClock
 from .codec import decode_record
 from .engine import Backup
-from .errors import CorruptLogError, StorageError
+from .errors import BrokerLockedError, CorruptLogError, StorageError
 from .events import Copied, Enqueued, Event
 from .index import Index
 from .io import SystemDisk, read_file
 from .log import list_segments, read_mark
 from .machine import Machine, facts
-from .model import Job, JobState, QueueConfig, QueueStats, checked_int
+from .model import Job, JobState, QueueConfig, QueueStats, checked_int, moment
 from .owner import DirectoryLock
 from .recovery import records, recover
 from .salvage import Salvage
 from .salvage import salvage as _salvage
 from .segment import segment_name
-from .view import ViewEngine, served
+from .view import ViewEngine, copy_index, served
 
 Path = str | os.PathLike[str]
+VERIFY_ROUNDS, VERIFY_PATIENCE_S = 3, 5.0
+"""An index that does not match is looked at so often, and for so long, while somebody writes it."""
 
 
 @attrs.define(kw_only=True)
@@ -58,6 +63,8 @@ class Verification:
     """Of the log."""
     records: int = 0
     jobs: int = 0
+    as_of: datetime | None = None
+    """The moment of the last record; None if the log is damaged."""
     log: Problem | None = None
     """Damage of the log: an opening is refused, see `salvage`. What comes behind it was not looked at."""
     index: Problem | None = None
@@ -77,35 +84,23 @@ def check(path: Path) -> str:
 
 
 def verify(path: Path) -> Verification:
-    """Read every byte of a directory that no broker has open, check every checksum, compare the index with the log.
+    """Read every byte of a directory, check every checksum, compare the index with the log. Nothing in it is changed.
 
-    Nothing is changed. A directory that was never closed may have no index, or one whose last checkpoint was cut
-    short by the crash: the second is a `Verification.index` problem, the first is none.
+    A directory that was never closed may have no index, or one whose last checkpoint was cut short by the crash: the
+    second is a `Verification.index` problem, the first is none. If a broker has it open, a copy is read, which is taken
+    beside it (links where the file system can) and removed again; the mark is not judged then, since its owner writes
+    it anew with each sync.
 
     Raises:
-        StorageError: there is no log.
-        BrokerLockedError: a broker has it open; verify a backup of it instead.
+        StorageError: there is no log, or a copy cannot be made.
     """
     directory = _directory(path)
-    with _owned(directory), _readable(directory):
-        found = Verification(path=directory)
-        disk, log = SystemDisk(), os.path.join(directory, "log")
-        numbers = list_segments(disk, log)
-        found.segments = len(numbers)
-        found.bytes = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
+    with _readable(directory):
         try:
-            whole = recover(disk, directory, None, SystemClock(), Machine)
-            served(whole)
-        except CorruptLogError as error:
-            found.log = Problem(file=error.file, offset=error.offset, what=str(error).removeprefix(f"{error.file}: "))
-            return found
-        found.records = whole.end_lsn + len(whole.surplus) - whole.first_lsn + 1
-        found.jobs = sum(sum(queue.counts) for queue in whole.machine.queues.values())
-        mark = os.path.join(log, "mark")
-        if not read_mark(read_file(disk, mark), whole.log_id) and whole.end_lsn:
-            found.mark = Problem(file=mark, offset=None, what="is missing, damaged or of another log")
-        found.index = _compare(directory, whole.machine)
-        return found
+            with _owned(directory):
+                return _verified(directory)
+        except BrokerLockedError:
+            return _verified_open(directory)
 
 
 def rebuild_index(path: Path) -> int:
@@ -287,6 +282,63 @@ def _owned(directory: str) -> Iterator[None]:
         lock.refuse()
 
 
+def _verified(directory: str) -> Verification:
+    found = Verification(path=directory)
+    disk, log = SystemDisk(), os.path.join(directory, "log")
+    numbers = list_segments(disk, log)
+    found.segments = len(numbers)
+    found.bytes = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
+    try:
+        whole = recover(disk, directory, None, SystemClock(), Machine)
+        served(whole)
+    except CorruptLogError as error:
+        found.log = _damage(error)
+        return found
+    found.records = whole.end_lsn + len(whole.surplus) - whole.first_lsn + 1
+    found.jobs = sum(sum(queue.counts) for queue in whole.machine.queues.values())
+    found.as_of = moment(whole.machine.now_ms)
+    mark = os.path.join(log, "mark")
+    if not read_mark(read_file(disk, mark), whole.log_id) and whole.end_lsn:
+        found.mark = Problem(file=mark, offset=None, what="is missing, damaged or of another log")
+    found.index = _compare(directory, whole.machine)
+    return found
+
+
+def _verified_open(directory: str) -> Verification:
+    """While the owner works: a copy of the index that a checkpoint or a compaction overtook is taken once more."""
+    until, rounds = time.monotonic() + VERIFY_PATIENCE_S, 0
+    while True:
+        found, rounds = _verified_copy(directory), rounds + 1
+        if found.index is None or (rounds >= VERIFY_ROUNDS and time.monotonic() >= until):
+            return found
+
+
+def _verified_copy(directory: str) -> Verification:
+    prefix = ".rivetq-verify-"
+    try:
+        place = tempfile.mkdtemp(prefix=prefix, dir=os.path.dirname(directory))
+    except OSError:  # it may not be written: then elsewhere, where nothing can be linked
+        place = tempfile.mkdtemp(prefix=prefix)
+    copy, index = os.path.join(place, "copy"), os.path.join(place, "index")
+    try:
+        copy_index(os.path.join(directory, "index"), index)  # first: what it holds is in the log by then
+        take(SystemDisk(), directory, copy, SystemClock())
+        os.rename(index, os.path.join(copy, "index"))
+        found = _verified(copy)
+    except CorruptLogError as error:
+        return Verification(path=directory, log=_damage(error))
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    found.path = directory
+    if found.index is not None:
+        found.index.file = found.index.file.replace(copy, directory)
+    return found
+
+
+def _damage(error: CorruptLogError) -> Problem:
+    return Problem(file=error.file, offset=error.offset, what=str(error).removeprefix(f"{error.file}: "))
+
+
 def _compare(directory: str, whole: Machine) -> Problem | None:
     """The index, with what the log has behind it, against the log alone."""
     path = os.path.join(directory, "index")
@@ -299,7 +351,7 @@ def _compare(directory: str, whole: Machine) -> Problem | None:
         if not found.applied_lsn:
             return Problem(
                 file=os.path.join(path, "data.mdb"), offset=None,
-                what="does not match its manifest: a crash cut a checkpoint short, or it is damaged",
+                what="does not match its manifest: a crash cut a checkpoint short, one is under way, or it is damaged",
             )  # fmt: skip
         machine = served(found)
         now_ms = max(machine.now_ms, whole.now_ms)

@@ -54,7 +54,7 @@ class ViewEngine(LiveEngine):
 
     def _read(self, directory: str) -> Recovered:
         for turn in range(1, ROUNDS + 1):
-            self._copy_index(os.path.join(directory, "index"))
+            copy_index(os.path.join(directory, "index"), self._copy)
             try:
                 return recover(self._disk, directory, self._index, SystemClock(), Machine)
             except FileNotFoundError as error:  # a compaction dropped it meanwhile
@@ -65,14 +65,6 @@ class ViewEngine(LiveEngine):
                     raise
             self._index.close()
         raise AssertionError("the last round returns or raises")
-
-    def _copy_index(self, path: str) -> None:
-        """As far as it is there; a copy that was taken in the middle of a checkpoint does not match its manifest."""
-        for name in ("manifest", "data.mdb"):
-            try:
-                shutil.copyfile(os.path.join(path, name), os.path.join(self._copy, name))
-            except FileNotFoundError:
-                return
 
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
         return [self._payload(entry) for entry in entries]
@@ -106,3 +98,13 @@ def served(found: Recovered) -> Machine:
     for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
         replay(machine, body, Place(lsn=lsn))
     return machine
+
+
+def copy_index(path: str, out: str) -> None:
+    """As far as it is there; a copy that was taken in the middle of a checkpoint does not match its manifest."""
+    os.makedirs(out, exist_ok=True)
+    for name in ("manifest", "data.mdb"):
+        try:
+            shutil.copyfile(os.path.join(path, name), os.path.join(out, name))
+        except FileNotFoundError:
+            return

@@ -1,6 +1,7 @@
 """Handlers in child processes: the pool, a child as its thread in the parent sees it, and what runs in the child.
 
-A message of the child is ("put", ...), which asks the parent to enqueue, or ("done", (token, ending, memory)). The
+A message of the child is ("begun", None): it is up and has the task's module; ("put", ...), which asks the parent to
+enqueue; ("done", (token, ending, memory)); or ("broken", why), the last one of a child that cannot import the task. The
 token says whose end it is, so that a child that got out of step answers for nobody else; it is killed then.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import sys
@@ -21,11 +23,13 @@ from typing import Any
 
 from rivetq import Lease, RivetQError
 
-from .pools import END_S, TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, run_here
+from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, run_here, text_of
 from .tasks import App, Task
 
 logger = logging.getLogger("rivetq.worker")
 
+END_S = 5.0
+"""How long a child gets to end when it has nothing to do, before it is killed."""
 LOOK_S = 1.0
 """How often a parent looks whether a silent child is alive."""
 _PARENTS_SIGNALS = {signal.SIGINT, signal.SIGTERM}
@@ -72,19 +76,19 @@ class ProcessPool:
     def take_back(self) -> list[Delivery]:
         return drained(self._waiting)
 
-    def stop(self) -> None:
+    def stop(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         for child in list(self._running.values()):
             child.kill()
         for _ in range(self.slots):
             self._waiting.put(None)
         for thread in self._threads:
-            thread.join(END_S)
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         child: _Child | None = None
         while (delivery := self._waiting.get()) is not None:
             delivery.started_at = time.monotonic()
-            started = time.perf_counter()
             try:
                 if child is None or not child.is_alive():
                     child = _Child(self._app)
@@ -98,7 +102,7 @@ class ProcessPool:
                 logger.exception("job %s: the process pool failed", delivery.lease.id, extra=fields(delivery))
                 delivery.ending = Ending("nack", f"{type(error).__name__}: {error}")
             self._running.pop(delivery, None)
-            delivery.seconds = time.perf_counter() - started
+            delivery.seconds = time.monotonic() - delivery.started_at
             if child is not None and child.is_spent(self._max_jobs, self._max_memory):
                 child.end()
                 child = None
@@ -150,7 +154,7 @@ class _Child:
 
     def run(self, delivery: Delivery) -> Ending:
         limit = delivery.task.time_limit
-        until = None if limit is None else time.monotonic() + limit
+        until: float | None = None
         job = delivery.job
         try:
             self._pipe.send((delivery.task, delivery.lease))
@@ -166,6 +170,13 @@ class _Child:
                         raise EOFError
                     continue
                 kind, content = self._pipe.recv()
+                if kind == "begun":  # the time limit is the handler's: its child had to start, and to import it
+                    delivery.started_at = time.monotonic()
+                    until = None if limit is None else delivery.started_at + limit
+                    continue
+                if kind == "broken":
+                    self.kill()
+                    return Ending("nack", content)
                 if kind == "put":
                     self._pipe.send(self._put(*content))
                     continue
@@ -206,13 +217,19 @@ def _child_main(pipe: Connection) -> None:
     remote, own = _Remote(pipe), os.getpid()
     while True:
         try:
-            task, lease = pipe.recv()
+            data = pipe.recv_bytes()
         except (EOFError, OSError):
             return
-        except BaseException:  # the task's module cannot be imported, say
+        try:
+            task, lease = pickle.loads(data)  # which imports the task's module
+            task.app._remote = remote
+        except BaseException as error:
             logger.exception("a task cannot be imported")
+            with remote.lock:
+                pipe.send(("broken", f"its child process cannot import the task: {text_of(error)}"))
             os._exit(1)
-        task.app._remote = remote
+        with remote.lock:
+            pipe.send(("begun", None))
         ending = _run_in_child(task, lease)
         if os.getpid() != own:  # a handler forked and returned in both
             os._exit(0)

@@ -27,8 +27,6 @@ logger = logging.getLogger("rivetq.worker")
 
 TIME_LIMIT = "time limit exceeded"
 SHUTDOWN = "the worker is shutting down"
-END_S = 5.0
-"""How long a child or a thread of a pool gets to end when it has nothing to do; then it is killed or left behind."""
 
 
 @attrs.frozen
@@ -83,8 +81,8 @@ class Pool(Protocol):
         """Those that have not begun; they never will."""
         ...
 
-    def stop(self) -> None:
-        """Nothing comes any more. Ends what runs if that can be ended; returns in a bounded time."""
+    def stop(self, seconds: float) -> None:
+        """Nothing comes any more. Ends what runs if that can be ended; returns after so many seconds at the latest."""
         ...
 
 
@@ -199,7 +197,7 @@ class ThreadPool:
     def take_back(self) -> list[Delivery]:
         return drained(self._waiting)
 
-    def stop(self) -> None:
+    def stop(self, seconds: float) -> None:
         for _ in range(self.slots):
             self._waiting.put(None)
 
@@ -208,10 +206,18 @@ class ThreadPool:
         while (delivery := get()) is not None:
             delivery.started_at = time.monotonic()
             try:
-                run_here(delivery, app)
+                if not _is_told(delivery):
+                    run_here(delivery, app)
             except BaseException as error:  # an outcome of a class of its own that cannot be read, a log filter
                 delivery.ending = delivery.ending or Ending("nack", f"{type(error).__name__}: the end cannot be told")
             done(delivery)
+
+
+def _is_told(delivery: Delivery) -> bool:
+    """It was told to stop before it began, so it does not begin."""
+    if delivery.job.cancelled:
+        delivery.ending = Ending("nack", delivery.job.reason)
+    return delivery.job.cancelled
 
 
 def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
@@ -263,10 +269,10 @@ class LoopPool:
                 break
         return found
 
-    def stop(self) -> None:
+    def stop(self, seconds: float) -> None:
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-            self._thread.join(END_S)
+            asyncio.run_coroutine_threadsafe(self._end(seconds / 2), self._loop)
+            self._thread.join(seconds)  # a handler that blocks the loop keeps it: then it is left behind
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -278,12 +284,12 @@ class LoopPool:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    async def _end(self) -> None:
+    async def _end(self, seconds: float) -> None:
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         if tasks:
-            await asyncio.wait(tasks, timeout=END_S / 2)
+            await asyncio.wait(tasks, timeout=seconds)
         self._is_stopped = True
         self._loop.stop()
 
@@ -295,6 +301,9 @@ class LoopPool:
                 delivery = waiting.popleft()
             except IndexError:  # they were taken back meanwhile
                 break
+            if _is_told(delivery):
+                self._done(delivery)
+                continue
             tasks[delivery] = task = self._loop.create_task(run_async(delivery, self._app))
             task.add_done_callback(partial(self._ended, delivery))
 

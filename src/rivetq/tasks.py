@@ -355,7 +355,12 @@ def _find(module: str, name: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    return found
+    if isinstance(found, Task):
+        return found
+    for each in vars(importlib.import_module(module)).values():  # the task has another name than its function
+        if isinstance(each, Task) and each.function is found:
+            return each
+    raise UsageError(f"{module}.{name} is no task there")
 
 
 class MakesTask(Protocol):
@@ -405,13 +410,13 @@ class App:
     @property
     def broker(self) -> Broker:
         """The broker, opened now if it was not. Raises what `Broker` raises."""
+        if self._remote is not None:
+            raise UsageError(
+                "the broker belongs to the worker's own process; in a process pool a handler can enqueue tasks, and "
+                "nothing else"
+            )
         found = self._broker
         if found is None:
-            if self._remote is not None:
-                raise UsageError(
-                    "the broker belongs to the worker's own process; in a process pool a handler can enqueue tasks, "
-                    "and nothing else"
-                )
             with self._lock:
                 if self._broker is None:
                     assert not isinstance(self._path, Broker)

@@ -67,6 +67,8 @@ RENEWALS = 3
 """A lease is extended so often in its time: one extension may come late, and the next still saves it."""
 MARGIN_S = 2.0
 """Of the grace time that is kept for giving back what still runs and closing, a fifth of it at most."""
+LEAST_S = 0.25
+"""That an async handler gets to end after it was cancelled, whatever the grace time was."""
 SIGNAL_S = 0.2
 RETRY_S = 1.0
 """After an answer that found the disk full."""
@@ -257,8 +259,9 @@ class Worker:
             left = [delivery for delivery in list(self._held.values()) if delivery.ending is None]
             for delivery in left:
                 self._tell_handler(delivery, SHUTDOWN)
+            until = time.monotonic() + self._left_for_pools(begun)
             for room in self._rooms.values():
-                room.pool.stop()
+                room.pool.stop(max(LEAST_S, until - time.monotonic()))
             for delivery in left:
                 if delivery.ending is None:  # a thread that goes on; what it ends with nobody asks any more
                     self._end(delivery)
@@ -280,6 +283,10 @@ class Worker:
                 if left <= 0:
                     return
                 self._changed.wait(min(left, 0.5))
+
+    def _left_for_pools(self, begun: float) -> float:
+        """Seconds to end handlers that can be ended; what comes behind them needs a moment as well."""
+        return 0.8 * min(MARGIN_S, begun + self.grace - time.monotonic())
 
     def __enter__(self) -> Self:
         self.start()

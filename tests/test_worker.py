@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import threading
 import time
@@ -1127,6 +1128,123 @@ def test_a_full_disk_is_waited_out_and_holds_up_no_stop(app: App, monkeypatch: p
         worker.stop(0.2)
         assert time.monotonic() - started < 5
     assert broker.stats().leased == 1  # it expires
+
+
+# -- Told before it began
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_job_leased_in_advance_that_is_cancelled_does_not_begin(app: App, kind: str) -> None:
+    begun: list[str] = []
+    go_on = threading.Event()
+
+    @app.task
+    def sync(name: str) -> None:
+        begun.append(name)
+        if name == "slow":
+            go_on.wait(PATIENCE_S)
+
+    @app.task
+    async def asynchronous(name: str) -> None:
+        begun.append(name)
+        while name == "slow" and not go_on.is_set():
+            await asyncio.sleep(0.005)
+
+    task: Any = sync if kind == "sync" else asynchronous
+    with Worker(app, concurrency=1) as worker:
+        task.enqueue_many([(f"quick {n}",) for n in range(100)])  # from now on jobs are leased in advance
+        until(drained(app))
+        begun.clear()
+        _, victim = task.enqueue_many([("slow",), ("victim",)])
+        until(lambda: begun and worker.running == 2)
+        assert app.cancel(victim)
+        go_on.set()
+        until(drained(app))
+        until(lambda: not worker.running)
+    assert begun == ["slow"]
+    assert app.broker.stats().acked == 101
+    assert app.broker.get(victim) is None
+
+
+# -- The grace time
+
+
+@pytest.mark.parametrize("way", ["blocks", "swallows"])
+def test_an_async_handler_that_cannot_be_ended_does_not_prolong_the_grace_time(app: App, way: str) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    @app.task
+    async def stubborn() -> None:
+        begun.set()
+        while not end.is_set():
+            if way == "blocks":
+                end.wait(PATIENCE_S)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+    worker = Worker(app, grace=1)
+    worker.start()
+    job_id = stubborn.enqueue()
+    assert begun.wait(PATIENCE_S)
+    started = time.monotonic()
+    worker.stop()
+    seconds = time.monotonic() - started
+    end.set()
+    assert 0.8 <= seconds < 1.5
+    assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
+
+
+# -- Children that begin slowly, or not at all
+
+
+def module_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Any:
+    """A module of its own, which children import as this process does."""
+    name = f"tasks_of_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return importlib.import_module(name)
+
+
+def test_the_time_a_child_needs_to_begin_is_not_of_the_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = module_of_tasks(
+        tmp_path,
+        monkeypatch,
+        """
+import multiprocessing, time
+from rivetq.tasks import App
+app = App(":memory:")
+if multiprocessing.parent_process() is not None:
+    time.sleep(1)
+def quick(): pass
+renamed = app.task(pool="process", time_limit=0.5, max_attempts=1)(quick)
+""",
+    )
+    with found.app, Worker(found.app, concurrency={"processes": 1}):
+        found.renamed.enqueue()
+        until(drained(found.app))
+        assert found.app.broker.stats().acked == 1
+
+
+def test_a_child_that_cannot_import_a_task_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = module_of_tasks(
+        tmp_path,
+        monkeypatch,
+        """
+import multiprocessing
+from rivetq.tasks import App
+app = App(":memory:")
+if multiprocessing.parent_process() is not None:
+    raise FileNotFoundError("no settings here")
+@app.task(pool="process", max_attempts=1)
+def never(): pass
+""",
+    )
+    with found.app, Worker(found.app, concurrency={"processes": 1}):
+        job_id = found.never.enqueue()
+        until(lambda: job(found.app, job_id).state == "dead")
+        assert "cannot import the task: FileNotFoundError: no settings here" in str(job(found.app, job_id).last_error)
 
 
 def test_a_worker_is_started_once(app: App) -> None:

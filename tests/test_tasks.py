@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import inspect
 import pickle
 import sys
@@ -266,12 +267,52 @@ def test_two_tasks_of_one_name_are_refused(app: App) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"pool": "fork"}, {"time_limit": 0}, {"time_limit": -1}, {"time_limit": "1"}, {"idempotency_key": 7}],
-)
+    [
+        {"pool": "fork"}, {"time_limit": 0}, {"time_limit": -1}, {"time_limit": "1"}, {"idempotency_key": 7},
+        {"priority": 10}, {"priority": True}, {"queue": ""}, {"queue": 5}, {"queue": "q" * 256}, {"retry": 3},
+        {"max_attempts": 0}, {"visibility_timeout": 0}, {"visibility_timeout": -1}, {"name": 5}, {"name": ""},
+    ],
+)  # fmt: skip
 def test_a_task_with_a_bad_option_is_refused(app: App, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         app.task(**options)(of_a_module.function)
     assert app.tasks == {}
+
+
+def test_an_option_of_one_call_is_checked_as_those_of_the_task(app: App) -> None:
+    task = app.task(of_a_module.function)
+    bad: list[dict[str, Any]] = [{"priority": 77}, {"delay": -1}, {"on_duplicate": "drop"}]
+    for options in bad:
+        with pytest.raises(UsageError, match=next(iter(options))):
+            task.options(**options)
+
+
+def test_what_is_no_function_is_no_task(app: App) -> None:
+    class Sender:
+        def send(self, to: str) -> None: ...
+
+    for nothing, why in (("mail", "by name"), (functools.partial(print, 1), "a function"), (Sender.send, "method")):
+        with pytest.raises(UsageError, match=why):
+            app.task(nothing)  # type: ignore[call-overload]  # what a type checker refuses as well
+    assert app.tasks == {}
+
+
+def test_a_key_that_cannot_be_called_or_stands_for_many_calls_is_told(app: App) -> None:
+    @app.task(idempotency_key=lambda to, body: f"{to} {body}")
+    def send(to: str, body: str = "hello") -> None: ...
+
+    assert send.enqueue("a", body="x") == send.enqueue("a", body="x")
+    with pytest.raises(UsageError, match="needs its defaults"):
+        send.enqueue("a")
+    with pytest.raises(UsageError, match="all but the first"):
+        send.options(idempotency_key="k").enqueue_many([("a", "x"), ("b", "x")])
+    assert send.options(idempotency_key="k").enqueue_many([("a", "x")])
+
+    def broken(to: str, body: str = "") -> str:
+        raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match="of its own"):
+        send.options(idempotency_key=broken).enqueue("a")
 
 
 def test_a_task_for_the_process_pool_is_a_sync_function_of_a_module(app: App) -> None:

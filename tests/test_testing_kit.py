@@ -6,10 +6,11 @@ import asyncio
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from rivetq import RetryPolicy, UsageError
+from rivetq import RateLimit, RetryPolicy, UsageError
 from rivetq.tasks import App, Reject, Retry, Snooze, current_job, every
 
 app = App("never opened")
@@ -108,6 +109,47 @@ def test_async_tasks_run_in_a_test_that_has_a_loop_itself() -> None:
 
     asyncio.run(main())
     assert seen == ["ada", "bob"]
+
+
+def test_a_queue_that_is_held_back_holds_no_other_back() -> None:
+    with app.testing() as testing:
+        for hold in (lambda: testing.broker.pause("mail"), lambda: testing.broker.resume("mail")):
+            hold()
+            send.enqueue("ada")
+            greet.enqueue("bob")
+            testing.drain()
+            assert testing.broker.stats("default").ready == 0
+        assert testing.broker.stats("mail").ready == 0
+        testing.broker.configure_queue("mail", rate_limit=RateLimit(1, 1))
+        send.enqueue_many([("ada",), ("eve",), ("zoe",)])
+        greet.enqueue("bob")
+        assert testing.drain().jobs == 2
+        assert (testing.broker.stats("mail").ready, testing.broker.stats("default").ready) == (2, 0)
+
+
+def test_the_kit_is_for_a_block() -> None:
+    testing = app.testing()
+    for outside in (testing.drain, testing.enqueued, lambda: testing.broker):
+        with pytest.raises(UsageError, match="block"):
+            outside()
+    assert not Path("never opened").exists()
+
+
+def test_assert_enqueued_compares_what_arrives() -> None:
+    with app.testing() as testing:
+        send.enqueue(("ada", "bob"))  # type: ignore[arg-type]  # whatever it is annotated with
+        testing.assert_enqueued(send, args=[("ada", "bob")], kwargs={})
+        testing.assert_enqueued(send, args=[["ada", "bob"]])
+        testing.assert_enqueued(send, args=[mock.ANY])
+        with pytest.raises(AssertionError):
+            testing.assert_enqueued(send, args=[("ada",)])
+
+
+def test_assert_enqueued_counts_more_than_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.testing.tasks.MANY_JOBS", 10)
+    with app.testing() as testing:
+        send.enqueue_many([("ada",)] * 25)
+        testing.assert_enqueued(send, count=25)
 
 
 def test_assert_enqueued_says_what_waits_instead() -> None:

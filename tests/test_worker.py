@@ -1260,7 +1260,7 @@ def test_a_worker_is_started_once(app: App) -> None:
         {"concurrency": 0}, {"concurrency": True}, {"concurrency": {"forks": 1}}, {"concurrency": {"threads": 0}},
         {"grace": -1}, {"queues": "mail"}, {"queues": {"mail": 0}}, {"queues": 7}, {"prefetch": -1},
         {"visibility_timeout": "1"}, {"max_jobs": 0}, {"max_memory": 1.5}, {"child_max_jobs": 0},
-        {"child_max_memory": "1"},
+        {"child_max_memory": "1"}, {"queues": []}, {"queues": [5]}, {"queues": [""]}, {"on_settled": "x"},
     ],
 )  # fmt: skip
 def test_a_worker_with_a_bad_option_is_refused(app: App, options: dict[str, Any]) -> None:
@@ -1269,6 +1269,8 @@ def test_a_worker_with_a_bad_option_is_refused(app: App, options: dict[str, Any]
 
 
 def test_a_number_is_the_concurrency_of_each_kind() -> None:
+    with pytest.raises(UsageError, match="threads"):
+        Concurrency(threads=0)
     assert Concurrency.of(1) == Concurrency(threads=1, processes=1, tasks=1)
     assert Concurrency.of({"threads": 3}) == Concurrency(threads=3)
     assert Concurrency.of(Concurrency(tasks=5)).tasks == 5

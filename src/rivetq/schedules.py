@@ -108,7 +108,9 @@ class Cron:
     def after(self, moment: datetime) -> Iterator[datetime]:
         """See `Spec.after`."""
         for tick in _cronsim().CronSim(self.expression, moment.astimezone(_zone(self.zone))):
-            yield tick.astimezone(UTC)
+            found = tick.astimezone(UTC)
+            if found > moment:  # in the hour that comes twice it looks from the first one on
+                yield found
 
 
 def _cronsim() -> Any:

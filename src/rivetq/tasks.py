@@ -212,6 +212,19 @@ class Options:
     transaction: Transaction | None = None
 
     def __attrs_post_init__(self) -> None:
+        if not isinstance(self.queue, str) or not 0 < len(self.queue.encode(errors="replace")) <= 255:
+            raise UsageError(f"queue: a str of 1 to 255 bytes expected, got {self.queue!r}")
+        if not _is_int(self.priority) or not 0 <= self.priority <= 9:
+            raise UsageError(f"priority: an int from 0 to 9 expected, got {self.priority!r}")
+        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
+            raise UsageError(f"retry: a RetryPolicy expected, got {self.retry!r}")
+        if self.max_attempts is not None and (not _is_int(self.max_attempts) or self.max_attempts < 1):
+            raise UsageError(f"max_attempts: an int of at least 1 expected, got {self.max_attempts!r}")
+        if self.visibility_timeout is not None and not seconds_of(self.visibility_timeout, "visibility_timeout"):
+            raise UsageError("visibility_timeout: above 0 seconds expected")
+        seconds_of(self.delay, "delay")
+        if self.on_duplicate not in ("return", "raise"):
+            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {self.on_duplicate!r}")
         if self.pool not in ("thread", "process"):
             raise UsageError(f"pool: 'thread' or 'process' expected, got {self.pool!r}")
         if self.time_limit is not None and not seconds_of(self.time_limit, "time_limit"):
@@ -219,6 +232,10 @@ class Options:
         key = self.idempotency_key
         if key is not None and not callable(key) and not isinstance(key, str):
             raise UsageError(f"idempotency_key: a str or a callable expected, got {type(key).__name__}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @attrs.frozen
@@ -273,7 +290,12 @@ class Task(Generic[P, R_co]):
             calls: each is a tuple of positional arguments, a mapping of keyword arguments, or what `call` gives, whose
                 arguments a type checker checks.
         """
-        return self.app.put(self, [self._checked(call) for call in calls])
+        checked = [self._checked(call) for call in calls]
+        if len(checked) > 1 and isinstance(self.opts.idempotency_key, str):
+            raise UsageError(
+                "enqueue_many: one idempotency_key for all would leave out all but the first; give a function"
+            )
+        return self.app.put(self, checked)
 
     def call(self, *args: P.args, **kwargs: P.kwargs) -> Call:
         """A call for `enqueue_many`. Raises UsageError if the arguments do not fit the function."""
@@ -323,7 +345,18 @@ class Task(Generic[P, R_co]):
     def key(self, call: Call) -> str | None:
         """The idempotency key of a call."""
         key = self.opts.idempotency_key
-        return key(*call.args, **call.kwargs) if callable(key) else key
+        if not callable(key):
+            return key
+        try:
+            return key(*call.args, **call.kwargs)
+        except TypeError as error:
+            try:
+                inspect.signature(key).bind(*call.args, **call.kwargs)
+            except TypeError:
+                raise UsageError(
+                    f"task {self.name!r}: idempotency_key is called as the task is, and needs its defaults: {error}"
+                ) from error
+            raise
 
     def _checked(self, call: object) -> Call:
         if isinstance(call, tuple):
@@ -337,6 +370,19 @@ class Task(Generic[P, R_co]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _find, (self.function.__module__, self.function.__qualname__)
+
+
+def _is_method(function: Callable[..., Any]) -> bool:
+    place = function.__qualname__.rpartition(".")[0]
+    return (
+        bool(place)
+        and not place.endswith("<locals>")
+        and next(iter(inspect.signature(function).parameters), "")
+        in (
+            "self",
+            "cls",
+        )
+    )
 
 
 def _plain_arguments(signature: inspect.Signature) -> tuple[int, int]:
@@ -503,7 +549,14 @@ class App:
             visibility_timeout=visibility_timeout, time_limit=time_limit, pool=pool,
         )  # fmt: skip
 
+        if name is not None and (not isinstance(name, str) or not name):
+            raise UsageError(f"name: a str expected, got {name!r}")
+
         def register(function: Callable[..., Any]) -> Task[..., Any]:
+            if not inspect.isroutine(function) or isinstance(function, staticmethod | classmethod):
+                raise UsageError(f"task: a function expected, got {function!r}; options are given by name, queue=...")
+            if _is_method(function):
+                raise UsageError(f"task: {function.__qualname__} is a method; jobs are for functions, without a self")
             if inspect.iscoroutinefunction(function) and checked.pool == "process":
                 raise UsageError("pool: 'process' is for sync functions")
             if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):

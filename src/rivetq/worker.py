@@ -83,6 +83,10 @@ class Concurrency:
     tasks: int = 100
     """Async handlers."""
 
+    def __attrs_post_init__(self) -> None:
+        for name, number in attrs.asdict(self).items():
+            _count(number, f"concurrency[{name!r}]")
+
     @classmethod
     def of(cls, value: Concurrency | Mapping[str, int] | int | None) -> Concurrency:
         """A number is that of each kind, but for processes no more than there are processors."""
@@ -94,7 +98,7 @@ class Concurrency:
             unknown = value.keys() - {"threads", "processes", "tasks"}
             if unknown:
                 raise UsageError(f"concurrency: threads, processes and tasks expected, got {sorted(unknown)}")
-            return cls(**{name: _count(number, f"concurrency[{name!r}]") for name, number in value.items()})
+            return cls(**value)
         number = _count(value, "concurrency")
         return cls(threads=number, processes=min(number, os.cpu_count() or 1), tasks=number)
 
@@ -160,6 +164,8 @@ class Worker:
             "max_jobs": None if child_max_jobs is None else _count(child_max_jobs, "child_max_jobs"),
             "max_memory": None if child_max_memory is None else _count(child_max_memory, "child_max_memory"),
         }
+        if on_settled is not None and not callable(on_settled):
+            raise UsageError(f"on_settled: a callable expected, got {on_settled!r}")
         self._order = _Order(_queues_of(app) if queues is None else queues)
         self.on_settled: list[Callable[[Settled], None]] = [] if on_settled is None else [on_settled]
         self.failure: BaseException | None = None
@@ -668,6 +674,8 @@ class _Order:
         if isinstance(queues, str) or not isinstance(queues, Sequence | Mapping):
             raise UsageError(f"queues: a sequence of names or a mapping to weights expected, got {queues!r}")
         self.names = list(queues)
+        if not self.names or not all(isinstance(name, str) and name for name in self.names):
+            raise UsageError(f"queues: names expected, got {queues!r}")
         self._weights: dict[str, float] | None = None
         self._credit: dict[str, float] = dict.fromkeys(self.names, 0.0)
         if isinstance(queues, Mapping):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
 
 import attrs
 
-from rivetq import Broker, Duration, Job, Lease, UsageError
+from rivetq import Broker, Duration, Job, JobState, Lease, UsageError
 
 from ..pools import Delivery, Ending, run_async, run_here
 from ..schedules import SCHEDULES, Scheduler
@@ -86,10 +86,14 @@ class TestingApp:
     @property
     def broker(self) -> Broker:
         """The app's broker in this block."""
+        if not self.app._is_testing or self._before is None:
+            raise UsageError("app.testing() is for a block: with app.testing() as testing")
         return self.app.broker
 
     def drain(self, *, raise_errors: bool = True) -> Drained:
         """Run all ready jobs of all queues in this thread, and those that they enqueue; what became of them.
+
+        What a pause or a rate limit holds back waits on.
 
         Jobs end as in a worker: a failed one is retried (after its delay: see `advance`) or is a dead letter.
 
@@ -121,7 +125,7 @@ class TestingApp:
         for name in self.broker.queues():
             if name == SCHEDULES or (queue is not None and name != queue):
                 continue
-            for job in [*self.broker.jobs(name, state="ready", limit=10_000), *self._scheduled(name)]:
+            for job in [*self._jobs(name, "ready"), *self._jobs(name, "scheduled")]:
                 task_name = job.headers.get(TASK_HEADER)
                 if task_name is not None and (task is None or task.name == task_name):
                     content = self.app.codec.loads(job.payload)
@@ -140,16 +144,19 @@ class TestingApp:
         """Fail unless a call of the task waits; the calls that match.
 
         Args:
-            args, kwargs: that it was enqueued with; None: any.
+            args, kwargs: that it was enqueued with, a tuple among them or the list that it becomes; None: any.
             queue: in which it waits; None: any.
             count: so many calls, neither more nor fewer; None: one at least.
         """
         __tracebackhide__ = True
-        all_calls = self.enqueued(task, queue=queue)
+        wanted_args, wanted_kwargs = (
+            self._passed(None if args is None else list(args)),
+            self._passed(None if kwargs is None else dict(kwargs)),
+        )
         found = [
             call
-            for call in all_calls
-            if (args is None or list(args) == call.args) and (kwargs is None or dict(kwargs) == call.kwargs)
+            for call in self.enqueued(task, queue=queue)
+            if (args is None or call.args == wanted_args) and (kwargs is None or call.kwargs == wanted_kwargs)
         ]
         if (count is None and not found) or (count is not None and len(found) != count):
             others = "".join(f"\n  {call.job.queue}: {_call(call)}" for call in self.enqueued())
@@ -160,14 +167,26 @@ class TestingApp:
             )
         return found
 
-    def _scheduled(self, queue: str) -> list[Job]:
-        return self.broker.jobs(queue, state="scheduled", limit=10_000)
+    def _passed(self, value: Any) -> Any:
+        """As the codec brings it back: it makes a list of a tuple. What it cannot say, mock.ANY perhaps, as it is."""
+        codec = self.app._known_codec()
+        try:
+            return codec.loads(codec.dumps(value))
+        except UsageError:
+            return value
+
+    def _jobs(self, queue: str, state: JobState | str) -> Iterator[Job]:
+        after = 0
+        while found := self.broker.jobs(queue, state=state, after=after, limit=MANY_JOBS):
+            yield from found
+            after = found[-1].id
 
     def _next(self) -> Lease | None:
         """From the queue with the oldest job, so that jobs of several queues run in the order of their enqueues."""
         names = [name for name in self.broker.queues() if name != SCHEDULES]
         first = {name: jobs[0].id for name in names if (jobs := self.broker.jobs(name, state="ready", limit=1))}
-        return self.broker.lease(min(first, key=first.__getitem__)) if first else None
+        # Of all of them: the first may be paused, or its rate limit may say no.
+        return self.broker.lease(sorted(first, key=first.__getitem__)) if first else None
 
     def _run(self, lease: Lease, done: Drained) -> None:
         try:

@@ -262,6 +262,29 @@ def test_a_bad_value_is_status_2(run: Run) -> None:
     assert "NAME=VALUE" in run.errors
 
 
+def test_a_call_that_cannot_be_one_is_status_2(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("enqueue", "mail", "ada@example.org", "--task", "send", status=2)
+    assert "list or object" in run.errors
+    run("enqueue", "mail", "--task", "send", stdin="no json", status=2)
+    assert "list or object" in run.errors
+    assert not run.directory.exists()
+    run("enqueue", "q", "NaN")
+    assert run.json("show", "1")["job"]["payload"] == "NaN"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["stats", "--watch", "--interval", "-1"], ["bench", "--bytes", "-1"], ["bench", "--threads", "0"],
+     ["bench", "--seconds", "-1"]],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_status_2(filled: Run, arguments: list[str]) -> None:
+    filled(*arguments, status=2)
+
+
+def test_json_may_stand_before_the_command(filled: Run) -> None:
+    assert json.loads(filled("--json", "stats"))["all"] == filled.json("stats")["all"]
+
+
 def test_config_shows_values_and_their_origins(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "my.toml"
     file.write_text("threads = 3\n")
@@ -314,12 +337,13 @@ def test_a_worker_process_runs_tasks_until_sigterm(run: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("app", "why"),
     [("shop", "module:attribute"), ("nowhere:app", "cannot be imported"), ("shop:other", "has no 'other'"),
-     ("shop:send", "an App is expected"), (None, "an app is needed")],
+     ("shop:send", "an App is expected"), (None, "an app is needed"), ("broken:app", "ZeroDivisionError")],
 )  # fmt: skip
 def test_a_worker_without_an_app_is_status_2(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, app: str | None, why: str
 ) -> None:
     (tmp_path / "shop.py").write_text(APP)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     run("worker", *([app] if app else []), status=2)
     assert why in run.errors

@@ -93,7 +93,9 @@ def test_texts_of_the_environment_become_values(variable: str, text: str, value:
 BAD = [
     ("fsync", "sometimes"), ("segment_bytes", "1KiB"), ("segment_bytes", "5 bananas"), ("threads", "0"),
     ("threads", "many"), ("grace", "-1"), ("grace", "nan"), ("release_on_open", "perhaps"), ("log_level", "LOUD"),
-    ("queues", "mail=0"), ("queues", "mail=x"), ("metrics_port", "0"), ("path", ""),
+    ("queues", "mail=0"), ("queues", "mail=x"), ("metrics_port", "0"), ("metrics_port", "65536"), ("path", ""),
+    ("visibility_timeout", "0"), ("fsync_interval", "0"), ("grace", "5e9"), ("max_payload_bytes", "900GiB"),
+    ("window_jobs", "1_000_000_000_000_000_000"), ("segment_bytes", "2048GiB"),
 ]  # fmt: skip
 
 
@@ -128,14 +130,40 @@ def test_an_unknown_key_is_an_error_that_names_it_the_source_and_the_nearest(tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("x.toml", "threads ="), ("x.yaml", "a: [1"), ("x.yaml", "- 1"), ("x.toml", None)]
-)
+    ("name", "text"),
+    [
+        ("x.toml", "threads ="), ("x.yaml", "a: [1"), ("x.yaml", "- 1"), ("x.toml", None), ("x.yaml", "1: x"),
+        ("x.yaml", "on: true"), ("x.yaml", "null: 3"), ("x.yaml", "threads: 1\nthreads: 2"),
+        ("pyproject.toml", "tool = 5"),
+        ("pyproject.toml", "[tool]\nrivetq = 5"),
+    ],
+)  # fmt: skip
 def test_a_file_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path, name: str, text: str | None) -> None:
     file = tmp_path / name
     if text is not None:
         file.write_text(text)
     with pytest.raises(UsageError, match=f"file: {file}"):
         load(file, environ={})
+
+
+def test_what_settings_accept_brokers_and_workers_accept(tmp_path: Path) -> None:
+    extremes = {
+        "fsync_interval": (0.001, 3.1e9), "segment_bytes": (2**16, 2**40), "max_payload_bytes": (1, 2**29),
+        "cache_bytes": (0, 2**50), "window_jobs": (1024, 2**50), "grace": (0, 3.1e9),
+        "visibility_timeout": (0.001, 3.1e9), "prefetch": (0, 2**50), "max_jobs": (1, 2**50),
+    }  # fmt: skip
+    for name, values in extremes.items():
+        for value in values:
+            settings = load(environ={}, path=":memory:", **{name: value})
+            with settings.open_broker() as broker, App(broker) as app:
+                settings.worker(app)
+
+
+def test_yaml_may_merge_what_it_names(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.yaml", "rivetq:\n  queues: &q {mail: 2}\n")
+    assert load(file, environ={}).queues == {"mail": 2.0}
+    file.write_text("rivetq:\n  queues:\n    <<: {mail: 2}\n    web: 1\n")
+    assert load(file, environ={}).queues == {"mail": 2.0, "web": 1.0}
 
 
 def test_settings_open_a_broker_and_make_a_worker(tmp_path: Path) -> None:

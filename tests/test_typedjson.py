@@ -9,6 +9,7 @@ from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any, Generic, NewType, TypeVar
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import attrs
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rivetq import UsageError
-from rivetq.typedjson import TypedJson
+from rivetq.typedjson import TypedJson, hints
 
 T = TypeVar("T")
 
@@ -147,6 +148,52 @@ def test_registered_classes_come_back_with_what_their_fields_are_annotated_with(
     person = Person("Ada", b"\x00", [Address("Paris", date(2026, 1, 2)), Address("Rome")], Colour.RED)
     object.__setattr__(person.homes[0], "full", "set later")
     assert codec.loads(codec.dumps([person])) == [person]
+
+
+@attrs.define
+class Failure(ValueError):
+    code: int
+
+
+@dataclasses.dataclass
+class Table(dict[str, int]):
+    name: str = ""
+
+
+def test_a_class_that_keeps_more_than_its_fields_is_refused_at_once() -> None:
+    codec = TypedJson()
+    codec.register(Failure, Table)
+    for value in (Failure(3), Table("t")):
+        with pytest.raises(UsageError, match=type(value).__name__):
+            codec.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("moment", "words"),
+    [
+        (datetime(2026, 1, 1, 9, tzinfo=ZoneInfo("Europe/Paris")), ["2026-01-01T09:00:00+01:00", "Europe/Paris"]),
+        (datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Paris")),
+         ["2026-10-25T02:30:00+01:00", "Europe/Paris"]),
+        (datetime(2026, 10, 25, 2, 30, fold=1), ["2026-10-25T02:30:00", None]),
+    ],
+)  # fmt: skip
+def test_a_moment_keeps_its_time_zone_and_which_of_two_it_is(moment: datetime, words: list[Any]) -> None:
+    codec = TypedJson()
+    assert json.loads(codec.dumps(moment)) == {"$datetime": words}
+    found = codec.loads(codec.dumps(moment))
+    assert (found, found.tzinfo, found.fold) == (moment, moment.tzinfo, moment.fold)
+    assert found + timedelta(days=180) == moment + timedelta(days=180)
+    with pytest.raises(UsageError, match="Nowhere"):
+        codec.loads(b'{"$datetime": ["2026-01-01T00:00:00+00:00", "Nowhere"]}')
+
+
+def test_an_annotation_for_type_checkers_alone_hides_no_other() -> None:
+    codec = TypedJson()
+
+    def only(price: Price, later: Later | None = None) -> None: ...  # type: ignore[name-defined]  # noqa: F821  # as under TYPE_CHECKING
+
+    codec.register_annotations(hints(only))
+    assert codec.loads(codec.dumps(Price(5))) == Price(5)
 
 
 def test_annotations_register_the_classes_that_they_mention_at_any_depth() -> None:

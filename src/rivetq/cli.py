@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -88,10 +89,11 @@ _STATUSES = (__doc__ or "").partition("Exit status::\n\n")[2]
 @click.version_option(__version__, prog_name="rivetq")
 @click.option("--config", type=click.Path(dir_okay=False), help="A TOML or YAML file of settings (or RIVETQ_CONFIG).")
 @click.option("-d", "--directory", "path", help="The directory of the broker (or RIVETQ_PATH; by default data).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, as after the command.")
 @click.pass_context
-def main(ctx: click.Context, config: str | None, path: str | None) -> None:
+def main(ctx: click.Context, config: str | None, path: str | None, as_json: bool) -> None:
     """A durable job queue in a directory: look into it, work on it, repair it."""
-    ctx.obj = {"config": config, "path": path}
+    ctx.obj = {"config": config, "path": path, "json": as_json}
 
 
 def _settings(**explicit: Any) -> Settings:
@@ -107,7 +109,7 @@ def _command(name: str | None = None) -> Callable[[Callable[..., int | None]], c
             context = click.get_current_context()
             if directory is not None:
                 context.obj["path"] = directory
-            context.obj["json"] = as_json
+            context.obj["json"] = as_json or context.obj["json"]
             context.exit(function(**arguments) or DONE)
 
         run.__doc__ = function.__doc__
@@ -228,7 +230,9 @@ def _stats_table(found: tools.Look) -> Table:
 
 @_command()
 @click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
-@click.option("--interval", default=1.0, show_default=True, help="Seconds between two looks.")
+@click.option(
+    "--interval", type=click.FloatRange(0.01), default=1.0, show_default=True, help="Seconds between two looks."
+)
 def stats(watch: bool, interval: float) -> None:
     """Counts of all queues."""
     if _wants_json():
@@ -356,19 +360,33 @@ def enqueue(
         body = sys.stdin.buffer.read()
     else:
         try:
-            body = json.loads(payload)
+            body = json.loads(payload, parse_constant=_no_json)
         except ValueError:
             body = payload
     if task is not None:
         headers["rivetq-task"] = task
-        body = body if not isinstance(body, bytes) else json.loads(body or b"[]")
-        body = {"kwargs": body} if isinstance(body, dict) else {"args": body}
+        body = _arguments(body)
     with _slow("opening"):
         broker = _settings(release_on_open=False).open_broker()
     with broker:
         options: Any = {"priority": priority, "delay": delay, "headers": headers, "idempotency_key": key}
         job_id = broker.enqueue(queue, body, **options)
     _told({"id": job_id}, f"job {job_id}")
+
+
+def _no_json(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _arguments(body: Any) -> dict[str, Any]:
+    """The payload of a task's call."""
+    try:
+        found = json.loads(body or b"[]") if isinstance(body, bytes) else body
+    except ValueError as error:
+        raise UsageError(f"--task: a JSON list or object of arguments expected: {error}") from error
+    if not isinstance(found, list | dict):
+        raise UsageError(f"--task: a JSON list or object of arguments expected, got {found!r}")
+    return {"kwargs": found} if isinstance(found, dict) else {"args": found}
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -486,9 +504,11 @@ def salvage(out: str) -> int:
 
 
 @_command()
-@click.option("--seconds", default=3.0, show_default=True, help="For each of the measurements.")
-@click.option("--threads", default=8, show_default=True)
-@click.option("--bytes", "size", default=256, show_default=True, help="Of a payload.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.01), default=3.0, show_default=True, help="For each of the measurements."
+)
+@click.option("--threads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--bytes", "size", type=click.IntRange(0), default=256, show_default=True, help="Of a payload.")
 def bench(seconds: float, threads: int, size: int) -> None:
     """Measure this disk: jobs a second, in a new directory beside the broker's."""
     settings = _settings()
@@ -598,8 +618,10 @@ def load_app(name: str) -> App:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UsageError(f"app: {module_name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        if not isinstance(error, ImportError):  # a mistake in the module: where it is
+            traceback.print_exc()
+        raise UsageError(f"app: {module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         try:
             found = getattr(found, part)

@@ -31,6 +31,7 @@ PREFIX = "RIVETQ_"
 FILE_VARIABLE = "RIVETQ_CONFIG"
 """Names the file, if no argument does."""
 
+MOST = 2**50
 Parser = Callable[[Any], Any]
 """Brings a value from a file or the environment (a str) into the form of the setting. Raises ValueError."""
 
@@ -49,17 +50,17 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
     return value
 
 
-def _whole(low: int) -> Parser:
+def _whole(low: int, high: int = MOST) -> Parser:
     def parse(value: Any) -> int:
         number = _number(value, int)
-        if not isinstance(number, int) or isinstance(number, bool) or number < low:
-            raise ValueError(f"a whole number of at least {low} expected")
+        if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
+            raise ValueError(f"a whole number from {low} to {high} expected")
         return number
 
     return parse
 
 
-def _bytes(low: int) -> Parser:
+def _bytes(low: int, high: int = MOST) -> Parser:
     """Also with a unit: 64MiB, 1 GiB."""
     units = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "k": 2**10, "m": 2**20, "g": 2**30}
 
@@ -69,8 +70,8 @@ def _bytes(low: int) -> Parser:
             unit = value[len(digits) :].strip().lower()
             number = _number(digits, int)
             value = number * units[unit] if unit in units and isinstance(number, int) else None
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ValueError(f"a number of bytes, at least {low}, expected, such as 1048576 or 64MiB")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"a number of bytes from {low} to {high} expected, such as 1048576 or 64MiB")
         return value
 
     return parse
@@ -80,9 +81,16 @@ def _seconds(value: Any) -> float:
     if isinstance(value, timedelta):
         return value.total_seconds()
     number = _number(value, float)
-    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number < 1e10:
-        raise ValueError("seconds, a number of at least 0, expected")
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 3.1e9:
+        raise ValueError("seconds, a number from 0 to 3.1e9, expected")
     return float(number)
+
+
+def _some_seconds(value: Any) -> float:
+    seconds = _seconds(value)
+    if seconds < 0.001:
+        raise ValueError("seconds, a number from 0.001 on, expected")
+    return seconds
 
 
 def _flag(value: Any) -> bool:
@@ -140,9 +148,9 @@ class Settings:
 
     path: str = _setting("data", _text, "directory of the broker")
     fsync: str = _setting("always", _one_of("always", "interval", "never"), "when calls wait for the disk")
-    fsync_interval: float = _setting(0.1, _seconds, "seconds between syncs, for fsync = interval")
-    segment_bytes: int = _setting(64 * 2**20, _bytes(64 * 1024), "size of a log file")
-    max_payload_bytes: int = _setting(16 * 2**20, _bytes(1), "the largest payload")
+    fsync_interval: float = _setting(0.1, _some_seconds, "seconds between syncs, for fsync = interval")
+    segment_bytes: int = _setting(64 * 2**20, _bytes(64 * 1024, 2**40), "size of a log file")
+    max_payload_bytes: int = _setting(16 * 2**20, _bytes(1, 2**29), "the largest payload")
     cache_bytes: int = _setting(64 * 2**20, _bytes(0), "memory for payloads of waiting jobs")
     window_jobs: int = _setting(200_000, _whole(1024), "changed jobs in memory before a checkpoint")
     release_on_open: bool = _setting(True, _flag, "end the leases of the former owner at the opening")
@@ -156,7 +164,7 @@ class Settings:
     tasks: int = _setting(100, _whole(1), "async handlers")
     grace: float = _setting(30.0, _seconds, "seconds that running jobs get to end")
     prefetch: int = _setting(512, _whole(0), "jobs leased in advance at most")
-    visibility_timeout: float | None = _setting(None, _optional(_seconds), "seconds that a worker's leases last")
+    visibility_timeout: float | None = _setting(None, _optional(_some_seconds), "seconds that a worker's leases last")
     max_jobs: int | None = _setting(None, _optional(_whole(1)), "jobs after which a worker stops")
     max_memory: int | None = _setting(None, _optional(_bytes(1)), "bytes of memory at which a worker stops")
     child_max_jobs: int | None = _setting(None, _optional(_whole(1)), "jobs after which a child is replaced")
@@ -164,7 +172,7 @@ class Settings:
 
     log_level: str = _setting("INFO", _level, "DEBUG, INFO, WARNING, ERROR or CRITICAL")
     log_json: bool = _setting(False, _flag, "log lines as JSON")
-    metrics_port: int | None = _setting(None, _optional(_whole(1)), "port of the metrics of a worker")
+    metrics_port: int | None = _setting(None, _optional(_whole(1, 65_535)), "port of the metrics of a worker")
 
     origins: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False, metadata={"internal": True})
     """Where each value came from, by name."""
@@ -243,7 +251,9 @@ def load(
     return Settings(**values, origins=origins)
 
 
-def _parsed(name: str, value: Any, origin: str) -> Any:
+def _parsed(name: object, value: Any, origin: str) -> Any:
+    if not isinstance(name, str):
+        raise UsageError(f"{origin}: unknown setting {name!r}: a name expected")
     field = FIELDS.get(name)
     if field is None:
         near = difflib.get_close_matches(name, FIELDS, 1)
@@ -267,7 +277,8 @@ def _read(path: str) -> Mapping[str, Any]:
     except ValueError as error:  # tomllib's and UnicodeDecodeError are ValueErrors
         raise UsageError(f"file: {path}: {error}") from error
     if os.path.basename(path) == "pyproject.toml":
-        content = content.get("tool", {}).get("rivetq", {})
+        tools = content.get("tool", {})
+        content = tools.get("rivetq", {}) if isinstance(tools, Mapping) else tools
     elif isinstance(content, Mapping) and content.keys() == {"rivetq"}:
         content = content["rivetq"]
     if not isinstance(content, Mapping):
@@ -280,7 +291,17 @@ def _yaml(data: bytes, path: str) -> Any:
         import yaml
     except ImportError:
         raise UsageError(f"file: {path}: YAML needs PyYAML: pip install rivetq[yaml]") from None
+
+    class Loader(yaml.SafeLoader):
+        """One that takes no key twice: the second would silently win."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+                raise ValueError(f"{twice[0]!r} is there twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(data) or {}
+        return yaml.load(data, Loader) or {}
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

@@ -19,6 +19,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Protocol
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import attrs
 
@@ -115,6 +116,10 @@ class TypedJson:
             raise TypeError(
                 f"{name} is not known here: annotate the task's argument with it, or call app.codec.register(it)"
             )
+        if not _is_enum(kind):
+            object.__new__(
+                kind
+            )  # as it will be made; TypeError for an exception or a dict, which keep more than fields
         if _is_enum(kind):
             return {_CLASS: [name, value.value if isinstance(value, enum.Flag) else value.name]}
         return {_CLASS: [name, {field: self._plain(getattr(value, field)) for field in _fields(kind)}]}
@@ -205,8 +210,17 @@ def hints(owner: Any) -> list[Any]:
     try:
         found: Mapping[str, Any] = typing.get_type_hints(owner)
     except Exception:  # a name that exists for type checkers only, say: what a class's own error is nobody can tell
-        found = getattr(owner, "__annotations__", {})
+        found = {name: _hint(owner, text) for name, text in getattr(owner, "__annotations__", {}).items()}
     return [annotation for annotation in found.values() if not isinstance(annotation, str)]
+
+
+def _hint(owner: Any, annotation: Any) -> Any:
+    """One annotation by itself; as it is if it cannot be resolved."""
+    alone = type("Alone", (), {"__annotations__": {"it": annotation}, "__module__": owner.__module__})
+    try:
+        return typing.get_type_hints(alone)["it"]
+    except Exception:
+        return annotation
 
 
 def _mentioned(annotation: Any) -> list[type]:
@@ -217,6 +231,22 @@ def _mentioned(annotation: Any) -> list[type]:
     return found + [each for part in typing.get_args(annotation) for each in _mentioned(part)]
 
 
+def _moment_text(value: datetime) -> Any:
+    """Its ISO text; with the name of its time zone if it has one, or with None for the second of two equal ones."""
+    text = value.isoformat()
+    if isinstance(value.tzinfo, ZoneInfo) and value.tzinfo.key:
+        return [text, value.tzinfo.key]
+    return [text, None] if value.tzinfo is None and value.fold else text
+
+
+def _moment(value: Any) -> datetime:
+    if isinstance(value, str):
+        return datetime.fromisoformat(value)
+    text, zone = value
+    found = datetime.fromisoformat(text)
+    return found.replace(fold=1) if zone is None else found.astimezone(ZoneInfo(zone))
+
+
 def _seconds(value: Any) -> timedelta:
     return timedelta(seconds=value[0], microseconds=value[1])
 
@@ -224,7 +254,7 @@ def _seconds(value: Any) -> timedelta:
 _AS_IT_IS = {str, int, float, bool, type(None)}
 _TAGS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
-    datetime: ("$datetime", datetime.isoformat),
+    datetime: ("$datetime", _moment_text),
     date: ("$date", date.isoformat),
     time: ("$time", time.isoformat),
     timedelta: ("$timedelta", lambda value: [value.days * 86_400 + value.seconds, value.microseconds]),
@@ -233,7 +263,7 @@ _TAGS: dict[type, tuple[str, Callable[[Any], Any]]] = {
 }
 _READERS: dict[str, Callable[[Any], Any]] = {
     "$bytes": lambda value: base64.b64decode(value, validate=True),
-    "$datetime": datetime.fromisoformat,
+    "$datetime": _moment,
     "$date": date.fromisoformat,
     "$time": time.fromisoformat,
     "$timedelta": _seconds,

@@ -345,6 +345,14 @@ def test_a_broker_that_was_given_open_stays_open() -> None:
             App(broker, fsync="never")
 
 
+def test_an_unknown_option_of_the_broker_is_told_at_once() -> None:
+    with pytest.raises(UsageError, match="fsyc"):
+        App("data", fsyc="never")
+    app = App("data")
+    with pytest.raises(UsageError, match="fsyc"):
+        app.use(fsyc="never")
+
+
 def test_a_task_of_a_module_is_pickled_by_its_place() -> None:
     assert pickle.loads(pickle.dumps(of_a_module)) is of_a_module
 

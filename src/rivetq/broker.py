@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import EllipsisType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Never, Self
 
 import attrs
 
@@ -251,7 +251,10 @@ class Broker(_Enqueues):
         cache_bytes: int = 64 * 2**20,
         window_jobs: int = 200_000,
         clock: Clock | None = None,
+        **unknown: Never,
     ) -> None:
+        if unknown:
+            raise UsageError(f"{', '.join(unknown)}: no such option of a broker")
         if fsync not in ("always", "interval", "never"):
             raise UsageError(f"fsync: 'always', 'interval' or 'never' expected, got {fsync!r}")
         if not isinstance(release_on_open, bool):

@@ -409,6 +409,11 @@ def _find(module: str, name: str) -> Any:
     raise UsageError(f"{module}.{name} is no task there")
 
 
+def _check_options(options: Mapping[str, Any]) -> None:
+    if unknown := options.keys() - (inspect.signature(Broker).parameters.keys() - {"path", "unknown"}):
+        raise UsageError(f"{', '.join(sorted(unknown))}: no such option of a broker")
+
+
 class MakesTask(Protocol):
     """What ``app.task(...)`` gives: it makes a task of a function and keeps the types of its arguments."""
 
@@ -434,6 +439,7 @@ class App:
     def __init__(self, broker: Broker | str | os.PathLike[str], *, codec: Codec | None = None, **options: Any) -> None:
         if isinstance(broker, Broker) and options:
             raise UsageError(f"{', '.join(options)}: options are for a path, this broker is open already")
+        _check_options(options)
         self.codec = codec or TypedJson()
         self.tasks: dict[str, Task[..., Any]] = {}
         """By name."""
@@ -475,6 +481,7 @@ class App:
         with self._lock:
             if self._broker is not None:
                 raise UsageError("use: the app's broker is open already")
+            _check_options(options)
             self._path = self._path if path is None else path
             self._options = {**self._options, **options}
 

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -214,27 +215,30 @@ def _child_main(pipe: Connection) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
-    remote, own = _Remote(pipe), os.getpid()
-    while True:
-        try:
-            data = pipe.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            task, lease = pickle.loads(data)  # which imports the task's module
-            task.app._remote = remote
-        except BaseException as error:
-            logger.exception("a task cannot be imported")
-            with remote.lock:
-                pipe.send(("broken", f"its child process cannot import the task: {text_of(error)}"))
-            os._exit(1)
+    remote = _Remote(pipe)
+    with suppress(EOFError, OSError):  # the parent is gone, or wants no more
+        while True:
+            _run_next(pipe, remote)
+
+
+def _run_next(pipe: Connection, remote: _Remote) -> None:
+    data = pipe.recv_bytes()
+    try:
+        task, lease = pickle.loads(data)  # which imports the task's module
+        task.app._remote = remote
+    except BaseException as error:
+        logger.exception("a task cannot be imported")
         with remote.lock:
-            pipe.send(("begun", None))
-        ending = _run_in_child(task, lease)
-        if os.getpid() != own:  # a handler forked and returned in both
-            os._exit(0)
-        with remote.lock:  # a thread that outlives its handler may be asking
-            pipe.send(("done", (lease.token, ending, memory_bytes())))
+            pipe.send(("broken", f"its child process cannot import the task: {text_of(error)}"))
+        os._exit(1)
+    with remote.lock:
+        pipe.send(("begun", None))
+    own = os.getpid()
+    ending = _run_in_child(task, lease)
+    if os.getpid() != own:  # a handler forked and returned in both
+        os._exit(0)
+    with remote.lock:  # a thread that outlives its handler may be asking
+        pipe.send(("done", (lease.token, ending, memory_bytes())))
 
 
 def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:

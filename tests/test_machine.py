@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
@@ -2320,6 +2320,7 @@ def test_jobs_that_are_put_into_runs_at_a_checkpoint_are_in_the_index_once(
 
 
 @settings(max_examples=300, deadline=None)
+@example((2, 0), 1, [(0, 0, 0), [(5, 0, 0), (8, 1, 0)], [(8, 4, 0)], "crash", (11, 0, 0)])
 @given(
     sizes,
     st.integers(1, 4),

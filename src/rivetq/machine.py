@@ -1071,6 +1071,8 @@ class Machine:
             job = jobs.get(key.job_id)
             if key.expires_ms:
                 assert job is None, f"key {text!r}: its job {key.job_id} lives and it has an end"
+                if key.expires_ms <= self.now_ms and key.segment < self.oldest_segment:
+                    continue  # over, and still on the shelf when its segment went: it weighs nothing any more
                 counts[key.segment] = counts.get(key.segment, 0) + 1
             else:
                 assert job is not None, f"key {text!r} stands for no living job"

@@ -20,7 +20,7 @@ import pytest
 from conftest import Extent
 
 import rivetq.recovery
-from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy
+from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy, StorageError
 from rivetq.codec import decode_record, encode_record, encode_snapshot
 from rivetq.events import Acked, Enqueued, Event, Leased, QueueCreated, SegmentsDropped
 from rivetq.index import Index
@@ -28,7 +28,7 @@ from rivetq.io import SystemDisk
 from rivetq.log import Log
 from rivetq.machine import Machine
 from rivetq.record import frame_bytes
-from rivetq.recovery import Recovered, recover
+from rivetq.recovery import Recovered, beside_its_owner, recover
 from rivetq.segment import Header, Record, Scan, decode_header, segment_name
 from rivetq.state import Place
 from rivetq.testing import ManualClock
@@ -1171,3 +1171,30 @@ def test_a_dropped_segment_that_a_power_cut_brought_back_is_dropped_again(tmp_pa
         with Broker(path, segment_bytes=SEGMENT_BYTES) as broker:
             assert [job.id for job in broker.jobs("q")] == [kept]
             assert not (path / "log" / dropped[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "rounds", "error"),
+    [
+        (FileNotFoundError(), 20, StorageError),
+        (CorruptLogError("torn", file="f", offset=0), 3, CorruptLogError),
+    ],
+)
+def test_a_log_that_moves_while_it_is_read_is_read_anew_and_not_for_ever(
+    trouble: Exception, rounds: int, error: type[Exception]
+) -> None:
+    tries: list[int] = []
+
+    def read() -> str:
+        tries.append(1)
+        if len(tries) < most:
+            raise trouble
+        return "read"
+
+    most = rounds
+    assert beside_its_owner("d", read) == "read"
+    tries.clear()
+    most = rounds + 1
+    with pytest.raises(error):
+        beside_its_owner("d", read)
+    assert len(tries) == rounds

@@ -21,11 +21,9 @@ from .errors import CorruptLogError, StorageError
 from .io import DIRECTORY_MODE, Disk, read_file, replace_file, write_all, write_file
 from .log import encode_mark, list_segments, read_mark
 from .machine import Machine
-from .recovery import recover
+from .recovery import beside_its_owner, recover
 from .segment import Scan, SegmentFile, corrupt, read_header, segment_name
 
-ROUNDS, TAIL_ROUNDS = 20, 3
-"""So often a copy is begun, since its original may move under it."""
 _CHUNK_BYTES = 1 << 22
 _PARTIAL = ".partial"
 
@@ -44,18 +42,7 @@ def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = Tru
     source = os.path.join(directory, "log")
     with under_another_name(disk, out, directory) as partial:
         log = os.path.join(partial, "log")
-        for turn in range(1, ROUNDS + 1):
-            disk.make_directory(log)
-            try:
-                numbers, linked, last_lsn = _copy_segments(disk, source, log, link, least_lsn)
-                break
-            except FileNotFoundError as error:  # dropped meanwhile
-                if turn == ROUNDS:
-                    raise StorageError(f"{directory}: its segments go quicker than they are copied; again") from error
-            except CorruptLogError:  # the tail was written while it was read, or it is damaged in earnest
-                if turn >= TAIL_ROUNDS:
-                    raise
-            shutil.rmtree(log)
+        numbers, linked, last_lsn = copy_log(disk, source, log, link=link, least_lsn=least_lsn)
         try:
             machine = recover(disk, partial, None, clock, Machine).machine
         except CorruptLogError as error:  # the copy goes; what is damaged is the original
@@ -98,8 +85,21 @@ def under_another_name(disk: Disk, out: str, directory: str) -> Iterator[str]:
         raise StorageError(f"{out}: cannot be made: {error}") from error
 
 
+def copy_log(disk: Disk, source: str, log: str, *, link: bool = True, least_lsn: int = 0) -> tuple[list[int], int, int]:
+    """Copy the segments as they are at one moment into the new directory `log`; see `take`.
+
+    Ids of the segments, how many were linked, the last record.
+    """
+
+    def copy() -> tuple[list[int], int, int]:
+        shutil.rmtree(log, ignore_errors=True)
+        disk.make_directory(log)
+        return _copy_segments(disk, source, log, link, least_lsn)
+
+    return beside_its_owner(source, copy)
+
+
 def _copy_segments(disk: Disk, source: str, log: str, link: bool, least_lsn: int) -> tuple[list[int], int, int]:
-    """Ids of the segments, how many were linked, the last record."""
     mark = read_file(disk, os.path.join(source, "mark"))  # first: what it testifies is in the files by now
     numbers = list_segments(disk, source)
     if not numbers:

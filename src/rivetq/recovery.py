@@ -16,13 +16,14 @@ import os
 import secrets
 import struct
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import attrs
 import lmdb
 
 from .clock import Clock
 from .codec import decode_record, decode_snapshot
-from .errors import CorruptLogError
+from .errors import CorruptLogError, StorageError
 from .events import Event, SegmentsDropped
 from .index import Index
 from .io import Disk, read_file
@@ -33,6 +34,10 @@ from .segment import Header, Record, Scan, SegmentFile, corrupt, read_header, se
 from .state import Place
 
 logger = logging.getLogger("rivetq")
+
+ROUNDS, TAIL_ROUNDS = 20, 3
+"""So often a log that somebody else writes is read anew, when segments went and when the tail looked damaged."""
+T = TypeVar("T")
 
 
 @attrs.define(kw_only=True)
@@ -79,6 +84,26 @@ def recover(
     found = reader.recovered(index, new_machine, read_mark(mark, reader.headers[-1].log_id))
     found.now_ms = time_line(clock, reader.headers[-1], found.machine.now_ms)
     return found
+
+
+def beside_its_owner(directory: str, read: Callable[[], T]) -> T:
+    """Read a log that somebody may be writing: `read` begins anew when the files moved under it.
+
+    Raises:
+        StorageError: they do so each time.
+        CorruptLogError: a file is damaged each time.
+    """
+    turn = 1
+    while True:
+        try:
+            return read()
+        except FileNotFoundError as error:  # a compaction dropped it meanwhile
+            if turn == ROUNDS:
+                raise StorageError(f"{directory}: its segments go quicker than they are read; again") from error
+        except CorruptLogError:  # the tail was written while it was read, or it is damaged in earnest
+            if turn >= TAIL_ROUNDS:
+                raise
+        turn += 1
 
 
 def time_line(clock: Clock, last: Header, latest_ms: int) -> int:

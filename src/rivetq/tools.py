@@ -20,7 +20,7 @@ from typing import Any, Self
 import attrs
 
 from .arguments import checked_path, checked_state
-from .backup import take
+from .backup import copy_log, take
 from .broker import Broker
 from .clock import SystemClock
 from .codec import decode_record
@@ -40,7 +40,7 @@ from .segment import segment_name
 from .view import ViewEngine, copy_index, served
 
 Path = str | os.PathLike[str]
-VERIFY_ROUNDS, VERIFY_PATIENCE_S = 3, 5.0
+VERIFY_ROUNDS, VERIFY_PATIENCE_S, VERIFY_PAUSE_S = 3, 5.0, 0.05
 """An index that does not match is looked at so often, and for so long, while somebody writes it."""
 
 
@@ -305,33 +305,33 @@ def _verified(directory: str) -> Verification:
 
 
 def _verified_open(directory: str) -> Verification:
-    """While the owner works: a copy of the index that a checkpoint or a compaction overtook is taken once more."""
+    """While the owner works: an index that a checkpoint or a compaction overtook is copied once more."""
     until, rounds = time.monotonic() + VERIFY_PATIENCE_S, 0
     while True:
         found, rounds = _verified_copy(directory), rounds + 1
         if found.index is None or (rounds >= VERIFY_ROUNDS and time.monotonic() >= until):
             return found
+        time.sleep(VERIFY_PAUSE_S)
 
 
 def _verified_copy(directory: str) -> Verification:
     prefix = ".rivetq-verify-"
     try:
-        place = tempfile.mkdtemp(prefix=prefix, dir=os.path.dirname(directory))
+        copy = tempfile.mkdtemp(prefix=prefix, dir=os.path.dirname(directory))
     except OSError:  # it may not be written: then elsewhere, where nothing can be linked
-        place = tempfile.mkdtemp(prefix=prefix)
-    copy, index = os.path.join(place, "copy"), os.path.join(place, "index")
+        copy = tempfile.mkdtemp(prefix=prefix)
     try:
-        copy_index(os.path.join(directory, "index"), index)  # first: what it holds is in the log by then
-        take(SystemDisk(), directory, copy, SystemClock())
-        os.rename(index, os.path.join(copy, "index"))
+        copy_index(os.path.join(directory, "index"), os.path.join(copy, "index"))  # first: the log has what it holds
+        copy_log(SystemDisk(), os.path.join(directory, "log"), os.path.join(copy, "log"))
         found = _verified(copy)
     except CorruptLogError as error:
         return Verification(path=directory, log=_damage(error))
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(copy, ignore_errors=True)
     found.path = directory
-    if found.index is not None:
-        found.index.file = found.index.file.replace(copy, directory)
+    for problem in (found.log, found.index):
+        if problem is not None:
+            problem.file = problem.file.replace(copy, directory)
     return found
 
 

@@ -15,18 +15,15 @@ from datetime import datetime
 
 from .clock import SystemClock
 from .entry import Entry
-from .errors import CorruptLogError, StorageError, UsageError
+from .errors import StorageError, UsageError
 from .index import Index
 from .io import Disk
 from .live import LiveEngine
 from .machine import Machine
 from .model import moment
-from .recovery import Recovered, recover, replay
+from .recovery import Recovered, beside_its_owner, recover, replay
 from .segment import SegmentFile, segment_name
 from .state import Place
-
-ROUNDS, TAIL_ROUNDS = 20, 3
-"""So often it is looked again when files moved or the tail was written under it."""
 
 
 class ViewEngine(LiveEngine):
@@ -53,18 +50,12 @@ class ViewEngine(LiveEngine):
         return moment(self._machine.now_ms)
 
     def _read(self, directory: str) -> Recovered:
-        for turn in range(1, ROUNDS + 1):
-            copy_index(os.path.join(directory, "index"), self._copy)
-            try:
-                return recover(self._disk, directory, self._index, SystemClock(), Machine)
-            except FileNotFoundError as error:  # a compaction dropped it meanwhile
-                if turn == ROUNDS:
-                    raise StorageError(f"{directory}: its segments go quicker than they are read; again") from error
-            except CorruptLogError:  # the tail was written while it was read, or it is damaged in earnest
-                if turn >= TAIL_ROUNDS:
-                    raise
+        def read() -> Recovered:
             self._index.close()
-        raise AssertionError("the last round returns or raises")
+            copy_index(os.path.join(directory, "index"), self._copy)
+            return recover(self._disk, directory, self._index, SystemClock(), Machine)
+
+        return beside_its_owner(directory, read)
 
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
         return [self._payload(entry) for entry in entries]

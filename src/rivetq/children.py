@@ -1,8 +1,9 @@
 """Handlers in child processes: the pool, a child as its thread in the parent sees it, and what runs in the child.
 
-A message of the child is ("begun", None): it is up and has the task's module; ("put", ...), which asks the parent to
-enqueue; ("done", (token, ending, memory)); or ("broken", why), the last one of a child that cannot import the task. The
-token says whose end it is, so that a child that got out of step answers for nobody else; it is killed then.
+A message of the child is ("begun", None): it is up and has the module of a task with a time limit; ("put", ...), which
+asks the parent to enqueue; ("done", (token, ending, memory)); or ("broken", why), the last one of a child that cannot
+import the task. The token says whose end it is, so that a child that got out of step answers for nobody else; it is
+killed then.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from typing import Any
 
 from rivetq import Lease, RivetQError
 
-from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, run_here, text_of
+from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, run_here, stopped, text_of
 from .tasks import App, Task
 
 logger = logging.getLogger("rivetq.worker")
 
+START_S = 300.0
+"""How long a child gets to come up and to import a task that has a time limit, before it is killed."""
 END_S = 5.0
 """How long a child gets to end when it has nothing to do, before it is killed."""
 LOOK_S = 1.0
@@ -90,6 +93,10 @@ class ProcessPool:
         child: _Child | None = None
         while (delivery := self._waiting.get()) is not None:
             delivery.started_at = time.monotonic()
+            if delivery.job.cancelled:  # before it began, so it does not begin
+                delivery.ending = stopped(delivery)
+                self._done(delivery)
+                continue
             try:
                 if child is None or not child.is_alive():
                     child = _Child(self._app)
@@ -154,9 +161,11 @@ class _Child:
             self._process.join(END_S)
 
     def run(self, delivery: Delivery) -> Ending:
-        limit = delivery.task.time_limit
-        until: float | None = None
         job = delivery.job
+        limit = delivery.task.time_limit
+        # The limit is the handler's, so it counts from its begin; before that there is one for the child's start.
+        allowed = START_S if limit is not None else None
+        until = None if allowed is None else time.monotonic() + allowed
         try:
             self._pipe.send((delivery.task, delivery.lease))
             while True:
@@ -171,9 +180,10 @@ class _Child:
                         raise EOFError
                     continue
                 kind, content = self._pipe.recv()
-                if kind == "begun":  # the time limit is the handler's: its child had to start, and to import it
-                    delivery.started_at = time.monotonic()
-                    until = None if limit is None else delivery.started_at + limit
+                if kind == "begun":
+                    assert limit is not None
+                    delivery.started_at, allowed = time.monotonic(), limit
+                    until = delivery.started_at + allowed
                     continue
                 if kind == "broken":
                     self.kill()
@@ -190,14 +200,14 @@ class _Child:
             end = time.monotonic() + END_S
             while self.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
                 time.sleep(0.005)
-            if job.reason in (None, TIME_LIMIT):  # else it was told to
-                logger.warning("job %s: its process ended in the middle", delivery.lease.id, extra=fields(delivery))
             if job.reason == TIME_LIMIT:
-                return Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s), its process was killed")
-            if job.reason is not None:
-                return Ending("nack", job.reason)
-            code = self._process.exitcode
-            return Ending("nack", f"ChildDied: the process of the job ended with exit code {code}")
+                error = f"TimeLimitError: {TIME_LIMIT} ({allowed:g} s), its process was killed"
+            elif job.reason is not None:
+                return stopped(delivery)
+            else:
+                error = f"ChildDied: the process of the job ended with exit code {self._process.exitcode}"
+            logger.warning("job %s: %s", delivery.lease.id, error, extra=fields(delivery))
+            return Ending("nack", error)
 
     def _put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> tuple[bool, Any]:
         try:
@@ -231,8 +241,9 @@ def _run_next(pipe: Connection, remote: _Remote) -> None:
         with remote.lock:
             pipe.send(("broken", f"its child process cannot import the task: {text_of(error)}"))
         os._exit(1)
-    with remote.lock:
-        pipe.send(("begun", None))
+    if task.time_limit is not None:
+        with remote.lock:
+            pipe.send(("begun", None))
     own = os.getpid()
     ending = _run_in_child(task, lease)
     if os.getpid() != own:  # a handler forked and returned in both

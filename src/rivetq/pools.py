@@ -102,6 +102,11 @@ def ending_of(error: BaseException) -> Ending:
             return Ending("nack", text_of(error))
 
 
+def stopped(delivery: Delivery) -> Ending:
+    """That of a job that was told to stop, and did."""
+    return Ending("nack", delivery.job.reason)
+
+
 def text_of(error: BaseException | None) -> str:
     """ "TypeName: message", whatever the message does."""
     try:
@@ -206,18 +211,13 @@ class ThreadPool:
         while (delivery := get()) is not None:
             delivery.started_at = time.monotonic()
             try:
-                if not _is_told(delivery):
+                if delivery.job.cancelled:  # before it began, so it does not begin
+                    delivery.ending = stopped(delivery)
+                else:
                     run_here(delivery, app)
             except BaseException as error:  # an outcome of a class of its own that cannot be read, a log filter
                 delivery.ending = delivery.ending or Ending("nack", f"{type(error).__name__}: the end cannot be told")
             done(delivery)
-
-
-def _is_told(delivery: Delivery) -> bool:
-    """It was told to stop before it began, so it does not begin."""
-    if delivery.job.cancelled:
-        delivery.ending = Ending("nack", delivery.job.reason)
-    return delivery.job.cancelled
 
 
 def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
@@ -301,7 +301,8 @@ class LoopPool:
                 delivery = waiting.popleft()
             except IndexError:  # they were taken back meanwhile
                 break
-            if _is_told(delivery):
+            if delivery.job.cancelled:  # before it began
+                delivery.ending = stopped(delivery)
                 self._done(delivery)
                 continue
             tasks[delivery] = task = self._loop.create_task(run_async(delivery, self._app))

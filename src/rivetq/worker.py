@@ -265,7 +265,9 @@ class Worker:
             left = [delivery for delivery in list(self._held.values()) if delivery.ending is None]
             for delivery in left:
                 self._tell_handler(delivery, SHUTDOWN)
-            until = time.monotonic() + self._left_for_pools(begun)
+            # What can be ended is; what comes behind it needs a moment of the grace time as well.
+            now = time.monotonic()
+            until = now + 0.8 * min(MARGIN_S, begun + self.grace - now)
             for room in self._rooms.values():
                 room.pool.stop(max(LEAST_S, until - time.monotonic()))
             for delivery in left:
@@ -289,10 +291,6 @@ class Worker:
                 if left <= 0:
                     return
                 self._changed.wait(min(left, 0.5))
-
-    def _left_for_pools(self, begun: float) -> float:
-        """Seconds to end handlers that can be ended; what comes behind them needs a moment as well."""
-        return 0.8 * min(MARGIN_S, begun + self.grace - time.monotonic())
 
     def __enter__(self) -> Self:
         self.start()

@@ -262,7 +262,7 @@ def test_a_bad_value_is_status_2(run: Run) -> None:
     assert "NAME=VALUE" in run.errors
 
 
-def test_a_call_that_cannot_be_one_is_status_2(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_cannot_be_one_is_status_2(run: Run) -> None:
     run("enqueue", "mail", "ada@example.org", "--task", "send", status=2)
     assert "list or object" in run.errors
     run("enqueue", "mail", "--task", "send", stdin="no json", status=2)

@@ -31,9 +31,11 @@ PREFIX = "RIVETQ_"
 FILE_VARIABLE = "RIVETQ_CONFIG"
 """Names the file, if no argument does."""
 
-MOST = 2**50
 Parser = Callable[[Any], Any]
 """Brings a value from a file or the environment (a str) into the form of the setting. Raises ValueError."""
+MOST = 2**50
+"""Of anything that is counted. This and the other bounds are those of `Broker` and `Worker`: a wrong value is told
+here, where its file is known."""
 
 
 def _text(value: Any) -> str:
@@ -50,11 +52,15 @@ def _number(value: Any, kind: type[int] | type[float]) -> Any:
     return value
 
 
+def _range(low: int, high: int) -> str:
+    return f"of at least {low}" if high == MOST else f"from {low} to {high}"
+
+
 def _whole(low: int, high: int = MOST) -> Parser:
     def parse(value: Any) -> int:
         number = _number(value, int)
         if not isinstance(number, int) or isinstance(number, bool) or not low <= number <= high:
-            raise ValueError(f"a whole number from {low} to {high} expected")
+            raise ValueError(f"a whole number {_range(low, high)} expected")
         return number
 
     return parse
@@ -71,16 +77,14 @@ def _bytes(low: int, high: int = MOST) -> Parser:
             number = _number(digits, int)
             value = number * units[unit] if unit in units and isinstance(number, int) else None
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"a number of bytes from {low} to {high} expected, such as 1048576 or 64MiB")
+            raise ValueError(f"a number of bytes {_range(low, high)} expected, such as 1048576 or 64MiB")
         return value
 
     return parse
 
 
 def _seconds(value: Any) -> float:
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    number = _number(value, float)
+    number = value.total_seconds() if isinstance(value, timedelta) else _number(value, float)
     if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 3.1e9:
         raise ValueError("seconds, a number from 0 to 3.1e9, expected")
     return float(number)

@@ -337,9 +337,7 @@ class Task(Generic[P, R_co]):
         """Raise UsageError if these are no arguments of the function."""
         if not kwargs and self._plain[0] <= len(args) <= self._plain[1]:
             return  # the signature's own answer takes as long as all else of a short job
-        try:
-            self._signature.bind(*args, **kwargs)
-        except TypeError as error:
+        if (error := _misfit(self._signature, args, kwargs)) is not None:
             raise UsageError(f"task {self.name!r}: the arguments do not fit {self._signature}: {error}") from error
 
     def key(self, call: Call) -> str | None:
@@ -350,13 +348,11 @@ class Task(Generic[P, R_co]):
         try:
             return key(*call.args, **call.kwargs)
         except TypeError as error:
-            try:
-                inspect.signature(key).bind(*call.args, **call.kwargs)
-            except TypeError:
-                raise UsageError(
-                    f"task {self.name!r}: idempotency_key is called as the task is, and needs its defaults: {error}"
-                ) from error
-            raise
+            if _misfit(inspect.signature(key), call.args, call.kwargs) is None:
+                raise  # it is the function's own
+            raise UsageError(
+                f"task {self.name!r}: idempotency_key is called as the task is, and needs its defaults: {error}"
+            ) from error
 
     def _checked(self, call: object) -> Call:
         if isinstance(call, tuple):
@@ -372,17 +368,20 @@ class Task(Generic[P, R_co]):
         return _find, (self.function.__module__, self.function.__qualname__)
 
 
+def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError | None:
+    """Why these are no arguments of such a function; None: they are."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        return error
+    return None
+
+
 def _is_method(function: Callable[..., Any]) -> bool:
+    """It stands in the body of a class and begins with a self."""
     place = function.__qualname__.rpartition(".")[0]
-    return (
-        bool(place)
-        and not place.endswith("<locals>")
-        and next(iter(inspect.signature(function).parameters), "")
-        in (
-            "self",
-            "cls",
-        )
-    )
+    first = next(iter(inspect.signature(function).parameters), "")
+    return bool(place) and not place.endswith("<locals>") and first in ("self", "cls")
 
 
 def _plain_arguments(signature: inspect.Signature) -> tuple[int, int]:

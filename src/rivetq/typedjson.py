@@ -109,17 +109,13 @@ class TypedJson:
 
     def _plain_instance(self, value: Any) -> Any:
         kind = type(value)
-        if not _is_record(kind) and not _is_enum(kind):
+        if not _is_enum(kind) and not (_is_record(kind) and _is_made_of_its_fields(kind)):
             raise TypeError(f"no way to write a {kind.__module__}.{kind.__qualname__}")
         name = _name(kind)
         if self._classes.get(name) is not kind:
             raise TypeError(
                 f"{name} is not known here: annotate the task's argument with it, or call app.codec.register(it)"
             )
-        if not _is_enum(kind):
-            object.__new__(
-                kind
-            )  # as it will be made; TypeError for an exception or a dict, which keep more than fields
         if _is_enum(kind):
             return {_CLASS: [name, value.value if isinstance(value, enum.Flag) else value.name]}
         return {_CLASS: [name, {field: self._plain(getattr(value, field)) for field in _fields(kind)}]}
@@ -178,6 +174,15 @@ def _is_enum(kind: Any) -> bool:
 def _is_record(kind: Any) -> bool:
     """A class that was itself decorated: what a plain subclass adds, its fields do not tell."""
     return isinstance(kind, type) and ("__dataclass_fields__" in vars(kind) or "__attrs_attrs__" in vars(kind))
+
+
+def _is_made_of_its_fields(kind: type) -> bool:
+    """Not an exception or a dict: these keep more than the fields, and cannot be made without their constructor."""
+    try:
+        object.__new__(kind)
+    except TypeError:
+        return False
+    return True
 
 
 def _fields(kind: type) -> dict[str, Callable[[Any], Any]]:

@@ -149,14 +149,12 @@ class TestingApp:
             count: so many calls, neither more nor fewer; None: one at least.
         """
         __tracebackhide__ = True
-        wanted_args, wanted_kwargs = (
-            self._passed(None if args is None else list(args)),
-            self._passed(None if kwargs is None else dict(kwargs)),
-        )
+        wanted_args = None if args is None else self._passed(list(args))
+        wanted_kwargs = None if kwargs is None else self._passed(dict(kwargs))
         found = [
             call
             for call in self.enqueued(task, queue=queue)
-            if (args is None or call.args == wanted_args) and (kwargs is None or call.kwargs == wanted_kwargs)
+            if wanted_args in (None, call.args) and wanted_kwargs in (None, call.kwargs)
         ]
         if (count is None and not found) or (count is not None and len(found) != count):
             others = "".join(f"\n  {call.job.queue}: {_call(call)}" for call in self.enqueued())

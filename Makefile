@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format lint types coverage wheel docs bench bench-full bench-workers crash sweeps rot planted workers clean
+.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers crash sweeps rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -13,8 +13,19 @@ $(VENV)/ready: pyproject.toml
 demo: $(VENV)/ready ## the main job on real input, killed three times on the way
 	$(BIN)/python examples/index_sources.py
 
+# Half of the time of all tests goes into these: the model, and what can go wrong at every place. Two processes of pytest,
+# these and the others, use two processors.
+HUNTS := $(addprefix tests/test_,$(addsuffix .py,crash_points kill model planted recovery simulation sweeps))
+RUN := $(BIN)/python
+
 test: $(VENV)/ready ## all tests
-	$(BIN)/python -m pytest
+	$(MAKE) -j2 hunts others
+
+hunts: $(VENV)/ready
+	$(RUN) -m pytest $(HUNTS)
+
+others: $(VENV)/ready
+	$(RUN) -m pytest $(addprefix --ignore=,$(HUNTS))
 
 check: format lint types coverage wheel docs demo ## what CI runs: all of this, and a fair share of the longer hunts
 	$(MAKE) crash CYCLES=300 STATES=20000
@@ -33,7 +44,7 @@ types: $(VENV)/ready
 
 coverage: $(VENV)/ready ## all tests, with the bars of branch coverage
 	rm -f .coverage .coverage.*
-	RIVETQ_EXAMPLES=200 $(BIN)/coverage run -m pytest
+	RIVETQ_EXAMPLES=200 $(MAKE) test RUN='$(BIN)/coverage run'
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 	$(BIN)/coverage report --include='src/rivetq/log.py,src/rivetq/machine.py,src/rivetq/recovery.py' --fail-under=100

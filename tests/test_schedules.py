@@ -278,7 +278,38 @@ def test_a_changed_schedule_replaces_its_record_and_a_removed_one_ends(broker: B
     assert isinstance(clock, ManualClock)
     clock.advance(120)
     scheduler.step()
+    assert len(broker.jobs(SCHEDULES)) == 1  # it may be another app's whose worker is about to start
+    clock.advance(300)
+    scheduler.step()
     assert broker.jobs(SCHEDULES) == []
+
+
+def test_several_apps_share_a_broker_and_end_no_schedules_of_each_other(broker: Broker, clock: ManualClock) -> None:
+    one, other, third = make_app(broker, misfire="all"), App(broker), make_app(broker)
+    other.periodic(every(60), name="of another")(other.task(queue="r")(lambda: None))
+    live(one, 60)
+    clock.advance(60)
+    scheduler = Scheduler(broker, other.schedules)  # its worker comes first, and finds a record of nobody's
+    scheduler.reconcile()
+    scheduler.step()
+    with pytest.raises(UsageError, match="'of another'"):
+        again = App(broker)
+        again.periodic(every(60), name="of another")(again.task(lambda: None))
+        Scheduler(broker, again.schedules)
+    clock.advance(60)
+    live(one, 600)
+    scheduler.step()
+    assert fired(broker) == [utc("2026-01-01T00:00") + timedelta(minutes=n) for n in range(1, 14)]
+    assert len(fired(broker, "r")) == 11
+    assert len(broker.jobs(SCHEDULES)) == 2
+    both = Scheduler(broker, one.schedules)
+    clock.advance(60)
+    scheduler.step()  # on behalf of the other as well
+    assert (len(fired(broker)), len(fired(broker, "r"))) == (14, 12)
+    with pytest.raises(UsageError, match="'tick'"):
+        Scheduler(broker, third.schedules)
+    both.close()
+    Scheduler(broker, third.schedules)
 
 
 @pytest.mark.parametrize("step", [3600, -1800])

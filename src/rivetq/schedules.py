@@ -14,10 +14,12 @@ import hashlib
 import json
 import logging
 import queue
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, tzinfo
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary, WeakSet
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import attrs
@@ -181,18 +183,42 @@ class Schedule:
 class Scheduler:
     """Fires what is due, in one thread. For workers.
 
+    Each of those of one broker fires the schedules of all of them: several workers, and several apps, share the queue.
+
     Args:
-        schedules: by name.
+        schedules: of an app, by name.
+
+    Raises:
+        UsageError: another app on this broker, whose worker runs, has a schedule of such a name.
     """
 
     def __init__(self, broker: Broker, schedules: dict[str, Schedule]) -> None:
         self._broker = broker
         self._schedules = schedules
+        self._strangers: set[int] = set()  # records of schedules that nobody has; see `_end_stranger`
         self._inbox: queue.SimpleQueue[tuple[list[Lease] | None, BaseException | None] | None] = queue.SimpleQueue()
+        with _lock:
+            for other in _live.setdefault(broker, WeakSet()):
+                if other._schedules is not schedules and (both := schedules.keys() & other._schedules.keys()):
+                    raise UsageError(
+                        f"schedule {min(both)!r}: another app on this broker has one of this name; give it a name="
+                    )
+            _live[broker].add(self)
+
+    def close(self) -> None:
+        """Its schedules are not fired by others any more."""
+        with _lock:
+            _live.get(self._broker, WeakSet[Scheduler]()).discard(self)
 
     def run(self) -> None:
         """Until `stop`, or until the broker fails or is closed, which it raises."""
-        self.reconcile()
+        try:
+            self.reconcile()
+            self._run()
+        finally:
+            self.close()
+
+    def _run(self) -> None:
         while True:
             waiting = self._broker.lease_soon(SCHEDULES, TICKS, lambda leases, error: self._inbox.put((leases, error)))
             told = self._inbox.get()
@@ -260,10 +286,12 @@ class Scheduler:
 
     def _fire(self, lease: Lease) -> None:
         content = _content(lease.payload)
-        schedule = self._schedules.get(content["schedule"]) if content is not None else None
-        if schedule is None or content["spec"] != schedule.spec.text:
-            logger.info("a schedule that this program does not have any more ends: %r", lease.payload)
-            lease.ack()
+        schedule = None if content is None else self._known(content["schedule"])
+        if content is None or (schedule is not None and content["spec"] != schedule.spec.text):
+            lease.ack()  # no record, or one of before the program was changed
+            return
+        if schedule is None:
+            self._end_stranger(lease)
             return
         now, first = self._now(), datetime.fromtimestamp(content["tick_ms"] / 1000, UTC)
         left_ms = (first - now).total_seconds() * 1000
@@ -286,6 +314,22 @@ class Scheduler:
                     return
                 ticks, following = ticks[:1], ticks[1]
 
+    def _known(self, name: str) -> Schedule | None:
+        with _lock:
+            for scheduler in _live.get(self._broker, ()):
+                if name in scheduler._schedules:
+                    return scheduler._schedules[name]
+        return None
+
+    def _end_stranger(self, lease: Lease) -> None:
+        """Of a schedule that nobody has: another app's whose worker is about to start, or one that is there no more."""
+        if lease.id in self._strangers:
+            logger.info("a schedule that this program does not have any more ends: %r", lease.payload)
+            lease.ack()
+        else:
+            self._strangers.add(lease.id)
+            self._broker.release(lease, delay=LOOK_MS / 1000)
+
     def _enqueue(self, to: Any, schedule: Schedule, tick: datetime) -> None:
         tick_ms = _ms(tick)
         now_ms = self._broker.clock.wall_ms()
@@ -299,6 +343,10 @@ class Scheduler:
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._broker.clock.wall_ms() / 1000, UTC)
+
+
+_live: WeakKeyDictionary[Broker, WeakSet[Scheduler]] = WeakKeyDictionary()
+_lock = threading.Lock()  # guards _live
 
 
 def key(name: str, tick: datetime) -> str:

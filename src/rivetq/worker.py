@@ -51,8 +51,11 @@ from .pools import (
     ThreadPool,
     fields,
 )
-from .schedules import Scheduler
+from .schedules import SCHEDULES, Scheduler
 from .tasks import App, Reject, here, seconds_of
+from .tasks import Retry as Retry  # with `Reject` and the next two: what a handler needs, beside what runs it
+from .tasks import Snooze as Snooze
+from .tasks import current_job as current_job
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -225,13 +228,14 @@ class Worker:
         if self._started:
             raise UsageError("a worker is started once; make another")
         self._broker: Broker = self.app.broker
+        if self.app.schedules or SCHEDULES in self._broker.queues():  # or those that the program had
+            self._scheduler = Scheduler(self._broker, self.app.schedules)
         self._started = True
         for kind in {_kind(task) for task in self.app.tasks.values()} or {"thread"}:
             self._add_room(kind)
         self.app.workers.add(self)
         targets = {"fetch": self._fetch, "settle": self._settle, "renew": self._renew}
-        if self.app.schedules:
-            self._scheduler = Scheduler(self._broker, self.app.schedules)
+        if self._scheduler is not None:
             targets["schedule"] = self._scheduler.run
         for name, target in targets.items():
             thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)

@@ -79,6 +79,7 @@ class TestingApp:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         app = self.app
+        self._scheduler.close()
         app.broker.close()
         app._path, app._broker, app._async = self._before
         app._runner, app._is_testing = None, False

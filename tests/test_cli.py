@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -20,8 +21,9 @@ from rivetq import Broker, RateLimit
 pytest.importorskip("click", reason="the extra cli is not installed")
 
 from click.testing import CliRunner
+from rich.console import Console
 
-from rivetq import cli
+from rivetq import cli, tools
 
 
 class Run:
@@ -165,6 +167,25 @@ def test_verify_backup_salvage_and_rebuild_index(filled: Run, tmp_path: Path) ->
     assert filled("verify", status=1).startswith("damaged\n")
     filled("stats", status=1)
     assert str(segment) in filled.errors
+
+
+def test_what_takes_long_shows_on_a_terminal_how_far_it_is(filled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(cli, "errors", Console(file=terminal, force_terminal=True, width=80))
+    monkeypatch.setattr(cli, "PATIENCE_S", 0.01)
+    verify = tools.verify
+
+    def slow(path: str, progress: tools.Progress) -> tools.Verification:
+        progress(30, 100)
+        until = time.monotonic() + 10
+        while "30%" not in terminal.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+        return verify(path, progress=progress)
+
+    monkeypatch.setattr(tools, "verify", slow)
+    assert filled("verify").startswith("whole")
+    assert "30%" in terminal.getvalue()
+    assert "reading every byte" in terminal.getvalue()
 
 
 def test_bench_measures_in_a_directory_of_its_own_and_removes_it(run: Run) -> None:

@@ -310,6 +310,26 @@ def test_verify_beside_an_owner_that_works_and_compacts_finds_it_whole(tmp_path:
     assert found[-1].records > found[0].records
 
 
+def test_the_tools_tell_how_far_they_are(killed: Path, busy: Broker, tmp_path: Path) -> None:
+    calls: dict[str, Callable[[tools.Progress], object]] = {
+        "verify": lambda tell: tools.verify(killed, progress=tell),
+        "verify beside its owner": lambda tell: tools.verify(busy.path, progress=tell),
+        "backup": lambda tell: tools.backup(busy.path, tmp_path / "out", progress=tell),
+        "copy": lambda tell: tools.backup(busy.path, tmp_path / "copy", link=False, progress=tell),
+        "salvage": lambda tell: tools.salvage(killed, tmp_path / "saved", progress=tell),
+        "rebuild": lambda tell: tools.rebuild_index(killed, progress=tell),
+    }
+    for name, call in calls.items():
+        told: list[tuple[int, ...]] = []
+        call(lambda *how_far: told.append(how_far))  # noqa: B023  # it is called in this turn
+        known = [(done, most) for done, most in told if most]
+        assert (told[-1] == (0, 0)) == (name == "rebuild"), name
+        assert known[0][0] == 0, name
+        assert known == sorted(known), name
+        assert {most for _, most in known} == {known[0][1]}, name
+        assert 0.5 < known[-1][0] / known[-1][1] <= 1, name
+
+
 def test_tools_that_write_refuse_what_a_broker_has_open(busy: Broker, tmp_path: Path) -> None:
     with pytest.raises(BrokerLockedError):
         tools.rebuild_index(busy.path)

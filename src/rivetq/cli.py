@@ -44,7 +44,7 @@ try:
     import click
     from rich.console import Console
     from rich.live import Live
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ImportError as error:  # pragma: no cover  # the tests run where both are installed
     raise SystemExit(f"rivetq: the command line needs click and rich ({error}): pip install rivetq[cli]") from None
@@ -169,33 +169,36 @@ def _print_table(table: Table) -> None:
 
 
 @contextmanager
-def _slow(text: str) -> Iterator[None]:
-    """Shows on a terminal that something goes on, once it has taken a second."""
-    done = threading.Event()
+def _slow(text: str) -> Iterator[tools.Progress]:
+    """Shows on a terminal how far something is that has taken a second; or only that it goes on, if nobody tells."""
+    if not errors.is_terminal:
+        yield lambda done, most: None
+        return
+    ended = threading.Event()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    bar = Progress(*columns, console=errors, transient=True)
+    task = bar.add_task(text, total=None)
 
     def show() -> None:
-        if done.wait(PATIENCE_S):
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=errors, transient=True) as progress:
-            progress.add_task(text, total=None)
-            done.wait()
+        if not ended.wait(PATIENCE_S):
+            with bar:
+                ended.wait()
 
-    if not errors.is_terminal:
-        yield
-        return
+    def tell(done: int, most: int) -> None:
+        bar.update(task, completed=done, total=most or None)
+
     thread = threading.Thread(target=show, daemon=True)
     thread.start()
     try:
-        yield
+        yield tell
     finally:
-        done.set()
+        ended.set()
         thread.join()
 
 
 def _look() -> tools.Look:
-    with _slow("reading the log"):
-        return tools.look(_settings().path)
+    with _slow("reading the log") as progress:
+        return tools.look(_settings().path, progress=progress)
 
 
 @contextmanager
@@ -454,8 +457,8 @@ def cancel(job_id: int) -> int:
 @_command()
 def verify() -> int:
     """Read every byte, check every checksum, compare the index with the log."""
-    with _slow("reading every byte"):
-        found = tools.verify(_settings().path)
+    with _slow("reading every byte") as progress:
+        found = tools.verify(_settings().path, progress=progress)
     for problem in (found.log, found.index, found.mark):
         if problem is not None:
             click.echo(f"rivetq: {problem.file}: {problem.what}", err=True)
@@ -478,8 +481,8 @@ def _report(found: Any, word: str) -> None:
 def rebuild_index() -> None:
     """Build the index anew from the log."""
     path = _settings().path
-    with _slow("building the index"):
-        count = tools.rebuild_index(path)
+    with _slow("building the index") as progress:
+        count = tools.rebuild_index(path, progress=progress)
     _told({"path": path, "jobs": count}, f"{count} jobs")
 
 
@@ -488,8 +491,8 @@ def rebuild_index() -> None:
 @click.option("--copy", is_flag=True, help="Copy all bytes, link none.")
 def backup(out: str, copy: bool) -> None:
     """Copy the directory to OUT and read the copy back; also while a broker has it open."""
-    with _slow("copying"):
-        found = tools.backup(_settings().path, out, link=not copy)
+    with _slow("copying") as progress:
+        found = tools.backup(_settings().path, out, link=not copy, progress=progress)
     _report(found, "done")
 
 
@@ -497,8 +500,8 @@ def backup(out: str, copy: bool) -> None:
 @click.argument("out", type=click.Path())
 def salvage(out: str) -> int:
     """Write what can be read of a damaged log into the new directory OUT."""
-    with _slow("reading what can be read"):
-        found = tools.salvage(_settings().path, out)
+    with _slow("reading what can be read") as progress:
+        found = tools.salvage(_settings().path, out, progress=progress)
     _report(found, "whole" if found.is_whole else "something was missing, see salvage.json")
     return DONE if found.is_whole else DAMAGED
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +28,7 @@ from .engine import Backup
 from .errors import BrokerLockedError, CorruptLogError, StorageError
 from .events import Copied, Enqueued, Event
 from .index import Index
-from .io import SystemDisk, read_file
+from .io import CountingDisk, SystemDisk, read_file
 from .log import list_segments, read_mark
 from .machine import Machine, facts
 from .model import Job, JobState, QueueConfig, QueueStats, checked_int, moment
@@ -40,6 +40,8 @@ from .segment import segment_name
 from .view import ViewEngine, copy_index, served
 
 Path = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+"""Called now and then with how many bytes of a log were read, and of how many; (0, 0): nobody knows."""
 VERIFY_ROUNDS, VERIFY_PATIENCE_S, VERIFY_PAUSE_S = 3, 5.0, 0.05
 """An index that does not match is looked at so often, and for so long, while somebody writes it."""
 
@@ -83,7 +85,7 @@ def check(path: Path) -> str:
     return _directory(path)
 
 
-def verify(path: Path) -> Verification:
+def verify(path: Path, *, progress: Progress | None = None) -> Verification:
     """Read every byte of a directory, check every checksum, compare the index with the log. Nothing in it is changed.
 
     A directory that was never closed may have no index, or one whose last checkpoint was cut short by the crash: the
@@ -98,12 +100,12 @@ def verify(path: Path) -> Verification:
     with _readable(directory):
         try:
             with _owned(directory):
-                return _verified(directory)
+                return _verified(directory, progress)
         except BrokerLockedError:
-            return _verified_open(directory)
+            return _verified_open(directory, progress)
 
 
-def rebuild_index(path: Path) -> int:
+def rebuild_index(path: Path, *, progress: Progress | None = None) -> int:
     """Build the index anew from the log; how many jobs there are. Leases stay as they are.
 
     Raises:
@@ -114,8 +116,10 @@ def rebuild_index(path: Path) -> int:
     directory = _directory(path)
     index = Index(SystemDisk(), os.path.join(directory, "index"))
     with _owned(directory), _readable(directory):
-        log_id = recover(SystemDisk(), directory, None, SystemClock(), Machine).log_id
+        log_id = recover(_disk(directory, progress), directory, None, SystemClock(), Machine).log_id
         index.clear()
+    if progress is not None:
+        progress(0, 0)
     with Broker(directory, release_on_open=False) as broker:
         stats = broker.stats()
     if index.manifest(log_id) is None:
@@ -123,7 +127,7 @@ def rebuild_index(path: Path) -> int:
     return stats.ready + stats.scheduled + stats.leased + stats.dead
 
 
-def salvage(path: Path, out: Path) -> Salvage:
+def salvage(path: Path, out: Path, *, progress: Progress | None = None) -> Salvage:
     """Write all that can be read of a damaged log into the new directory `out`, which a broker can open.
 
     The damaged one is only read. See `Salvage` for what it tells; the same is in `out` as `salvage.json`. Where records
@@ -135,14 +139,16 @@ def salvage(path: Path, out: Path) -> Salvage:
     """
     directory = _directory(path)
     with _owned(directory), _readable(directory):
-        return _salvage(SystemDisk(), directory, os.path.abspath(checked_path(out)), SystemClock())
+        disk = _disk(directory, progress, passes=2)  # what is saved of it is read once more
+        return _salvage(disk, directory, os.path.abspath(checked_path(out)), SystemClock())
 
 
-def backup(path: Path, out: Path, *, link: bool = True) -> Backup:
+def backup(path: Path, out: Path, *, link: bool = True, progress: Progress | None = None) -> Backup:
     """Copy a directory, whether a broker has it open or not; see `Broker.backup`."""
     directory = _directory(path)
     with _readable(directory):
-        return take(SystemDisk(), directory, os.path.abspath(checked_path(out)), SystemClock(), link=link)
+        disk = _disk(directory, progress, passes=1 if link else 2)  # the copy is read back
+        return take(disk, directory, os.path.abspath(checked_path(out)), SystemClock(), link=link)
 
 
 def dump(path: Path, *, payloads: bool = False) -> Iterator[dict[str, Any]]:
@@ -212,7 +218,7 @@ class Look:
         return self._engine.get(checked_int(job_id, "job_id", 0))
 
 
-def look(path: Path) -> Look:
+def look(path: Path, *, progress: Progress | None = None) -> Look:
     """Look into a directory, whether a broker has it open or not: ``with look("data") as found``. Nothing is changed.
 
     It shows the state after the last record that is in the files: the index of the last checkpoint, copied to a
@@ -224,7 +230,23 @@ def look(path: Path) -> Look:
     """
     directory = _directory(path)
     with _readable(directory):
-        return Look(ViewEngine(SystemDisk(), directory))
+        return Look(ViewEngine(_disk(directory, progress), directory))
+
+
+def _disk(directory: str, progress: Progress | None, passes: int = 1) -> SystemDisk:
+    """One that tells how far the log was read."""
+    if progress is None:
+        return SystemDisk()
+    most = passes * _log_bytes(directory)
+    return CountingDisk(lambda read: progress(min(read, most), most))
+
+
+def _log_bytes(directory: str) -> int:
+    log, size = os.path.join(directory, "log"), 0
+    for number in list_segments(SystemDisk(), log):
+        with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+            size += os.path.getsize(os.path.join(log, segment_name(number)))
+    return size
 
 
 def _event(event: Event, body: bytes | None) -> dict[str, Any]:
@@ -282,12 +304,11 @@ def _owned(directory: str) -> Iterator[None]:
         lock.refuse()
 
 
-def _verified(directory: str) -> Verification:
+def _verified(directory: str, progress: Progress | None) -> Verification:
     found = Verification(path=directory)
-    disk, log = SystemDisk(), os.path.join(directory, "log")
-    numbers = list_segments(disk, log)
-    found.segments = len(numbers)
-    found.bytes = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
+    disk, log = _disk(directory, progress), os.path.join(directory, "log")
+    found.segments = len(list_segments(disk, log))
+    found.bytes = _log_bytes(directory)
     try:
         whole = recover(disk, directory, None, SystemClock(), Machine)
         served(whole)
@@ -304,17 +325,17 @@ def _verified(directory: str) -> Verification:
     return found
 
 
-def _verified_open(directory: str) -> Verification:
+def _verified_open(directory: str, progress: Progress | None) -> Verification:
     """While the owner works: an index that a checkpoint or a compaction overtook is copied once more."""
     until, rounds = time.monotonic() + VERIFY_PATIENCE_S, 0
     while True:
-        found, rounds = _verified_copy(directory), rounds + 1
+        found, rounds = _verified_copy(directory, progress), rounds + 1
         if found.index is None or (rounds >= VERIFY_ROUNDS and time.monotonic() >= until):
             return found
         time.sleep(VERIFY_PAUSE_S)
 
 
-def _verified_copy(directory: str) -> Verification:
+def _verified_copy(directory: str, progress: Progress | None) -> Verification:
     prefix = ".rivetq-verify-"
     try:
         copy = tempfile.mkdtemp(prefix=prefix, dir=os.path.dirname(directory))
@@ -323,7 +344,7 @@ def _verified_copy(directory: str) -> Verification:
     try:
         copy_index(os.path.join(directory, "index"), os.path.join(copy, "index"))  # first: the log has what it holds
         copy_log(SystemDisk(), os.path.join(directory, "log"), os.path.join(copy, "log"))
-        found = _verified(copy)
+        found = _verified(copy, progress)
     except CorruptLogError as error:
         return Verification(path=directory, log=_damage(error))
     finally:

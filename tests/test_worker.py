@@ -24,6 +24,7 @@ from rivetq import (
     BrokerFailedError,
     DiskFullError,
     Job,
+    LeaseLostError,
     LeaseRef,
     QueueStats,
     RetryPolicy,
@@ -700,6 +701,60 @@ def test_a_lease_lost_at_the_answer_leaves_the_other_answers_alone(app: App) -> 
 # -- Time limits
 
 
+@pytest.mark.parametrize("then", ["returns", "raises", "runs on"])
+def test_a_handler_may_finish_its_job_together_with_what_it_enqueues(app: App, then: str) -> None:
+    told: list[bool] = []
+    endings: list[Settled] = []
+
+    @app.task(queue="next")
+    def step(n: int) -> None: ...
+
+    @app.task(max_attempts=1, visibility_timeout=0.3)
+    def begin(n: int) -> None:
+        with pytest.raises(ZeroDivisionError), current_job().finish() as tx:
+            step.options(transaction=tx).enqueue(0)
+            n // 0
+        assert not current_job().finished
+        with current_job().finish() as tx:
+            step.options(transaction=tx).enqueue(n)
+        with pytest.raises(UsageError, match="before"), current_job().finish():
+            pass
+        assert app.broker.get(current_job().id) is None
+        if then == "runs on":  # nobody renews what is done, or takes it for lost
+            told.append(current_job().wait_cancelled(0.5))
+        if then == "raises":
+            raise RuntimeError("behind it")
+
+    with Worker(app, ["default"], on_settled=endings.append):
+        begin.enqueue(7)
+        until(lambda: endings)
+    assert [(each.task, each.ending) for each in endings] == [("begin", "ack")]
+    assert [job.json()["args"] for job in app.broker.jobs("next")] == [[7]]
+    assert (app.broker.stats().acked, app.broker.stats().dead, True in told) == (1, 0, False)
+
+
+def test_a_job_whose_lease_is_lost_cannot_be_finished_and_enqueues_nothing(app: App) -> None:
+    errors: list[BaseException] = []
+
+    @app.task(queue="next")
+    def step() -> None: ...
+
+    @app.task
+    def begin() -> None:
+        if current_job().attempt == 1:
+            current_job().lease.nack(delay=0)
+        try:
+            with current_job().finish() as tx:
+                step.options(transaction=tx).enqueue()
+        except LeaseLostError as error:
+            errors.append(error)
+
+    with Worker(app, ["default"], concurrency=1):
+        begin.enqueue()
+        until(lambda: app.broker.stats("default").acked)
+    assert (len(errors), app.broker.stats("next").enqueued) == (1, 1)
+
+
 def test_a_time_limit_cancels_an_async_handler_and_its_attempt_failed(app: App) -> None:
     @app.task(time_limit=timedelta(seconds=0.1), max_attempts=1, visibility_timeout=timedelta(seconds=9))
     async def task() -> None:
@@ -735,7 +790,7 @@ def test_a_task_runs_in_a_child_process_and_may_enqueue_others(children: App) ->
     assert children.broker.stats("children").acked == 4
 
 
-@pytest.mark.parametrize("end", ["error", "retry", "snooze", "reject", "none"])
+@pytest.mark.parametrize("end", ["error", "retry", "snooze", "reject", "finish", "none"])
 def test_the_end_of_a_handler_in_a_child_is_that_of_one_here(children: App, end: str) -> None:
     job_id = worker_tasks.end.options(retry=RetryPolicy(base=500)).enqueue(end)
     with Worker(children, concurrency=1):
@@ -746,8 +801,12 @@ def test_the_end_of_a_handler_in_a_child_is_that_of_one_here(children: App, end:
         "snooze": ("scheduled", 0, None),
         "reject": ("dead", 1, "never"),
         "none": None,
-    }[end]
+    }.get(end)
     found = children.broker.get(job_id)
+    if end == "finish":
+        assert found is not None
+        assert str(found.last_error).startswith("UsageError: the broker belongs to the worker's own process")
+        return
     assert (found and (found.state, found.attempts, found.last_error)) == expected
 
 

@@ -55,7 +55,7 @@ class Delivery:
         self.task = task
         self.args = args
         self.kwargs = kwargs
-        self.job = CurrentJob(lease, task.name)
+        self.job = CurrentJob(lease, task.name, task.app)
         self.started_at: float | None = None  # monotonic
         self.seconds = 0.0  # that the handler ran
         self.ending: Ending | None = None

@@ -104,10 +104,13 @@ class Reject(Outcome):
 class CurrentJob:
     """The job that a handler is running, and whether it should end early. See `current_job`."""
 
-    def __init__(self, lease: Lease, task: str) -> None:
+    def __init__(self, lease: Lease, task: str, app: App) -> None:
         self.lease = lease
         self.task = task
         """Name of the task."""
+        self._app = app
+        self.finished = False
+        """It was acked, by `finish`."""
         self.stopping = False
         """The worker is shutting down: a handler that can end soon, or raise `Snooze`, should."""
         self.reason: str | None = None
@@ -148,6 +151,31 @@ class CurrentJob:
         if self._is_cancelled:  # before there was an event to set
             return True
         return self._cancelled.wait(seconds)
+
+    @contextmanager
+    def finish(self) -> Iterator[Transaction]:
+        """Ack this job together with what the block enqueues, all or nothing: ``with current_job().finish() as tx``.
+
+        So a step and the one that follows it cannot come apart: ``next_step.options(transaction=tx).enqueue(...)``.
+        When the block has ended the job is done, whatever becomes of the handler. On an exception in it nothing
+        happened.
+
+        It waits for the disk; an async handler calls it in a thread (`asyncio.to_thread`) where that matters.
+
+        Raises:
+            UsageError: it was finished before; or it runs in a process pool, which has no broker.
+            LeaseLostError: the lease was lost meanwhile, and nothing was enqueued.
+        """
+        if self.finished:
+            raise UsageError(f"job {self.id}: it was finished before")
+        try:
+            with self._app.broker.transaction() as tx:
+                tx.ack(self.lease)
+                yield tx
+                self.finished = True  # before the commit: nobody renews its lease from here on
+        except BaseException:
+            self.finished = False
+            raise
 
     def cancel(self, reason: str) -> None:
         """For workers: tell the handler. The first reason stays."""

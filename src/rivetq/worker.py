@@ -41,6 +41,7 @@ from rivetq import (
 
 from .children import ProcessPool, memory_bytes
 from .pools import (
+    ACK,
     GIVEN_BACK,
     SHUTDOWN,
     TIME_LIMIT,
@@ -499,6 +500,9 @@ class Worker:
         # Each once: at a stop a job may be given back while its handler ends.
         batch = list(dict.fromkeys(batch))
         held = [delivery for delivery in batch if delivery.lease.token in self._held]
+        finished = [delivery for delivery in held if delivery.job.finished]
+        if finished:
+            held = [delivery for delivery in held if not delivery.job.finished]
         while held:
             try:
                 self._commit(held)
@@ -515,6 +519,7 @@ class Worker:
                     break
                 time.sleep(RETRY_S)
         cancelled = []
+        held += finished
         for delivery in held:
             self._held.pop(delivery.lease.token, None)
             if delivery.job.reason == CANCELLED and _ending(delivery).verb == "reject":
@@ -577,7 +582,7 @@ class Worker:
             shortest = math.inf
             for delivery in list(self._held.values()):
                 shortest = min(shortest, delivery.visibility)
-                if delivery.renew_at <= now and delivery.ending is None:
+                if delivery.renew_at <= now and delivery.ending is None and not delivery.job.finished:
                     due.setdefault(delivery.visibility, []).append(delivery)
             if not self._held:
                 self._shortest = shortest
@@ -600,7 +605,7 @@ class Worker:
             except LeaseLostError as error:
                 for delivery in [each for each in deliveries if each.lease.id == error.job_id]:
                     deliveries.remove(delivery)
-                    if delivery.lease.token in self._held and delivery.ending is None:
+                    if delivery.lease.token in self._held and delivery.ending is None and not delivery.job.finished:
                         self._note_lost(delivery)
                         self._tell_handler(delivery, LEASE_LOST)
             except (BrokerClosedError, BrokerFailedError):
@@ -719,6 +724,8 @@ def _ending(delivery: Delivery) -> Ending:
     """What becomes of the job, since its handler may have been told to stop."""
     ending, reason = delivery.ending, delivery.job.reason
     assert ending is not None
+    if delivery.job.finished:
+        return ACK
     if reason is None or ending.verb == "ack":
         return ending
     if reason == SHUTDOWN:

@@ -1230,7 +1230,7 @@ def test_a_job_leased_in_advance_that_is_cancelled_does_not_begin(app: App, kind
 
 @pytest.mark.parametrize("way", ["blocks", "swallows"])
 def test_an_async_handler_that_cannot_be_ended_does_not_prolong_the_grace_time(app: App, way: str) -> None:
-    begun, end = threading.Event(), threading.Event()
+    begun, end, ended = threading.Event(), threading.Event(), list[bool]()
 
     @app.task
     async def stubborn() -> None:
@@ -1240,6 +1240,7 @@ def test_an_async_handler_that_cannot_be_ended_does_not_prolong_the_grace_time(a
                 end.wait(PATIENCE_S)
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(0.01)
+        ended.append(True)
 
     worker = Worker(app, grace=2)
     worker.start()
@@ -1248,9 +1249,13 @@ def test_an_async_handler_that_cannot_be_ended_does_not_prolong_the_grace_time(a
     started = time.monotonic()
     worker.stop()
     seconds = time.monotonic() - started
+    [loop] = [thread for thread in threading.enumerate() if thread.name == "rivetq-worker-loop"]
     end.set()
     assert seconds < 3.5  # and not after the seconds that the loop may take to end
     assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
+    loop.join(PATIENCE_S)  # it ends with the handler, and leaves no task to the garbage collector
+    assert not loop.is_alive()
+    assert ended == [True]
 
 
 # -- Children that begin slowly, or not at all

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -244,6 +245,7 @@ class LoopPool:
         self._waiting: deque[Delivery] = deque()
         self._tasks: dict[Delivery, asyncio.Task[None]] = {}
         self._is_stopped = False
+        self._last: asyncio.Task[None] | None = None  # waits for handlers that swallow their cancellation
 
     def start(self) -> None:
         self._thread.start()
@@ -271,8 +273,11 @@ class LoopPool:
 
     def stop(self, seconds: float) -> None:
         if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._end(seconds / 2), self._loop)
-            self._thread.join(seconds)  # a handler that blocks the loop keeps it: then it is left behind
+            until = time.monotonic() + seconds
+            ended = asyncio.run_coroutine_threadsafe(self._end(seconds / 2), self._loop)
+            with suppress(TimeoutError):  # a handler blocks the loop: then it is left behind, until that ends
+                if ended.result(seconds):
+                    self._thread.join(max(0.0, until - time.monotonic()))
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -284,12 +289,22 @@ class LoopPool:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    async def _end(self, seconds: float) -> None:
+    async def _end(self, seconds: float) -> bool:
+        """Cancel what runs; whether all of it ended. Otherwise the loop goes on until that has, and nobody waits."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
+        if tasks and (await asyncio.wait(tasks, timeout=seconds))[1]:
+            self._last = self._loop.create_task(self._end_with(tasks))
+            return False
+        self._stop_loop()
+        return True
+
+    async def _end_with(self, tasks: list[asyncio.Task[None]]) -> None:
+        await asyncio.wait(tasks)
+        self._stop_loop()
+
+    def _stop_loop(self) -> None:
         self._is_stopped = True
         self._loop.stop()
 

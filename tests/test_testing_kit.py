@@ -139,7 +139,23 @@ def test_assert_enqueued_compares_what_arrives() -> None:
     with app.testing() as testing:
         send.enqueue(("ada", "bob"))  # type: ignore[arg-type]  # whatever it is annotated with
         testing.assert_enqueued(send, args=[("ada", "bob")], kwargs={})
-        testing.assert_enqueued(send, args=[["ada", "bob"]])
+        with pytest.raises(AssertionError, match="no call"):
+            testing.assert_enqueued(send, args=[["ada", "bob"]])
+        send.enqueue(to="eve", body="hi")
+        testing.assert_enqueued(send, args=["eve"], kwargs={"body": "hi"}, count=1)  # the same arguments
+        testing.assert_enqueued(send, kwargs={"to": "eve", "body": "hi"}, count=1)
+        testing.assert_enqueued(send, args=["eve"], count=1)
+        testing.assert_enqueued(send, kwargs={"body": "hi"}, count=1)
+        for wrong in (
+            {"args": ["eve"], "kwargs": {}},
+            {"args": ["eve", "ho"]},
+            {"args": [1, 2, 3]},
+            {"kwargs": {"x": 1}},
+        ):
+            with pytest.raises(AssertionError, match="no call"):
+                testing.assert_enqueued(send, **wrong)  # type: ignore[arg-type]  # as mappings
+        with pytest.raises(UsageError, match="task: a task"):
+            testing.assert_enqueued("send")  # type: ignore[arg-type]  # a name is none
         testing.assert_enqueued(send, args=[mock.ANY])
         with pytest.raises(AssertionError):
             testing.assert_enqueued(send, args=[("ada",)])

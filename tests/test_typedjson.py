@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
@@ -64,6 +65,19 @@ class Box(Generic[T]):
     content: T
 
 
+@dataclasses.dataclass
+class Money:
+    cents: int
+    parts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.euros = self.cents / 100
+
+    @functools.cached_property
+    def lock(self) -> object:
+        return object()
+
+
 class Pair(enum.Enum):
     ONE = (1, 2)
 
@@ -80,6 +94,19 @@ class Undecorated(Address):
 
 
 Wrapped = NewType("Wrapped", Price)
+
+
+def test_a_tuple_and_what_a_constructor_computed_come_back() -> None:
+    codec = TypedJson()
+    codec.register(Money)
+    money = Money(150, (1, 2))
+    assert money.lock is not None  # computed, kept by the instance, and nothing that JSON could say
+    found = codec.loads(codec.dumps([money, (), {"$tuple": [1]}, {"$tuple": (1,)}]))
+    assert found == [Money(150, (1, 2)), (), {"$tuple": [1]}, {"$tuple": (1,)}]
+    assert found[0].euros == 1.5
+    money.other = object()  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"builtins\.object"):
+        codec.dumps(money)
 
 
 plain = st.recursive(

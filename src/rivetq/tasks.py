@@ -292,13 +292,13 @@ class Task(Generic[P, R_co]):
         self._plain = _plain_arguments(self._signature)
         functools.update_wrapper(self, function)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<task {self.name!r} of queue {self.opts.queue!r}>"
 
-    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> int:
+    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> int:
         """Put a call into the queue; the job's id, once it is durable (in inline mode: once it has run).
 
         Raises:
@@ -307,7 +307,7 @@ class Task(Generic[P, R_co]):
         """
         return self.app.put(self, [self.call(*args, **kwargs)])[0]
 
-    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> int:
+    async def aenqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> int:
         """`enqueue` for asyncio: the event loop goes on while the disk is waited for."""
         return (await self.app.aput(self, [self.call(*args, **kwargs)]))[0]
 
@@ -325,7 +325,7 @@ class Task(Generic[P, R_co]):
             )
         return self.app.put(self, checked)
 
-    def call(self, *args: P.args, **kwargs: P.kwargs) -> Call:
+    def call(self, /, *args: P.args, **kwargs: P.kwargs) -> Call:
         """A call for `enqueue_many`. Raises UsageError if the arguments do not fit the function."""
         self.bind(args, kwargs)
         return Call(args, kwargs)
@@ -367,6 +367,20 @@ class Task(Generic[P, R_co]):
             return  # the signature's own answer takes as long as all else of a short job
         if (error := _misfit(self._signature, args, kwargs)) is not None:
             raise UsageError(f"task {self.name!r}: the arguments do not fit {self._signature}: {error}") from error
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, some: bool = False) -> dict[str, Any]:
+        """Arguments by the names of the parameters, with the defaults; none if they do not fit.
+
+        some: these are not all of them, and so without defaults.
+        """
+        try:
+            if some:
+                return dict(self._signature.bind_partial(*args, **kwargs).arguments)
+            found = self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return {}
+        found.apply_defaults()
+        return dict(found.arguments)
 
     def key(self, call: Call) -> str | None:
         """The idempotency key of a call."""

@@ -13,10 +13,11 @@ import dataclasses
 import enum
 import json
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
-from functools import partial
+from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any, Protocol
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -26,7 +27,9 @@ import attrs
 from rivetq import UsageError
 
 _ESCAPE = "$object"
+_TUPLE = "$tuple"
 _CLASS = "$class"
+"""Its name and fields; and what an instance has besides them, if anything."""
 
 
 class Codec(Protocol):
@@ -44,9 +47,9 @@ class Codec(Protocol):
 class TypedJson:
     """The codec in use unless an `App` is given another.
 
-    It knows what JSON knows, and bytes, datetime, date, time, timedelta, UUID, Decimal, enums, dataclasses and attrs
-    classes; the last three once they are registered. They come back as they were: no constructor runs again, and what
-    a validator of attrs refuses is refused. A tuple comes back as a list. Keys of mappings must be str.
+    It knows what JSON knows, and tuples, bytes, datetime, date, time, timedelta, UUID, Decimal, enums, dataclasses and
+    attrs classes; the last three once they are registered. They come back as they were: no constructor runs again, what
+    it computed is kept like a field, and what a validator of attrs refuses is refused. Keys of mappings must be str.
     """
 
     def __init__(self) -> None:
@@ -91,8 +94,10 @@ class TypedJson:
         kind = type(value)
         if kind in _AS_IT_IS or value is None:
             return value
-        if kind is list or kind is tuple:
+        if kind is list:
             return [self._plain(item) for item in value]
+        if kind is tuple:
+            return {_TUPLE: [self._plain(item) for item in value]}
         if kind is dict:
             return self._plain_dict(value)
         if kind in _TAGS:
@@ -118,7 +123,11 @@ class TypedJson:
             )
         if _is_enum(kind):
             return {_CLASS: [name, value.value if isinstance(value, enum.Flag) else value.name]}
-        return {_CLASS: [name, {field: self._plain(getattr(value, field)) for field in _fields(kind)}]}
+        fields = _fields(kind)
+        content = [name, {field: self._plain(getattr(value, field)) for field in fields}]
+        if more := {key: self._plain(item) for key, item in _computed(value, fields).items()}:
+            content.append(more)
+        return {_CLASS: content}
 
     def _value(self, plain: Any) -> Any:
         kind = type(plain)
@@ -133,13 +142,15 @@ class TypedJson:
             return {tag: self._value(item)}
         if tag == _ESCAPE:
             return {key: self._value(each) for key, each in item.items()}
+        if tag == _TUPLE:
+            return tuple([self._value(each) for each in item])
         if tag == _CLASS:
             return self._instance(*item)
         if tag not in _READERS:
             raise UsageError(f"arguments: unknown type {tag!r}; was this job written by a newer version?")
         return _READERS[tag](item)
 
-    def _instance(self, name: str, content: Any) -> Any:
+    def _instance(self, name: str, content: Any, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
         kind = self._classes.get(name)
         if kind is None:
             raise UsageError(
@@ -156,6 +167,8 @@ class TypedJson:
         made: Any = object.__new__(kind)
         for field, default in fields.items():
             object.__setattr__(made, field, self._value(content[field]) if field in content else default(made))
+        for key, item in more.items():
+            object.__setattr__(made, key, self._value(item))
         if attrs.has(kind):
             attrs.validate(made)
         return made
@@ -183,6 +196,16 @@ def _is_made_of_its_fields(kind: type) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _computed(value: Any, fields: Collection[str]) -> dict[str, Any]:
+    """What an instance has besides its fields: its constructor computed it. A cached property is computed again."""
+    kind = type(value)
+    return {
+        key: item
+        for key, item in getattr(value, "__dict__", {}).items()
+        if key not in fields and not isinstance(getattr(kind, key, None), cached_property)
+    }
 
 
 def _fields(kind: type) -> dict[str, Callable[[Any], Any]]:

@@ -145,18 +145,17 @@ class TestingApp:
         """Fail unless a call of the task waits; the calls that match.
 
         Args:
-            args, kwargs: that it was enqueued with, a tuple among them or the list that it becomes; None: any.
+            args, kwargs: its arguments, whether they were given by position or by name; None: any.
             queue: in which it waits; None: any.
             count: so many calls, neither more nor fewer; None: one at least.
         """
         __tracebackhide__ = True
+        if not isinstance(task, Task):
+            raise UsageError(f"task: a task expected, got {task!r}")
         wanted_args = None if args is None else self._passed(list(args))
         wanted_kwargs = None if kwargs is None else self._passed(dict(kwargs))
-        found = [
-            call
-            for call in self.enqueued(task, queue=queue)
-            if wanted_args in (None, call.args) and wanted_kwargs in (None, call.kwargs)
-        ]
+        calls = self.enqueued(task, queue=queue)
+        found = [call for call in calls if _is_like(task, call, wanted_args, wanted_kwargs)]
         if (count is None and not found) or (count is not None and len(found) != count):
             others = "".join(f"\n  {call.job.queue}: {_call(call)}" for call in self.enqueued())
             wanted = "no call" if count is None else f"{len(found)} calls, not {count},"
@@ -167,7 +166,7 @@ class TestingApp:
         return found
 
     def _passed(self, value: Any) -> Any:
-        """As the codec brings it back: it makes a list of a tuple. What it cannot say, mock.ANY perhaps, as it is."""
+        """As the codec brings it back. What it cannot say, mock.ANY perhaps, as it is."""
         codec = self.app._known_codec()
         try:
             return codec.loads(codec.dumps(value))
@@ -238,6 +237,17 @@ class TestingApp:
             case "reject":
                 self.broker.reject(lease, error=ending.error)
                 done.failed += 1
+
+
+def _is_like(task: Task[..., Any], call: EnqueuedCall, args: list[Any] | None, kwargs: dict[str, Any] | None) -> bool:
+    """The call has these arguments, given in this way or in the other; of what is None it may have any."""
+    if args in (None, call.args) and kwargs in (None, call.kwargs):
+        return True
+    found = task.bound(call.args, call.kwargs)
+    if args is not None and kwargs is not None:
+        return bool(found) and found == task.bound(args, kwargs)
+    wanted = task.bound(args or [], kwargs or {}, some=True)
+    return bool(wanted) and all(name in found and found[name] == value for name, value in wanted.items())
 
 
 def _in_a_loop(delivery: Delivery, app: App) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import attrs
 import pytest
 
 from rivetq import Broker, RateLimit, UsageError
@@ -233,6 +234,49 @@ def test_skip_drops_the_last_tick_too_when_it_is_later_than_the_grace_time(broke
     assert fired(broker) == [utc("2026-01-01T02:00")]
 
 
+@pytest.mark.parametrize("misfire", ["once", "skip"])
+@pytest.mark.parametrize("when", ["* * * * * *", every(0.1), "*/7 * * * *", "@daily", "30 2 29 2 *", "* * * 1 1 *"])
+def test_what_was_missed_for_years_is_not_counted_tick_by_tick(
+    broker: Broker, clock: ManualClock, when: Any, misfire: Any
+) -> None:
+    app = make_app(broker, when, misfire=misfire, grace=10**9, timezone="Europe/Paris")
+    spec = app.schedules["tick"].spec
+    asked: list[datetime] = []
+
+    class Counted:
+        text = spec.text
+
+        def after(self, moment: datetime) -> Iterator[datetime]:
+            for tick in spec.after(moment):
+                asked.append(tick)
+                yield tick
+
+    app.schedules["tick"] = attrs.evolve(app.schedules["tick"], spec=Counted())
+    scheduler = Scheduler(broker, app.schedules)
+    scheduler.reconcile()
+    clock.advance(8 * 365 * 86_400 + 12_345.678)
+    scheduler.step()
+    [tick] = fired(broker)
+    assert len(asked) < 1000
+    assert tick <= clock.now() < next(spec.after(tick))
+
+
+@pytest.mark.parametrize(
+    ("word", "expression"), [("@hourly", "0 * * * *"), ("@weekly", "0 0 * * 0"), ("@yearly", "0 0 1 1 *")]
+)
+def test_a_word_stands_for_an_expression(word: str, expression: str) -> None:
+    assert spec_of(word, ZoneInfo("Europe/Paris")) == Cron(expression, "Europe/Paris")
+
+
+def test_every_takes_parts_of_a_second_and_a_timedelta() -> None:
+    ticks = every(timedelta(milliseconds=100)).after(utc("2026-01-01T00:00"))
+    found = [next(ticks) for _ in range(50)]
+    assert found == [utc("2026-01-01T00:00") + timedelta(milliseconds=100 * n) for n in range(1, 51)]
+    for tick in found:  # each is the one behind what was before it, whatever a float says
+        assert next(every(0.1).after(tick)) == tick + timedelta(milliseconds=100)
+    assert every(1_234_567).text != every(1_234_568).text
+
+
 def test_very_many_missed_ticks_come_in_several_transactions(broker: Broker, clock: ManualClock) -> None:
     app = make_app(broker, every(1), misfire="all")
     scheduler = Scheduler(broker, app.schedules)
@@ -388,7 +432,8 @@ def test_periodic_makes_a_task_or_takes_one_and_passes_arguments(broker: Broker)
         ("* * *", {}, "no cron expression"), ("61 * * * *", {}, "no cron expression"), (5, {}, "every"),
         ("* * * * *", {"timezone": "Mars/Olympus"}, "timezone"), ("0 0 31 2 *", {}, "periodic"),
         ("* * * * *", {"misfire": "never"}, "misfire"), ("* * * * *", {"grace": -1}, "grace"),
-        ("* * * * *", {"args": (1,)}, "do not fit"),
+        ("* * * * *", {"args": (1,)}, "do not fit"), ("* * * * *", {"args": "ab"}, "a sequence"),
+        ("* * * * *", {"timezone": None}, "timezone"), (every(5), {"timezone": "Mars/Olympus"}, "timezone"),
     ],
 )  # fmt: skip
 def test_a_bad_schedule_is_refused(broker: Broker, when: Any, options: dict[str, Any], why: str) -> None:
@@ -396,8 +441,8 @@ def test_a_bad_schedule_is_refused(broker: Broker, when: Any, options: dict[str,
         make_app(broker, when, **options)
 
 
-@pytest.mark.parametrize("seconds", [0, 0.5, True, "1", float("nan")])
-def test_every_takes_a_second_at_least(seconds: Any) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.05, True, "1", float("nan"), timedelta(0)])
+def test_every_takes_a_tenth_of_a_second_at_least(seconds: Any) -> None:
     with pytest.raises(UsageError, match="every"):
         every(seconds)
 

@@ -17,7 +17,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -29,6 +29,7 @@ from rivetq import (
     BrokerClosedError,
     BrokerFailedError,
     CapacityError,
+    Duration,
     Job,
     Lease,
     LeaseLostError,
@@ -52,6 +53,9 @@ AGAIN_S = 1.0
 """After a queue that was full or over its rate."""
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 class Spec(Protocol):
     """When something is due."""
 
@@ -73,22 +77,23 @@ class Every:
 
     @property
     def text(self) -> str:
-        return f"every {self.seconds:g} s"
+        return f"every {round(self.seconds * 1000)} ms"
 
     def after(self, moment: datetime) -> Iterator[datetime]:
         """See `Spec.after`."""
-        step_ms = round(self.seconds * 1000)
-        number = int(moment.timestamp() * 1000) // step_ms
+        step = timedelta(milliseconds=round(self.seconds * 1000))
+        tick = _EPOCH + (moment - _EPOCH) // step * step
         while True:
-            number += 1
-            yield datetime.fromtimestamp(number * step_ms / 1000, UTC)
+            tick += step
+            yield tick
 
 
-def every(seconds: float) -> Every:
-    """A schedule for `App.periodic`: every so many seconds, 1 at least."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 1 <= seconds <= 1e9:
-        raise UsageError(f"every: from 1 second on, got {seconds!r}")
-    return Every(float(seconds))
+def every(seconds: Duration) -> Every:
+    """A schedule for `App.periodic`: every so many seconds (or a timedelta), a tenth of one at least."""
+    number = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0.1 <= number <= 1e9:
+        raise UsageError(f"every: from 0.1 to 1e9 seconds, or a timedelta, expected, got {seconds!r}")
+    return Every(float(number))
 
 
 @attrs.frozen
@@ -115,6 +120,17 @@ class Cron:
                 yield found
 
 
+_NICKNAMES = {
+    "@hourly": "0 * * * *",
+    "@daily": "0 0 * * *",
+    "@midnight": "0 0 * * *",
+    "@weekly": "0 0 * * 0",
+    "@monthly": "0 0 1 * *",
+    "@yearly": "0 0 1 1 *",
+    "@annually": "0 0 1 1 *",
+}
+
+
 def _cronsim() -> Any:
     try:
         import cronsim
@@ -127,21 +143,25 @@ def _zone(name: str) -> tzinfo:
     if name == "UTC":
         return UTC
     try:
+        if not isinstance(name, str):
+            raise TypeError("a name expected")
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+    except (ZoneInfoNotFoundError, ValueError, TypeError, OSError) as error:
         raise UsageError(
             f"timezone: {name!r} is not known here; where the system has no time zones: pip install tzdata"
         ) from error
 
 
-def spec_of(when: object, timezone: str) -> Spec:
+def spec_of(when: object, timezone: str | ZoneInfo) -> Spec:
     """A checked schedule. Raises UsageError."""
+    zone = timezone.key if isinstance(timezone, ZoneInfo) else timezone
+    _zone(zone)
     if isinstance(when, Every):
         return when
     if not isinstance(when, str):
         raise UsageError(f"periodic: a cron expression or every(seconds) expected, got {when!r}")
-    spec = Cron(" ".join(when.split()), timezone)
-    _zone(timezone)
+    words = " ".join(when.split())
+    spec = Cron(_NICKNAMES.get(words, words), zone)
     cronsim = _cronsim()
     try:
         next(spec.after(datetime.now(UTC)))
@@ -166,18 +186,29 @@ class Schedule:
 
     def due(self, first: datetime, now: datetime) -> tuple[list[datetime], datetime]:
         """Of the ticks from `first` to `now`: those to enqueue now, and the one to wait for then."""
-        ticks = [first]
-        for tick in self.spec.after(first):
-            if tick > now:
+        ticks = [first] if self.misfire == "all" else [self._last(first, now)]
+        for tick in self.spec.after(ticks[0]):
+            if tick > now or len(ticks) == TICKS:
                 break
-            if self.misfire == "all" and len(ticks) == TICKS:
-                return ticks, tick
-            if self.misfire != "all":
-                ticks.clear()  # the last one is enough
             ticks.append(tick)
         if self.misfire == "skip" and (now - ticks[-1]).total_seconds() > self.grace:
             ticks = []
         return ticks, tick
+
+    def _last(self, first: datetime, now: datetime) -> datetime:
+        """The last tick up to `now`, found by halves: since `first` there may have been years of seconds."""
+        low, high = first, now
+        while high - low > timedelta(minutes=1):
+            middle = low + (high - low) / 2
+            if next(self.spec.after(middle)) <= now:
+                low = middle
+            else:
+                high = middle
+        for tick in self.spec.after(low):
+            if tick > now:
+                return first
+            first = tick
+        raise AssertionError("ticks have no end")
 
 
 class Scheduler:

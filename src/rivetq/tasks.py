@@ -29,6 +29,7 @@ from contextvars import ContextVar
 from datetime import datetime, timedelta
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, overload
+from zoneinfo import ZoneInfo
 
 import attrs
 
@@ -601,6 +602,8 @@ class App:
             raise UsageError(f"name: a str expected, got {name!r}")
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
+            if isinstance(function, Task):
+                raise UsageError(f"task: {function.name!r} is one already; app.periodic stands above app.task")
             if not inspect.isroutine(function) or isinstance(function, staticmethod | classmethod):
                 raise UsageError(f"task: a function expected, got {function!r}; options are given by name, queue=...")
             if _is_method(function):
@@ -626,7 +629,7 @@ class App:
         self,
         when: str | Every,
         *,
-        timezone: str = "UTC",
+        timezone: str | ZoneInfo = "UTC",
         misfire: Misfire = "once",
         grace: float = 60.0,
         name: str | None = None,
@@ -639,7 +642,7 @@ class App:
         is forgotten, over restarts too. The tick is in the job's headers, as "rivetq-tick".
 
         Args:
-            when: a cron expression of five fields (six with seconds first), or `every(seconds)`.
+            when: a cron expression of five fields (six with seconds first), a word as "@daily", or `every(seconds)`.
             timezone: in which the expression is meant; see `rivetq.schedules.Cron` for what happens when clocks change.
             misfire: what becomes of ticks that no worker fired in time. "once": the last of them is fired, however late
                 it is. "all": each of them. "skip": none, and the last one only if it is not later than `grace`.
@@ -654,6 +657,8 @@ class App:
         if misfire not in ("skip", "once", "all"):
             raise UsageError(f"misfire: 'skip', 'once' or 'all' expected, got {misfire!r}")
         late = seconds_of(grace, "grace")
+        if isinstance(args, str) or not isinstance(args, Sequence):
+            raise UsageError(f"args: a sequence expected, got {args!r}")
 
         def register(function: Any) -> Any:
             task: Task[..., Any] = function if isinstance(function, Task) else self.task(function)

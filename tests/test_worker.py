@@ -10,7 +10,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,13 @@ AFTER: dict[str, tuple[Any, str, int, str | None]] = {
     "Snooze": (Snooze(1000), "scheduled", 0, None),
     "Snooze for a timedelta": (Snooze(timedelta(seconds=1000)), "scheduled", 0, None),
     "Reject": (Reject("never"), "dead", 1, "never"),
+    "the class Retry": (Retry, "scheduled", 1, "the task asked for a retry"),
+    "the class Reject": (
+        Reject,
+        "scheduled",
+        1,
+        "TypeError: Reject.__init__() missing 1 required positional argument: 'reason'",
+    ),
     "SystemExit": (SystemExit(1), "scheduled", 1, "SystemExit: 1"),
     "KeyboardInterrupt": (KeyboardInterrupt(), "scheduled", 1, "KeyboardInterrupt: "),
 }
@@ -200,7 +207,7 @@ AFTER: dict[str, tuple[Any, str, int, str | None]] = {
 @pytest.mark.parametrize("end", AFTER)
 def test_the_end_of_a_handler_decides_what_becomes_of_its_job(app: App, kind: str, way: str, end: str) -> None:
     error, state, attempts, last_error = AFTER[end]
-    if way == "returned" and not isinstance(error, Outcome):
+    if way == "returned" and not isinstance(error, Outcome | type):
         pytest.skip("only outcomes are returned")
 
     @app.task(retry=RetryPolicy(base=500, jitter="none"))
@@ -221,7 +228,7 @@ def test_the_end_of_a_handler_decides_what_becomes_of_its_job(app: App, kind: st
     assert (found.state, found.attempts, found.last_error) == (state, attempts, last_error)
     if state == "scheduled":
         assert found.due_at is not None
-        delay = 500 if end in ("an error", "Retry", "SystemExit", "KeyboardInterrupt") else 1000
+        delay = 1000 if "delay" in end or "Snooze" in end else 500
         assert abs((found.due_at - found.enqueued_at).total_seconds() - delay) < 30
 
 
@@ -462,17 +469,11 @@ def test_run_is_for_the_main_thread(app: App) -> None:
     assert len(caught) == 1
 
 
-def test_a_hook_that_swallows_an_error_makes_the_job_done_and_an_async_one_is_refused(app: App) -> None:
+def test_a_hook_that_swallows_an_error_makes_the_job_done(app: App) -> None:
     @app.around
     def hook(job: CurrentJob) -> Iterator[None]:
         with contextlib.suppress(ValueError):
             yield
-
-    async def asynchronous(job: CurrentJob) -> Any:
-        yield
-
-    with pytest.raises(UsageError, match="around"):
-        app.around(asynchronous)  # type: ignore[arg-type]  # wrong on purpose
 
     @app.task(max_attempts=1)
     def task() -> None:
@@ -552,6 +553,54 @@ def test_hooks_are_around_each_job_in_their_order(app: App, kind: str) -> None:
         task.enqueue(1)
         until(drained(app))
     assert seen == [f"outer {task.name}", "inner", "inner end", f"outer {task.name}", "inner", "outer saw bad"]
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_an_async_hook_is_around_async_handlers_alone(app: App, made: bool) -> None:
+    seen: list[str] = []
+
+    @app.around
+    def plain(job: CurrentJob) -> Iterator[None]:
+        seen.append(f"plain {job.args} {dict(job.kwargs)} {job.max_attempts}")
+        yield
+
+    async def hook(job: CurrentJob) -> AsyncIterator[None]:
+        await asyncio.sleep(0)
+        seen.append("async")
+        try:
+            yield
+        except ValueError as error:
+            seen.append(f"saw {error}")
+
+    app.around(contextlib.asynccontextmanager(hook) if made else hook)
+
+    @app.task
+    def sync(n: int) -> None: ...
+
+    @app.task(max_attempts=2, time_limit=10)
+    async def asynchronous(n: int, m: int = 0) -> None:
+        assert current_job().task == "asynchronous"
+        seen.append("runs")
+        if n:
+            raise ValueError("bad")
+
+    with Worker(app, concurrency=1):
+        for enqueue in (lambda: sync.enqueue(0), lambda: asynchronous.enqueue(0, m=1), lambda: asynchronous.enqueue(1)):
+            before = app.broker.stats().acked
+            enqueue()
+            until(lambda before=before: app.broker.stats().acked > before)
+    assert seen == [
+        "plain [0] {} 5", "plain [0] {'m': 1} 2", "async", "runs", "plain [1] {} 2", "async", "runs", "saw bad",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", [5, None, "log"])
+def test_what_is_no_hook_is_refused(app: App, hook: Any) -> None:
+    async def coroutine(job: CurrentJob) -> None: ...
+
+    for wrong in (hook, coroutine):
+        with pytest.raises(UsageError, match="around"):
+            app.around(wrong)
 
 
 def test_what_a_hook_raises_fails_the_job(app: App) -> None:
@@ -1086,17 +1135,24 @@ def test_a_job_that_ends_while_it_is_given_back_is_answered_once(app: App) -> No
     assert found is None or (found.state, found.attempts) == ("ready", 0)
 
 
-def test_it_stops_by_itself_after_max_jobs(app: App) -> None:
-    @app.task
-    def task() -> None: ...
+@pytest.mark.parametrize("jobs", [1, 50, 1500])
+def test_it_stops_by_itself_after_max_jobs_and_begins_no_more(app: App, jobs: int) -> None:
+    runs: list[int] = []
 
-    task.enqueue_many([()] * 50)
-    worker = Worker(app, concurrency=1, max_jobs=10, prefetch=0)
-    with Broker(":memory:"):
-        assert run_in_main_thread(worker) == 0
+    @app.task
+    def task() -> None:
+        runs.append(1)
+
+    @app.task
+    async def asynchronous() -> None:
+        runs.append(1)
+
+    task.enqueue_many([()] * 1000)
+    asynchronous.enqueue_many([()] * 1000)
+    app.broker.enqueue("default", b"no call of a task", priority=9)
+    assert run_in_main_thread(Worker(app, max_jobs=jobs)) == 0
     stats = app.broker.stats()
-    assert 10 <= stats.acked < 50
-    assert stats.leased == 0
+    assert (len(runs), stats.acked, stats.leased, stats.ready) == (jobs, jobs, 0, 2000 - jobs)
 
 
 def test_it_stops_by_itself_when_it_occupies_too_much_memory(app: App) -> None:

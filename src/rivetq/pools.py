@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -28,6 +28,10 @@ logger = logging.getLogger("rivetq.worker")
 
 TIME_LIMIT = "time limit exceeded"
 SHUTDOWN = "the worker is shutting down"
+
+
+class TimeLimitError(TimeoutError):
+    """A handler took longer than the time limit of its task."""
 
 
 @attrs.frozen
@@ -56,7 +60,7 @@ class Delivery:
         self.task = task
         self.args = args
         self.kwargs = kwargs
-        self.job = CurrentJob(lease, task.name, task.app)
+        self.job = CurrentJob(lease, task.name, task.app, args, kwargs)
         self.started_at: float | None = None  # monotonic
         self.seconds = 0.0  # that the handler ran
         self.ending: Ending | None = None
@@ -119,6 +123,8 @@ def text_of(error: BaseException | None) -> str:
 def _returned(value: Any) -> Ending:
     if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
         return Ending("nack", f"TypeError: the handler returned a {type(value).__name__}, which nobody runs")
+    if isinstance(value, type) and issubclass(value, Outcome):  # as `raise` makes an instance of a class
+        value = value()
     return ending_of(value) if isinstance(value, Outcome) else ACK
 
 
@@ -141,28 +147,43 @@ async def run_async(delivery: Delivery, app: App) -> None:
     """Run an async handler in this event loop; sets how it ended. Raises nothing, whatever happens."""
     started = time.perf_counter()
     delivery.started_at = time.monotonic()
-    job, task = delivery.job, delivery.task
-    limit = task.time_limit
-    timer: asyncio.Timeout | None = None
     value = None  # as in run_here
     try:
-        with running(job, app.around_hooks):
-            if limit is None:
-                value = await task.function(*delivery.args, **delivery.kwargs)
+        with running(delivery.job):
+            if app.around_hooks:
+                async with AsyncExitStack() as stack:
+                    for hook in app.around_hooks:
+                        made: Any = hook(delivery.job)
+                        if hasattr(made, "__aenter__"):
+                            await stack.enter_async_context(made)
+                        else:
+                            stack.enter_context(made)
+                    value = await _limited(delivery)
             else:
-                async with asyncio.timeout(limit) as timer:
-                    value = await task.function(*delivery.args, **delivery.kwargs)
+                value = await _limited(delivery)
         delivery.ending = ACK if value is None else _returned(value)
     except BaseException as error:
         delivery.error = error
-        if timer is not None and timer.expired():
-            job.cancel(TIME_LIMIT)
-            delivery.ending = Ending("nack", f"TimeLimitError: {TIME_LIMIT} ({limit:g} s)")
-        else:
-            delivery.ending = ending_of(error)
+        delivery.ending = ending_of(error)
         if not isinstance(error, asyncio.CancelledError):
             _log_failure(delivery, error)
     delivery.seconds = time.perf_counter() - started
+
+
+async def _limited(delivery: Delivery) -> Any:
+    """What the handler returns, within the time limit of its task."""
+    task, limit = delivery.task, delivery.task.time_limit
+    if limit is None:
+        return await task.function(*delivery.args, **delivery.kwargs)
+    timer = asyncio.timeout(limit)
+    try:
+        async with timer:
+            return await task.function(*delivery.args, **delivery.kwargs)
+    except BaseException as error:
+        if timer.expired():
+            delivery.job.cancel(TIME_LIMIT)
+            raise TimeLimitError(f"{TIME_LIMIT} ({limit:g} s)") from error
+        raise
 
 
 def _log_failure(delivery: Delivery, error: BaseException) -> None:

@@ -23,8 +23,14 @@ import importlib
 import inspect
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from types import EllipsisType, TracebackType
@@ -48,7 +54,8 @@ R_co = TypeVar("R_co", covariant=True)
 
 TASK_HEADER = "rivetq-task"
 Pool = Literal["thread", "process"]
-Around = Callable[["CurrentJob"], AbstractContextManager[Any] | Iterator[Any]]
+Context = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
+Around = Callable[["CurrentJob"], Context | Iterator[Any] | AsyncIterator[Any]]
 
 
 # What a handler may end with
@@ -105,10 +112,14 @@ class Reject(Outcome):
 class CurrentJob:
     """The job that a handler is running, and whether it should end early. See `current_job`."""
 
-    def __init__(self, lease: Lease, task: str, app: App) -> None:
+    def __init__(
+        self, lease: Lease, task: str, app: App, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         self.lease = lease
         self.task = task
         """Name of the task."""
+        self.args = args
+        self.kwargs: Mapping[str, Any] = {} if kwargs is None else kwargs
         self._app = app
         self.finished = False
         """It was acked, by `finish`."""
@@ -131,6 +142,11 @@ class CurrentJob:
     def attempt(self) -> int:
         """1 is the first delivery."""
         return self.lease.attempt
+
+    @property
+    def max_attempts(self) -> int | None:
+        """None: no end."""
+        return self.lease.max_attempts
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -204,14 +220,16 @@ def current_job() -> CurrentJob:
 
 
 @contextmanager
-def running(job: CurrentJob, around: Sequence[Callable[[CurrentJob], AbstractContextManager[Any]]]) -> Iterator[None]:
-    """For workers: `job` is the current one in this block, with the app's hooks around it."""
+def running(job: CurrentJob, around: Sequence[Callable[[CurrentJob], Any]] = ()) -> Iterator[None]:
+    """For workers: `job` is the current one in this block, with those of these hooks around it that are not async."""
     token = _current.set(job)
     try:
         if around:
             with ExitStack() as stack:
                 for hook in around:
-                    stack.enter_context(hook(job))
+                    made = hook(job)
+                    if not hasattr(made, "__aenter__") or hasattr(made, "__enter__"):
+                        stack.enter_context(made)
                 yield
         else:
             yield
@@ -487,7 +505,7 @@ class App:
         """By name."""
         self.schedules: dict[str, Schedule] = {}
         """By name."""
-        self.around_hooks: list[Callable[[CurrentJob], AbstractContextManager[Any]]] = []
+        self.around_hooks: list[Callable[[CurrentJob], Context]] = []
         self._path = broker
         self._options = options
         self._lock = threading.RLock()  # guards the opening of the broker
@@ -679,7 +697,8 @@ class App:
         """Call a hook around each job: a generator function with one yield, or what gives a context manager.
 
         It gets the `CurrentJob`, runs where the handler runs (in an event loop: in it, so it must not block), and sees
-        the handler's exception. What it raises fails the job. Hooks are entered in the order in which they came.
+        the handler's exception. What it raises fails the job. Hooks are entered in the order in which they came. An
+        async one (an async generator function, or what gives an async context manager) is for async handlers alone.
 
         >>> app = App(":memory:")
         >>> @app.around
@@ -688,11 +707,15 @@ class App:
         ...     yield
         ...     print("end", job.task)
         """
-        if inspect.iscoroutinefunction(hook) or inspect.isasyncgenfunction(hook):
+        if not callable(hook) or inspect.iscoroutinefunction(hook):
             raise UsageError(
-                "around: a generator function or one that gives a context manager expected, not an async one"
+                f"around: a generator function, or one that gives a context manager, expected, got {hook!r}"
             )
-        made: Any = contextmanager(hook) if inspect.isgeneratorfunction(hook) else hook
+        made: Any = hook
+        if inspect.isgeneratorfunction(hook):
+            made = contextmanager(hook)
+        elif inspect.isasyncgenfunction(hook):
+            made = asynccontextmanager(hook)
         self.around_hooks.append(made)
         return hook
 

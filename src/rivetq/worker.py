@@ -189,6 +189,7 @@ class Worker:
         self._poked = threading.Event()  # there are endings
         self._settling = True
         self._jobs = 0
+        self._left = math.inf if self._max_jobs is None else self._max_jobs  # that may still be begun
         self._renewer_poked = threading.Event()
         self._shortest = math.inf  # visibility timeout, of those that are held
         self._limits: list[tuple[float, int, Delivery]] = []  # heap of time limits in the thread pool
@@ -341,7 +342,7 @@ class Worker:
     def _fetch(self) -> None:
         while True:
             with self._changed:
-                while not self._stopping and not (groups := self._open_groups()):
+                while not self._stopping and not (self._left and (groups := self._open_groups())):
                     self._changed.wait()
                 if self._stopping:
                     return
@@ -361,9 +362,12 @@ class Worker:
         for group in groups if len(groups) > 1 else ():  # as many as the pool of each has room for
             own = set(group.names)
             mine = [name for name in names if name in own]
-            if leases := self._broker.lease_many(mine, group.room.free(), visibility_timeout=self._visibility):
+            if leases := self._broker.lease_many(mine, self._most([group]), visibility_timeout=self._visibility):
                 return leases
-        return self._wait_for_leases(names, min(group.room.free() for group in groups), len(groups))
+        return self._wait_for_leases(names, self._most(groups), len(groups))
+
+    def _most(self, groups: Sequence[_Group]) -> int:
+        return int(min(self._left, *(group.room.free() for group in groups)))
 
     def _open_groups(self) -> list[_Group]:
         """The queues whose jobs there is room for: those that run in the same pools together."""
@@ -427,6 +431,7 @@ class Worker:
                 self._shortest = seconds
                 self._renewer_poked.set()
             self._held[lease.token] = delivery
+            self._left -= 1
             if kind == "thread" and task.time_limit is not None:
                 self._watch_limit(delivery, now + task.time_limit)
             batches.setdefault(kind, []).append(delivery)

@@ -323,12 +323,17 @@ def test_config_shows_values_and_their_origins(run: Run, tmp_path: Path, monkeyp
 # -- The worker, as a process
 
 APP = """
+import logging
 from rivetq.tasks import App
 app = App("unused")
 
 @app.task(queue="mail")
 def send(to):
     print("mail to", to, flush=True)
+
+@app.task(queue="logs", pool="process")
+def log():
+    logging.getLogger("shop").info("in a child")
 """
 
 
@@ -353,6 +358,28 @@ def test_a_worker_process_runs_tasks_until_sigterm(run: Run, tmp_path: Path) -> 
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_worker_writes_all_lines_of_the_program_unless_that_has_set_up_logging(
+    run: Run, tmp_path: Path, own: bool
+) -> None:
+    setup = "import sys; logging.basicConfig(stream=sys.stdout, level='INFO')\n" if own else ""
+    (tmp_path / "shop.py").write_text(APP.replace("app = App", f"{setup}app = App"))
+    run("enqueue", "logs", "[]", "--task", "log")
+    command = [sys.executable, "-m", "rivetq.cli", "-d", str(run.directory), "worker", "shop:app", "--json"]
+    done = subprocess.run(
+        [*command, "--max-jobs", "1"], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    said = [line["message"] for line in lines]
+    assert said[0].startswith("working in process ")
+    assert said[-1] == "stopped after 1 jobs"
+    assert [(line["logger"], line["task"]) for line in lines if line["message"] == "in a child"] == (
+        [] if own else [("shop", "log")]
+    )
+    assert ("INFO:shop:in a child" in done.stdout) == own
 
 
 @pytest.mark.parametrize(

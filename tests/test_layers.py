@@ -24,7 +24,7 @@ FLOORS = [
     "arguments", "broker", "aio", "__init__", "tools", "__main__",
 ]  # fmt: skip
 EXTRAS = [
-    "typedjson", "schedules", "tasks", "pools", "children", "worker", "logs", "metrics", "otel", "settings", "cli",
+    "typedjson", "schedules", "tasks", "logs", "pools", "children", "worker", "metrics", "otel", "settings", "cli",
 ]  # fmt: skip
 """Above the house: they import public names of `rivetq` and each other, and what their extra brings."""
 TESTING = {

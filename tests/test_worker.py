@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import subprocess
+import sys
 import threading
 import time
 import zlib
@@ -1312,6 +1314,69 @@ def test_an_async_handler_that_cannot_be_ended_does_not_prolong_the_grace_time(a
     loop.join(PATIENCE_S)  # it ends with the handler, and leaves no task to the garbage collector
     assert not loop.is_alive()
     assert ended == [True]
+
+
+# -- Tasks that are made beside their broker
+
+
+@pytest.fixture
+def made(app: App) -> Any:
+    return app.task(pool="process", max_attempts=1, name="made here")(worker_tasks.work)
+
+
+def test_a_child_runs_a_function_of_which_its_module_makes_no_task(app: App, made: Any) -> None:
+    ids = [made.enqueue(worker_tasks.Work(number)) for number in (0, 3)]
+    with Worker(app, concurrency=1):
+        until(drained(app))
+    assert app.broker.get(ids[0]) is None
+    assert job(app, ids[1]).last_error == "ZeroDivisionError: 3 by zero"
+
+
+def test_hooks_that_a_child_cannot_find_fail_the_job_with_the_reason(app: App, made: Any) -> None:
+    app.around(lambda job: contextlib.nullcontext())
+    job_id = made.enqueue(worker_tasks.Work(0))
+    with Worker(app, concurrency=1):
+        until(drained(app))
+    assert "'made here': its app has hooks" in str(job(app, job_id).last_error)
+
+
+def test_what_a_child_logs_its_parent_logs_with_the_fields_of_the_job(
+    app: App, made: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    job_id = made.enqueue(worker_tasks.Work(3))
+    with Worker(app, concurrency=1):
+        until(drained(app))
+    said = {record.name: record for record in caplog.records if getattr(record, "job_id", None) == job_id}
+    assert said["shop"].getMessage() == "at work"
+    assert vars(said["shop"])["number"] == 3
+    assert vars(said["shop"])["odd"] == str(object)
+    assert vars(said["shop"])["task"] == "made here"
+    assert "3 by zero" in said["rivetq.worker"].getMessage()
+    assert "Traceback" in str(said["rivetq.worker"].exc_text)
+
+
+def test_a_program_whose_import_opens_its_broker_is_told_why_its_children_end(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(
+        """
+import sys
+from rivetq import Broker
+from rivetq.tasks import App
+from rivetq.worker import Worker
+app = App(Broker("data"))
+@app.task(pool="process", max_attempts=1)
+def work(): ...
+if __name__ == "__main__":
+    work.enqueue()
+    Worker(app, concurrency=1, max_jobs=1).run()
+    print(app.broker.dead_letters("default")[0].last_error)
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "shop.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "before it was ready" in done.stdout, done.stderr
+    assert "BrokerLockedError" in done.stderr
 
 
 # -- Children that begin slowly, or not at all

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import logging
 import os
 import signal
 import time
@@ -99,3 +101,15 @@ def use_broker() -> Any:
 def hold_the_interpreter(seconds: float) -> None:
     """No other thread of this process runs meanwhile: PyDLL calls into C without letting go of the interpreter."""
     ctypes.PyDLL(None).usleep(int(seconds * 1_000_000))
+
+
+@dataclasses.dataclass
+class Work:
+    number: int
+
+
+def work(what: Work) -> None:
+    """No task here: a program makes one of it where it opens its broker."""
+    logging.getLogger("shop").info("at work", extra={"number": what.number, "odd": object})
+    if what.number:
+        raise ZeroDivisionError(f"{what.number} by zero")

@@ -1,9 +1,9 @@
 """Handlers in child processes: the pool, a child as its thread in the parent sees it, and what runs in the child.
 
-A message of the child is ("begun", None): it is up and has the module of a task with a time limit; ("put", ...), which
-asks the parent to enqueue; ("done", (token, ending, memory)); or ("broken", why), the last one of a child that cannot
-import the task. The token says whose end it is, so that a child that got out of step answers for nobody else; it is
-killed then.
+A message of the child is ("up", None), its first; ("begun", None): it has the module of a task with a time limit;
+("put", ...), which asks the parent to enqueue; ("log", record); ("done", (token, ending, memory)); or ("broken", why),
+the last one of a child that cannot import the task. The token says whose end it is, so that a child that got out of
+step answers for nobody else; it is killed then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -25,6 +25,7 @@ from typing import Any
 
 from rivetq import Lease, RivetQError
 
+from . import logs
 from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, run_here, stopped, text_of
 from .tasks import App, Task
 
@@ -126,7 +127,9 @@ class _Child:
         context = multiprocessing.get_context("spawn")
         self._app = app
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_child_main, args=(theirs,), name="rivetq-child", daemon=True)
+        self._process = context.Process(
+            target=_child_main, args=(theirs, logs.levels()), name="rivetq-child", daemon=True
+        )
         # Ctrl-C and a supervisor's SIGTERM go to the whole group, also while the child's interpreter comes up: blocked
         # until the child ignores them, else they would kill it, and its job would have failed.
         resource_tracker.ensure_running()  # its first start, which the child's start would include, unblocks them
@@ -136,6 +139,7 @@ class _Child:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        self._is_up = False
         self._jobs = 0
         self._memory = 0
 
@@ -180,6 +184,12 @@ class _Child:
                         raise EOFError
                     continue
                 kind, content = self._pipe.recv()
+                if kind == "up":
+                    self._is_up = True
+                    continue
+                if kind == "log":
+                    logs.take(content)
+                    continue
                 if kind == "begun":
                     assert limit is not None
                     delivery.started_at, allowed = time.monotonic(), limit
@@ -206,6 +216,11 @@ class _Child:
                 return stopped(delivery)
             else:
                 error = f"ChildDied: the process of the job ended with exit code {self._process.exitcode}"
+                if not self._is_up:
+                    error += (
+                        " before it was ready: it cannot import the program, see its standard error (does a module "
+                        "open a broker when it is imported? give the App a path)"
+                    )
             logger.warning("job %s: %s", delivery.lease.id, error, extra=fields(delivery))
             return Ending("nack", error)
 
@@ -219,14 +234,16 @@ class _Child:
 # In the child
 
 
-def _child_main(pipe: Connection) -> None:
+def _child_main(pipe: Connection, levels: Mapping[str, int]) -> None:
     """Run jobs until the parent closes the pipe or dies."""
     for number in _PARENTS_SIGNALS:  # the parent decides
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
     remote = _Remote(pipe)
+    logs.forward(remote.log, levels)
     with suppress(EOFError, OSError):  # the parent is gone, or wants no more
+        remote.tell("up")
         while True:
             _run_next(pipe, remote)
 
@@ -238,18 +255,15 @@ def _run_next(pipe: Connection, remote: _Remote) -> None:
         task.app._remote = remote
     except BaseException as error:
         logger.exception("a task cannot be imported")
-        with remote.lock:
-            pipe.send(("broken", f"its child process cannot import the task: {text_of(error)}"))
+        remote.tell("broken", f"its child process cannot import the task: {text_of(error)}")
         os._exit(1)
     if task.time_limit is not None:
-        with remote.lock:
-            pipe.send(("begun", None))
+        remote.tell("begun")
     own = os.getpid()
     ending = _run_in_child(task, lease)
     if os.getpid() != own:  # a handler forked and returned in both
         os._exit(0)
-    with remote.lock:  # a thread that outlives its handler may be asking
-        pipe.send(("done", (lease.token, ending, memory_bytes())))
+    remote.tell("done", (lease.token, ending, memory_bytes()))
 
 
 def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
@@ -265,14 +279,25 @@ def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
 
 
 class _Remote:
-    """The parent's broker, for `Task.enqueue`."""
+    """The parent, and its broker for `Task.enqueue`."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
-        self.lock = threading.Lock()  # one question at a time
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # one question at a time: a thread may outlive its handler, and ask or log
+
+    def tell(self, kind: str, content: Any = None) -> None:
+        with self._lock:
+            self._pipe.send((kind, content))
+
+    def log(self, attributes: dict[str, Any]) -> None:
+        if os.getpid() == self._pid:
+            self.tell("log", attributes)
+        elif logging.lastResort is not None:  # a handler forked: two cannot write to one pipe
+            logging.lastResort.handle(logging.makeLogRecord(attributes))
 
     def put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> Sequence[int]:
-        with self.lock:
+        with self._lock:
             self._pipe.send(("put", (queue_, payloads, options)))
             done, answer = self._pipe.recv()
         if not done:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -593,7 +594,9 @@ def worker(app: str | None, **given_here: Any) -> int:
     if settings.app is None:
         raise UsageError("worker: an app is needed, as module:attribute; as an argument, or the setting app")
     found = load_app(settings.app)
-    configure(level=settings.log_level, json=settings.log_json)
+    # All of the program's lines, unless its module has set up logging already.
+    own = "rivetq" if logging.getLogger().handlers else ""
+    configure(level=settings.log_level, json=settings.log_json, logger=own)
     given = {name for name, origin in settings.origins.items() if origin != "default"}
     options = {name: value for name, value in settings.broker_options().items() if name in given}
     if options or "path" in given:  # what nobody set is as the app has it

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json as json_module
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -129,6 +130,60 @@ def configure(
     if logger:
         target.propagate = False
     return handler
+
+
+# From a child process
+
+
+class Forward(logging.Handler):
+    """Hands records to another process, which treats them as its own (`take`): those of the children of a worker.
+
+    Args:
+        send: gets the attributes of a record, all of them picklable.
+    """
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]) -> None:
+        super().__init__()
+        self._send = send
+        self.addFilter(JobFields())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Raises nothing: a record that cannot be sent is lost."""
+        found = {**vars(record), "msg": _message(record), "args": None}
+        found["exc_text"], found["exc_info"] = _exception(logging.Formatter(), record), None
+        for name in found.keys() - _STANDARD:
+            if not isinstance(found[name], str | int | float | bool | None):
+                found[name] = _text(found[name])
+        try:
+            self._send(found)
+        except Exception:
+            self.handleError(record)
+
+
+def levels() -> dict[str, int]:
+    """The levels that this program has set, by logger."""
+    known = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    return {each.name: each.level for each in known if isinstance(each, logging.Logger) and each.level}
+
+
+def forward(send: Callable[[dict[str, Any]], None], levels: Mapping[str, int]) -> None:
+    """In a child that has set up no logging: send all records of these levels to the parent."""
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(Forward(send))
+        for name, level in levels.items():
+            logging.getLogger(name if name != root.name else None).setLevel(level)
+
+
+def take(attributes: dict[str, Any]) -> None:
+    """Log a record that `Forward` has sent as if it were made here."""
+    record = logging.makeLogRecord(attributes)
+    logger = logging.getLogger(record.name if record.name != logging.root.name else None)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
+
+
+# How
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -426,7 +426,16 @@ class Task(Generic[P, R_co]):
         return call
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _find, (self.function.__module__, self.function.__qualname__)
+        place = self.function.__module__, self.function.__qualname__
+        found = _task_at(*place)
+        if found is not None and self.name in found.app.tasks:
+            return _find, place
+        # It was made of a function of a module, but not there: in another process another app has to stand for its own.
+        if self.app.around_hooks:
+            raise UsageError(
+                f"task {self.name!r}: its app has hooks; a child process finds them if the module has the task"
+            )
+        return _make, (*place, self.name, self.time_limit, self.app.codec)
 
 
 def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError | None:
@@ -456,17 +465,40 @@ def _plain_arguments(signature: inspect.Signature) -> tuple[int, int]:
     return least, most
 
 
-def _find(module: str, name: str) -> Any:
-    """A task by the place of its function, in another process."""
+def _task_at(module: str, name: str) -> Task[..., Any] | None:
+    """The task that a module makes of its function of this name."""
+    found = _part_of(module, name)
+    if isinstance(found, Task):
+        return found
+    tasks = (each for each in vars(importlib.import_module(module)).values() if isinstance(each, Task))
+    return next((task for task in tasks if task.function is found), None)
+
+
+def _part_of(module: str, name: str) -> Any:
     found: Any = importlib.import_module(module)
     for part in name.split("."):
         found = getattr(found, part)
-    if isinstance(found, Task):
-        return found
-    for each in vars(importlib.import_module(module)).values():  # the task has another name than its function
-        if isinstance(each, Task) and each.function is found:
-            return each
-    raise UsageError(f"{module}.{name} is no task there")
+    return found
+
+
+def _find(module: str, name: str) -> Task[..., Any]:
+    """A task by the place of its function, in another process."""
+    found = _task_at(module, name)
+    if found is None:
+        raise UsageError(f"{module}.{name} is no task there")
+    return found
+
+
+def _make(module: str, function: str, name: str, time_limit: float | None, codec: Codec) -> Task[..., Any]:
+    """The same for one that its module does not make."""
+    key = module, function, name
+    if key not in _made:
+        app = App(":memory:", codec=codec)
+        _made[key] = app.task(name=name, time_limit=time_limit, pool="process")(_part_of(module, function))
+    return _made[key]
+
+
+_made: dict[tuple[str, str, str], Task[..., Any]] = {}
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -211,11 +211,16 @@ class Worker:
         before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.start()
+            logger.info(
+                "working in process %s on %s of %s", os.getpid(), ", ".join(self._order.names), self._broker.path
+            )
             # Not for longer: another thread may have got the signal. And the handler takes no lock, since it may break
             # into itself.
             while not self._signals and not self._wanted.wait(SIGNAL_S):
                 pass
+            logger.info("stopping, %s jobs are leased", self.running)
             self.stop()
+            logger.info("stopped after %s jobs", self._jobs)
         finally:
             self.app.close()
             for number, handler in before.items():

@@ -13,7 +13,9 @@ import pytest
 from inside import inside
 
 from rivetq import Broker, BrokerClosedError, BrokerFailedError, LeaseLostError, UsageError
-from rivetq.aio import AsyncBroker
+from rivetq.aio import AsyncBroker, _Answer, _Mailbox
+
+PATIENCE_S = 30.0
 
 
 def test_calls_at_the_same_time_share_their_syncs_and_one_thread(tmp_path: Path) -> None:
@@ -114,6 +116,43 @@ def test_cancelling_a_waiting_lease_loses_no_job(tmp_path: Path, seed: int) -> N
             assert (stats.acked, stats.ready, stats.leased) == (100, 0, 0)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("told", ["before", "after"])
+def test_what_is_on_its_way_when_a_lease_is_cancelled_comes_back_though_its_loop_ends(
+    monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    monkeypatch.setattr(_Mailbox, "_wake", lambda self: None)  # the loop does not come to it any more
+    handing_out, cancelled = threading.Event(), threading.Event()
+
+    def tell(self: _Answer, *answer: Any) -> None:
+        if told == "after":
+            handing_out.set()
+            assert cancelled.wait(PATIENCE_S)
+        found(self, *answer)
+        handing_out.set()
+
+    found = _Answer.tell
+    monkeypatch.setattr(_Answer, "tell", tell)
+
+    async def main(broker: AsyncBroker) -> None:
+        waiting = asyncio.create_task(broker.lease("q", wait=None))
+        await asyncio.sleep(0)
+        enqueuing = threading.Thread(target=broker.broker.enqueue, args=("q", b""))
+        enqueuing.start()
+        await asyncio.to_thread(handing_out.wait, PATIENCE_S)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        cancelled.set()
+        await asyncio.to_thread(enqueuing.join)
+
+    with Broker(":memory:") as broker:
+        asyncio.run(main(AsyncBroker(broker)))
+        until = time.monotonic() + PATIENCE_S
+        while broker.stats().leased and time.monotonic() < until:
+            time.sleep(0.01)
+        [job] = broker.jobs("q")
+        assert (job.state, job.attempts) == ("ready", 0)
 
 
 def test_leases_without_end_wait_for_more_and_leave_no_job_held() -> None:

@@ -216,10 +216,9 @@ class AsyncBroker:
         wait_s = None if wait is None else duration_ms(wait, "wait") / 1000
         checked_int(max_jobs, "max_jobs", 1)
         mailbox = self._box()
-        future: asyncio.Future[list[Lease]] = mailbox.loop.create_future()
-        done = partial(mailbox.put, future, self._give_back)
-        broker = self.broker
-        waiting = broker._engine.lease_soon(queues, max_jobs, visibility_ms, broker, done)
+        answer = _Answer(mailbox, self._give_back)
+        future, broker = answer.future, self.broker
+        waiting = broker._engine.lease_soon(queues, max_jobs, visibility_ms, broker, answer.tell)
 
         def end() -> None:
             if waiting.cancel() and not future.done():
@@ -232,11 +231,10 @@ class AsyncBroker:
             else:
                 timer = mailbox.loop.call_later(wait_s, end)
         try:
-            leases = await future
+            leases: list[Lease] = await future
         except asyncio.CancelledError:
-            # Nothing was taken, or it is on its way (then it finds the future cancelled), or it is here unseen.
-            if not waiting.cancel() and not future.cancelled() and future.exception() is None:
-                self._give_back(future.result())
+            if not waiting.cancel():  # something was taken: it is here unseen, or on its way
+                answer.drop()
             raise
         finally:
             if timer is not None:
@@ -406,10 +404,10 @@ class AsyncBroker:
         self.broker._note_settled(operations)
 
     async def _commit(self, operations: Sequence[Operation]) -> list[Any]:
-        mailbox = self._box()
-        future: asyncio.Future[list[Any]] = mailbox.loop.create_future()
-        self.broker._engine.commit_soon(operations, partial(mailbox.put, future, None))
-        return await future
+        answer = _Answer(self._box())
+        self.broker._engine.commit_soon(operations, answer.tell)
+        answers: list[Any] = await answer.future
+        return answers
 
     def _give_back(self, leases: list[Lease]) -> None:
         """Nobody waits for these any more."""
@@ -617,24 +615,63 @@ class AsyncTransaction:
         return await self._broker._in_thread(partial(verb, *args, **kwargs))
 
 
+class _Answer:
+    """What an engine will tell a future, and what to do with it if nobody waits for it any more."""
+
+    def __init__(self, mailbox: _Mailbox, unwanted: Callable[[Any], None] | None = None) -> None:
+        self.future: asyncio.Future[Any] = mailbox.loop.create_future()
+        self._mailbox = mailbox
+        self._unwanted = unwanted
+        self._lock = threading.Lock()  # guards the next two: of a drop and an answer the second sees the first
+        self._is_dropped = False
+        self._answer: list[tuple[Any, BaseException | None]] = []
+
+    def tell(self, answer: Any, error: BaseException | None) -> None:
+        """For the engine, in any thread."""
+        with self._lock:
+            if not self._is_dropped:
+                self._answer.append((answer, error))
+        if self._is_dropped:
+            self._give_back(answer, error)
+        else:
+            self._mailbox.put(self)
+
+    def deliver(self) -> None:
+        """In the event loop."""
+        if self.future.done():  # cancelled: whoever did that drops it
+            return
+        ((answer, error),) = self._answer
+        if error is None:
+            self.future.set_result(answer)
+        else:
+            self.future.set_exception(error)
+
+    def drop(self) -> None:
+        """Nobody waits for it; the loop may end before it could deliver what is on its way."""
+        with self._lock:
+            self._is_dropped = True
+        if not self.future.cancelled() and self.future.done():
+            self.future.exception()  # it was seen, so that asyncio does not complain
+        for answer, error in self._answer:
+            self._give_back(answer, error)
+
+    def _give_back(self, answer: Any, error: BaseException | None) -> None:
+        if self._unwanted is not None and error is None:
+            self._unwanted(answer)
+
+
 class _Mailbox:
     """Brings what an engine tells into an event loop: many answers by one wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._thread = threading.get_ident()
-        self._told: deque[tuple[asyncio.Future[Any], Callable[[Any], None] | None, Any, BaseException | None]] = deque()
+        self._told: deque[_Answer] = deque()
         self._is_woken = False  # the loop will look; set back by it before it does
 
-    def put(
-        self,
-        future: asyncio.Future[Any],
-        unwanted: Callable[[Any], None] | None,
-        answer: Any,
-        error: BaseException | None,
-    ) -> None:
-        """For the engine, in any thread. `unwanted` gets the answer if the future was cancelled meanwhile."""
-        self._told.append((future, unwanted, answer, error))
+    def put(self, answer: _Answer) -> None:
+        """In any thread."""
+        self._told.append(answer)
         if threading.get_ident() == self._thread:
             self._deliver()
         elif not self._is_woken:
@@ -648,14 +685,7 @@ class _Mailbox:
 
     def _deliver(self) -> None:
         while self._told:
-            future, unwanted, answer, error = self._told.popleft()
-            if future.cancelled():
-                if unwanted is not None and error is None:
-                    unwanted(answer)
-            elif error is not None:
-                future.set_exception(error)
-            else:
-                future.set_result(answer)
+            self._told.popleft().deliver()
 
 
 def _ignore(answer: Any, error: BaseException | None) -> None:

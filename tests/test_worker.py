@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -33,8 +34,8 @@ from rivetq import (
     SystemClock,
     UsageError,
 )
-from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job
-from rivetq.worker import Concurrency, Settled, Worker
+from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
+from rivetq.worker import Concurrency, Settled, Worker, _Room
 
 PATIENCE_S = 30.0
 
@@ -1316,6 +1317,245 @@ def test_an_async_handler_that_cannot_be_ended_does_not_prolong_the_grace_time(a
     assert ended == [True]
 
 
+def test_a_program_that_a_child_starts_ends_when_it_is_told_to(children: App) -> None:
+    with Worker(children, concurrency=1):
+        worker_tasks.start_a_program.enqueue()
+        until(drained(children))
+    assert worker_tasks.ends == [f"ended with {-signal.SIGTERM}"]
+
+
+def test_a_handler_in_a_child_may_have_children_of_its_own(children: App) -> None:
+    with Worker(children, concurrency=1):
+        worker_tasks.use_multiprocessing.enqueue()
+        until(drained(children))
+    assert worker_tasks.ends == ["exit code 7"]
+
+
+def test_a_child_that_takes_its_time_to_end_holds_up_no_answer(children: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.children.END_S", 2.0)
+    with Worker(children, concurrency=1, child_max_jobs=1, visibility_timeout=0.5):
+        worker_tasks.leave_a_thread.enqueue()
+        until(lambda: children.broker.stats("children").acked)
+        until(drained(children))
+    assert worker_tasks.ends == ["begun"]
+
+
+def test_a_thread_that_outlives_its_handler_in_a_child_asks_for_nothing(children: App) -> None:
+    with Worker(children, concurrency=1):
+        worker_tasks.ask_late.enqueue()
+        until(drained(children))
+        time.sleep(0.5)
+        worker_tasks.tell_refused.enqueue()
+        until(lambda: children.broker.stats("children").acked == 2)
+        until(drained(children))
+    assert worker_tasks.ends == ["enqueue: no job runs in this child process any more"]
+    assert children.broker.stats().dead == 0
+
+
+@pytest.mark.parametrize("first", ["short", "long"])
+def test_two_tasks_of_one_function_are_two_in_a_child(children: App, first: str) -> None:
+    tasks = [worker_tasks.short_pause, worker_tasks.long_pause]
+    for task in tasks if first == "short" else tasks[::-1]:
+        task.enqueue(0.8)
+    with Worker(children, concurrency=1):
+        until(drained(children))
+    [dead] = children.broker.dead_letters("children")
+    assert dead.headers["rivetq-task"] == "short"
+    assert str(dead.last_error).startswith("TimeLimitError")
+    assert children.broker.stats("children").acked == 1
+
+
+def test_a_program_that_ends_without_stopping_its_worker_ends(tmp_path: Path) -> None:
+    (tmp_path / "shop.py").write_text(
+        """
+import time
+from rivetq.tasks import App
+from rivetq.worker import Worker
+app = App(":memory:")
+@app.task(pool="process")
+def work(): ...
+if __name__ == "__main__":
+    Worker(app, concurrency=1).start()
+    work.enqueue()
+    while not app.broker.stats().acked:
+        time.sleep(0.01)
+    raise SystemExit(3)
+"""
+    )
+    done = subprocess.run([sys.executable, "shop.py"], cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 3
+
+
+# -- Which queues, and which pools
+
+
+def test_a_worker_without_queues_takes_all_in_which_calls_of_its_tasks_are(app: App) -> None:
+    ran: list[int] = []
+
+    @app.task(queue="own")
+    def task(n: int) -> None:
+        ran.append(n)
+
+    task.options(queue="before").enqueue(1)
+    app.broker.enqueue("somebody's", {"args": [9]})
+    del app.queues["before"]  # as after a restart
+    with Worker(app), Worker(app, ["kept"]):
+        task.options(queue="meanwhile").enqueue(2)
+        until(lambda: sorted(ran) == [1, 2])
+
+        @app.task(queue="late")
+        async def late() -> None:
+            ran.append(3)
+
+        @app.task(queue="own")
+        async def late_too() -> None:
+            ran.append(4)
+
+        late.enqueue()
+        late_too.enqueue()
+        until(lambda: sorted(ran) == [1, 2, 3, 4])
+    assert app.broker.stats("somebody's").ready == 1
+
+
+def test_tasks_of_new_kinds_may_come_after_the_start(children: App) -> None:
+    with Worker(children, ["default", "x", "y"], concurrency=1) as worker:
+        until(lambda: len(worker._rooms) == 2)
+        for room in list(worker._rooms):  # as if no task of these had been there
+            if room != "thread":
+                del worker._rooms[room]
+        worker._grouped = None
+        worker_tasks.tell_pid.options(queue="x").enqueue()
+        until(lambda: worker_tasks.ends)
+    assert worker.failure is None
+
+
+def test_a_pool_that_becomes_free_gets_work_while_another_becomes_full(app: App) -> None:
+    began: list[float] = []
+
+    @app.task(queue="a")
+    def a(seconds: float) -> None:
+        time.sleep(seconds)
+
+    @app.task(queue="b")
+    async def b(seconds: float) -> None:
+        began.append(time.monotonic())
+        await asyncio.sleep(seconds)
+
+    with Worker(app, concurrency={"threads": 1, "tasks": 1}):
+        a.enqueue_many([(0,)] * 3000)  # so that very many are leased in advance
+        until(drained(app))
+        b.enqueue(0.4)
+        until(lambda: began)
+        a.enqueue_many([(0.2,)] * 50)
+        time.sleep(0.6)
+        waited_from = time.monotonic()
+        b.enqueue(0)
+        until(lambda: len(began) == 2)
+        app.broker.purge("a")
+    assert began[1] - waited_from < 3  # and not after all of a
+
+
+def test_a_room_that_becomes_smaller_while_others_are_asked_ends_nothing(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @app.task
+    def task() -> None: ...
+
+    free = _Room.free
+    turns = iter(range(10**9))
+    monkeypatch.setattr(_Room, "free", lambda self: 0 if next(turns) % 3 else free(self))
+    with Worker(app, concurrency=1) as worker:
+        for _ in range(20):
+            task.enqueue()
+        until(drained(app))
+    assert worker.failure is None
+    assert app.broker.stats().acked == 20
+
+
+def test_the_records_of_schedules_are_no_jobs_for_a_worker(app: App) -> None:
+    @app.periodic(every(1000))
+    @app.task
+    def tick() -> None: ...
+
+    with Worker(app):
+        until(lambda: app.broker.stats("rivetq.schedules").scheduled)
+    tick.enqueue()
+    with Worker(app, app.broker.queues()):
+        until(lambda: app.broker.stats("default").acked)
+    [record] = app.broker.jobs("rivetq.schedules")
+    assert record.state == "scheduled"
+    with pytest.raises(UsageError, match="queues"):
+        Worker(app, ["rivetq.schedules"])
+    with pytest.raises(UsageError, match="records of schedules"):
+        app.task(queue="rivetq.schedules")
+
+
+# -- Endings that are not told at once
+
+
+def test_handlers_that_ended_before_their_loop_was_blocked_are_done(app: App) -> None:
+    ran: list[int] = []
+    blocked, end = threading.Event(), threading.Event()
+
+    @app.task(max_attempts=1)
+    async def block(n: int) -> None:
+        ran.append(n)
+        if n:
+            blocked.set()
+            end.wait(PATIENCE_S)
+
+    block.enqueue_many([(0,), (1,)])
+    worker = Worker(app)
+    worker.start()
+    assert blocked.wait(PATIENCE_S)
+    worker.stop(0.5)
+    end.set()
+    states = [app.broker.get(job_id) for job_id in (1, 2)]
+    assert states[0] is None
+    assert states[1] is not None
+    assert (states[1].state, states[1].attempts, ran) == ("ready", 0, [0, 1])
+
+
+def test_a_lease_is_renewed_until_its_ending_is_told(app: App) -> None:
+    class SlowHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            time.sleep(1.5)
+
+    @app.task(max_attempts=2, visibility_timeout=0.4, retry=RetryPolicy(base=500))
+    def fail() -> None:
+        raise ValueError("once")
+
+    slow = SlowHandler()
+    logger = logging.getLogger("rivetq.worker")
+    logger.addHandler(slow)
+    try:
+        with Worker(app):
+            job_id = fail.enqueue()
+            until(lambda: job(app, job_id).state == "scheduled")
+    finally:
+        logger.removeHandler(slow)
+    assert (job(app, job_id).attempts, job(app, job_id).last_error) == (1, "ValueError: once")
+
+
+def test_a_worker_that_is_stopped_while_it_starts_leaves_nothing_behind(app: App) -> None:
+    @app.periodic(every(1000))
+    @app.task
+    def tick() -> None: ...
+
+    for _ in range(30):
+        worker = Worker(app)
+        starting = threading.Thread(target=worker.start)
+        starting.start()
+        while not worker._started and starting.is_alive():
+            pass
+        worker.stop()
+        starting.join()
+        worker.stop()
+    assert not app.workers
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name in ("rivetq-schedule", "rivetq-fetch", "rivetq-renew")]
+
+
 # -- Tasks that are made beside their broker
 
 
@@ -1409,7 +1649,8 @@ renamed = app.task(pool="process", time_limit=0.5, max_attempts=1)(quick)
         assert found.app.broker.stats().acked == 1
 
 
-def test_a_child_that_never_comes_up_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [1, 2**21])
+def test_a_child_that_never_comes_up_is_killed(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rivetq.children.START_S", 0.3)
     text = """
 import multiprocessing, time
@@ -1418,11 +1659,11 @@ app = App(":memory:")
 if multiprocessing.parent_process() is not None:
     time.sleep(60)
 @app.task(pool="process", time_limit=10, max_attempts=1)
-def never(): pass
+def never(data): pass
 """
     found = module_of_tasks(tmp_path, monkeypatch, text)
     with found.app, Worker(found.app, concurrency={"processes": 1}):
-        job_id = found.never.enqueue()
+        job_id = found.never.enqueue("x" * size)
         until(lambda: job(found.app, job_id).state == "dead")
         assert str(job(found.app, job_id).last_error).startswith("TimeLimitError: time limit exceeded (0.3 s)")
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import logging
+import multiprocessing
 import os
 import signal
+import subprocess
+import threading
 import time
 import zlib
 from typing import Any
 
+from rivetq import RivetQError
 from rivetq.pools import Ending
 from rivetq.tasks import App, Reject, Retry, Snooze, current_job
 
@@ -113,3 +117,62 @@ def work(what: Work) -> None:
     logging.getLogger("shop").info("at work", extra={"number": what.number, "odd": object})
     if what.number:
         raise ZeroDivisionError(f"{what.number} by zero")
+
+
+@app.task(queue="children", pool="process", max_attempts=1)
+def start_a_program() -> None:
+    """Told to end it ends, as it does outside of a child process."""
+    with subprocess.Popen(["sleep", "60"]) as program:
+        time.sleep(0.1)
+        program.terminate()
+        told.enqueue(f"ended with {program.wait(20)}")
+
+
+@app.task(queue="children", pool="process")
+def leave_a_thread() -> None:
+    told.enqueue("begun")
+    threading.Thread(target=time.sleep, args=(60,)).start()
+
+
+@app.task(queue="children", pool="process", max_attempts=1)
+def ask_late() -> None:
+    """A thread of it enqueues when no job runs any more."""
+
+    def ask() -> None:
+        while running:
+            time.sleep(0.001)
+        time.sleep(0.2)
+        try:
+            told.enqueue("by a thread")
+        except RivetQError as error:
+            refused.append(str(error))
+
+    refused.clear()
+    running = [True]
+    threading.Thread(target=ask, daemon=True).start()
+    running.clear()
+
+
+refused: list[str] = []
+
+
+@app.task(queue="children", pool="process", max_attempts=1)
+def tell_refused() -> None:
+    for error in refused:
+        told.enqueue(error)
+
+
+@app.task(queue="children", pool="process", max_attempts=1)
+def use_multiprocessing() -> None:
+    child = multiprocessing.Process(target=os._exit, args=(7,))
+    child.start()
+    child.join()
+    told.enqueue(f"exit code {child.exitcode}")
+
+
+def pause(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+short_pause = app.task(name="short", queue="children", pool="process", time_limit=0.3, max_attempts=1)(pause)
+long_pause = app.task(name="long", queue="children", pool="process", max_attempts=1)(pause)

@@ -8,6 +8,7 @@ step answers for nobody else; it is killed then.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -22,8 +23,9 @@ from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
+from weakref import WeakSet
 
-from rivetq import Lease, RivetQError
+from rivetq import Lease, RivetQError, UsageError
 
 from . import logs
 from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, run_here, stopped, text_of
@@ -112,10 +114,10 @@ class ProcessPool:
                 delivery.ending = Ending("nack", f"{type(error).__name__}: {error}")
             self._running.pop(delivery, None)
             delivery.seconds = time.monotonic() - delivery.started_at
+            self._done(delivery)  # first: a child may take its time to end
             if child is not None and child.is_spent(self._max_jobs, self._max_memory):
                 child.end()
                 child = None
-            self._done(delivery)
         if child is not None:
             child.end()
 
@@ -127,9 +129,7 @@ class _Child:
         context = multiprocessing.get_context("spawn")
         self._app = app
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_child_main, args=(theirs, logs.levels()), name="rivetq-child", daemon=True
-        )
+        self._process = context.Process(target=_child_main, args=(theirs, logs.levels()), name="rivetq-child")
         # Ctrl-C and a supervisor's SIGTERM go to the whole group, also while the child's interpreter comes up: blocked
         # until the child ignores them, else they would kill it, and its job would have failed.
         resource_tracker.ensure_running()  # its first start, which the child's start would include, unblocks them
@@ -138,6 +138,8 @@ class _Child:
             self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self.parent = os.getpid()
+        _children.add(self)
         theirs.close()
         self._is_up = False
         self._jobs = 0
@@ -171,8 +173,11 @@ class _Child:
         allowed = START_S if limit is not None else None
         until = None if allowed is None else time.monotonic() + allowed
         try:
-            self._pipe.send((delivery.task, delivery.lease))
+            is_sent = False
             while True:
+                if self._is_up and not is_sent:  # not before: to what does not read, much would be sent for ever
+                    self._pipe.send((delivery.task, delivery.lease))
+                    is_sent = True
                 left = None if until is None else max(0, until - time.monotonic())
                 # A look at the process now and then: what a handler forked may hold the pipe open after its end.
                 if not self._pipe.poll(LOOK_S if left is None else min(left, LOOK_S)):
@@ -226,9 +231,23 @@ class _Child:
 
     def _put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> tuple[bool, Any]:
         try:
+            self._app.note_queue(queue_)
             return True, list(self._app.broker.enqueue_many(queue_, payloads, **options))
         except RivetQError as error:
             return False, error
+
+
+_children: WeakSet[_Child] = WeakSet()
+
+
+def _kill_children() -> None:
+    """The program ends without having stopped its worker: multiprocessing would wait for its children for ever."""
+    for child in list(_children):
+        if child.parent == os.getpid():  # and not a copy of it that was forked
+            child.kill()
+
+
+atexit.register(_kill_children)  # so before multiprocessing's own, which was registered when it was imported
 
 
 # In the child
@@ -236,8 +255,11 @@ class _Child:
 
 def _child_main(pipe: Connection, levels: Mapping[str, int]) -> None:
     """Run jobs until the parent closes the pipe or dies."""
-    for number in _PARENTS_SIGNALS:  # the parent decides
-        signal.signal(number, signal.SIG_IGN)
+    for (
+        number
+    ) in _PARENTS_SIGNALS:  # the parent decides. Not SIG_IGN, which programs that a handler starts would inherit
+        signal.signal(number, lambda number, frame: None)
+    os.register_at_fork(after_in_child=pipe.close)  # else what a handler forked would hold it open
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
     remote = _Remote(pipe)
@@ -260,10 +282,11 @@ def _run_next(pipe: Connection, remote: _Remote) -> None:
     if task.time_limit is not None:
         remote.tell("begun")
     own = os.getpid()
+    remote.is_asked = True
     ending = _run_in_child(task, lease)
     if os.getpid() != own:  # a handler forked and returned in both
         os._exit(0)
-    remote.tell("done", (lease.token, ending, memory_bytes()))
+    remote.end((lease.token, ending, memory_bytes()))
 
 
 def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
@@ -285,10 +308,16 @@ class _Remote:
         self._pipe = pipe
         self._pid = os.getpid()
         self._lock = threading.RLock()  # one question at a time: a thread may outlive its handler, and ask or log
+        self.is_asked = False  # a handler runs: the parent answers questions, and nobody else reads the pipe
 
     def tell(self, kind: str, content: Any = None) -> None:
         with self._lock:
             self._pipe.send((kind, content))
+
+    def end(self, ending: tuple[int, Ending, int]) -> None:
+        with self._lock:
+            self.is_asked = False
+            self.tell("done", ending)
 
     def log(self, attributes: dict[str, Any]) -> None:
         if os.getpid() == self._pid:
@@ -298,6 +327,8 @@ class _Remote:
 
     def put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> Sequence[int]:
         with self._lock:
+            if not self.is_asked:
+                raise UsageError("enqueue: no job runs in this child process any more")
             self._pipe.send(("put", (queue_, payloads, options)))
             done, answer = self._pipe.recv()
         if not done:

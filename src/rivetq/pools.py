@@ -52,7 +52,8 @@ class Delivery:
     """A leased job on its way through a pool."""
 
     __slots__ = (
-        "args", "ending", "error", "job", "kwargs", "lease", "renew_at", "seconds", "started_at", "task", "visibility",
+        "args", "ending", "error", "is_told", "job", "kwargs", "lease", "renew_at", "seconds", "started_at", "task",
+        "visibility",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -64,6 +65,7 @@ class Delivery:
         self.started_at: float | None = None  # monotonic
         self.seconds = 0.0  # that the handler ran
         self.ending: Ending | None = None
+        self.is_told = False  # the worker knows the ending
         self.error: BaseException | None = None  # that the handler raised, in this process
         self.visibility = 0.0  # seconds that its lease is extended by
         self.renew_at = 0.0  # monotonic

@@ -31,6 +31,7 @@ from rivetq import (
     CapacityError,
     Duration,
     Job,
+    JobState,
     Lease,
     LeaseLostError,
     UsageError,
@@ -301,6 +302,8 @@ class Scheduler:
             for job, _ in known:
                 if job not in valid[-1:]:
                     self._broker.cancel(job.id)
+                elif job.state == JobState.DEAD:  # somebody took it for a job of theirs
+                    self._broker.redrive(SCHEDULES, job_ids=[job.id])
 
     def fire(self, lease: Lease) -> None:
         """Enqueue what a record is due for, and the record that follows it."""

@@ -41,7 +41,7 @@ import attrs
 
 from rivetq import Broker, Duration, Lease, RetryPolicy, Transaction, UsageError
 
-from .schedules import TICK_HEADER, Every, Misfire, Schedule, key, spec_of
+from .schedules import SCHEDULES, TICK_HEADER, Every, Misfire, Schedule, key, spec_of
 from .schedules import every as every  # so that an app's module imports from here alone
 from .typedjson import Codec, TypedJson, hints
 
@@ -261,6 +261,8 @@ class Options:
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.queue, str) or not 0 < len(self.queue.encode(errors="replace")) <= 255:
             raise UsageError(f"queue: a str of 1 to 255 bytes expected, got {self.queue!r}")
+        if self.queue == SCHEDULES:
+            raise UsageError(f"queue: {SCHEDULES!r} is for the records of schedules")
         if not _is_int(self.priority) or not 0 <= self.priority <= 9:
             raise UsageError(f"priority: an int from 0 to 9 expected, got {self.priority!r}")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
@@ -426,16 +428,15 @@ class Task(Generic[P, R_co]):
         return call
 
     def __reduce__(self) -> tuple[Any, ...]:
-        place = self.function.__module__, self.function.__qualname__
-        found = _task_at(*place)
-        if found is not None and self.name in found.app.tasks:
+        place = self.function.__module__, self.function.__qualname__, self.name
+        if _task_at(*place) is not None:
             return _find, place
         # It was made of a function of a module, but not there: in another process another app has to stand for its own.
         if self.app.around_hooks:
             raise UsageError(
                 f"task {self.name!r}: its app has hooks; a child process finds them if the module has the task"
             )
-        return _make, (*place, self.name, self.time_limit, self.app.codec)
+        return _make, (*place, self.time_limit, self.app.codec)
 
 
 def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError | None:
@@ -465,13 +466,16 @@ def _plain_arguments(signature: inspect.Signature) -> tuple[int, int]:
     return least, most
 
 
-def _task_at(module: str, name: str) -> Task[..., Any] | None:
-    """The task that a module makes of its function of this name."""
-    found = _part_of(module, name)
-    if isinstance(found, Task):
-        return found
-    tasks = (each for each in vars(importlib.import_module(module)).values() if isinstance(each, Task))
-    return next((task for task in tasks if task.function is found), None)
+def _task_at(module: str, function: str, name: str) -> Task[..., Any] | None:
+    """The task of this name that a module makes of this function of its own."""
+    found = _part_of(module, function)
+    known = [found] if isinstance(found, Task) else list(vars(importlib.import_module(module)).values())
+    for each in known:
+        if isinstance(each, Task) and (each is found or each.function is found):
+            task = each.app.tasks.get(name)
+            if task is not None and task.function is each.function:
+                return task
+    return None
 
 
 def _part_of(module: str, name: str) -> Any:
@@ -481,11 +485,11 @@ def _part_of(module: str, name: str) -> Any:
     return found
 
 
-def _find(module: str, name: str) -> Task[..., Any]:
-    """A task by the place of its function, in another process."""
-    found = _task_at(module, name)
+def _find(module: str, function: str, name: str) -> Task[..., Any]:
+    """A task by its function and name, in another process."""
+    found = _task_at(module, function, name)
     if found is None:
-        raise UsageError(f"{module}.{name} is no task there")
+        raise UsageError(f"{module}.{function} is no task {name!r} there")
     return found
 
 
@@ -535,6 +539,8 @@ class App:
         self.codec = codec or TypedJson()
         self.tasks: dict[str, Task[..., Any]] = {}
         """By name."""
+        self.queues: dict[str, None] = {}
+        """Names, in order, of the queues of the tasks, and of others into which calls of them were put."""
         self.schedules: dict[str, Schedule] = {}
         """By name."""
         self.around_hooks: list[Callable[[CurrentJob], Context]] = []
@@ -662,7 +668,7 @@ class App:
                 raise UsageError("pool: 'process' is for sync functions")
             if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
                 raise UsageError("task: a generator function is never run by a call of it")
-            if checked.pool == "process" and "<locals>" in function.__qualname__:
+            if checked.pool == "process" and "<" in function.__qualname__:  # <locals>, <lambda>
                 raise UsageError("pool: 'process' is for functions of a module, which a child process can import")
             task = Task(self, name or function.__name__, function, checked)
             known = self.tasks.setdefault(task.name, task)
@@ -671,6 +677,7 @@ class App:
                     f"task {task.name!r}: {known.__module__} has one of this name; give it a name= of its own"
                 )
             self._unhinted.append(task)
+            self.note_queue(task.opts.queue)
             return task
 
         return register if function is None else register(function)
@@ -823,8 +830,16 @@ class App:
         ids: Sequence[int] = await self._async.enqueue_many(task.opts.queue, payloads, **options)
         return ids
 
+    def note_queue(self, name: str) -> None:
+        """For what enqueues calls: they are in this queue, and workers that follow the app work on it."""
+        if name not in self.queues:
+            self.queues[name] = None
+            for worker in list(self.workers):
+                worker.follow(name)
+
     def _prepared(self, task: Task[..., Any], calls: Sequence[Call]) -> tuple[list[bytes], dict[str, Any]]:
         codec, opts = self._known_codec(), task.opts
+        self.note_queue(opts.queue)
         payloads = [codec.dumps({"args": list(call.args), "kwargs": dict(call.kwargs)}) for call in calls]
         options: dict[str, Any] = {
             "priority": opts.priority, "delay": opts.delay, "eta": opts.eta, "retry": opts.retry,

@@ -53,7 +53,7 @@ from .pools import (
     fields,
 )
 from .schedules import SCHEDULES, Scheduler
-from .tasks import App, Reject, here, seconds_of
+from .tasks import TASK_HEADER, App, Reject, here, seconds_of
 from .tasks import Retry as Retry  # with `Reject` and the next two: what a handler needs, beside what runs it
 from .tasks import Snooze as Snooze
 from .tasks import current_job as current_job
@@ -128,7 +128,8 @@ class Worker:
     Args:
         app: whose tasks are run; its broker is opened.
         queues: names in order of preference; or a mapping of names to weights, so that with work in all of them each
-            gets its share of turns, a turn being a batch; None: those of the app's tasks, with equal weights.
+            gets its share of turns, a turn being a batch; None: those of the app's tasks, and others in which there are
+            calls of these, with equal weights.
         concurrency: handlers at a time: an int, a `Concurrency`, or a mapping with threads, processes and tasks.
         grace: seconds that running jobs get to end after a stop. What still runs then is given back with its attempt
             refunded, if it can be stopped or not.
@@ -155,6 +156,8 @@ class Worker:
         child_max_memory: int | None = None,
         on_settled: Callable[[Settled], None] | None = None,
     ) -> None:
+        if not isinstance(app, App):
+            raise UsageError(f"app: an App expected, got {app!r}")
         self.app = app
         self.grace = seconds_of(grace, "grace")
         self._concurrency = Concurrency.of(concurrency)
@@ -170,7 +173,8 @@ class Worker:
         }
         if on_settled is not None and not callable(on_settled):
             raise UsageError(f"on_settled: a callable expected, got {on_settled!r}")
-        self._order = _Order(_queues_of(app) if queues is None else queues)
+        self._follows = queues is None
+        self._order = _Order(dict.fromkeys(app.queues or ["default"], 1.0) if queues is None else queues)
         self.on_settled: list[Callable[[Settled], None]] = [] if on_settled is None else [on_settled]
         self.failure: BaseException | None = None
         """Why it ended by itself: the broker failed or was closed."""
@@ -232,22 +236,39 @@ class Worker:
 
     def start(self) -> None:
         """Open the broker and begin to work, in threads. Raises what `Broker` raises."""
-        if self._started:
-            raise UsageError("a worker is started once; make another")
-        self._broker: Broker = self.app.broker
-        if self.app.schedules or SCHEDULES in self._broker.queues():  # or those that the program had
-            self._scheduler = Scheduler(self._broker, self.app.schedules)
-        self._started = True
-        for kind in {_kind(task) for task in self.app.tasks.values()} or {"thread"}:
-            self._add_room(kind)
-        self.app.workers.add(self)
-        targets = {"fetch": self._fetch, "settle": self._settle, "renew": self._renew}
-        if self._scheduler is not None:
-            targets["schedule"] = self._scheduler.run
-        for name, target in targets.items():
-            thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
+        with self._stop_lock:
+            if self._started:
+                raise UsageError("a worker is started once; make another")
+            self._broker: Broker = self.app.broker
+            names = self._broker.queues()
+            if self.app.schedules or SCHEDULES in names:  # or those that the program had
+                self._scheduler = Scheduler(self._broker, self.app.schedules)
+            for name in names:
+                if self._follows and name not in self._order.names and self._has_calls(name):
+                    self._order.add(name)
+            self._started = True
+            for kind in {_kind(task) for task in self.app.tasks.values()} or {"thread"}:
+                self._add_room(kind)
+            self.app.workers.add(self)
+            targets = {"fetch": self._fetch, "settle": self._settle, "renew": self._renew}
+            if self._scheduler is not None:
+                targets["schedule"] = self._scheduler.run
+            for name, target in targets.items():
+                thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _has_calls(self, queue: str) -> bool:
+        """There are jobs in it, and the first is a call of one of the app's tasks."""
+        return any(job.headers.get(TASK_HEADER) in self.app.tasks for job in self._broker.jobs(queue, limit=1))
+
+    def follow(self, queue: str) -> None:
+        """For apps: calls of its tasks are in this queue, too. A worker that was told its queues keeps to them."""
+        if self._follows and queue not in self._order.names:
+            with self._changed:
+                self._order.add(queue)
+                self._grouped = None
+                self._changed.notify_all()
 
     def stop(self, grace: Duration | None = None) -> None:
         """Lease no more, let run what runs for the grace time, give back the rest, end the threads. May be repeated."""
@@ -268,21 +289,21 @@ class Worker:
                 thread.join()
             for room in self._rooms.values():
                 for delivery in room.pool.take_back():
-                    delivery.ending = GIVEN_BACK
                     self._end(delivery)
             for delivery in list(self._held.values()):
                 delivery.job.stopping = True
             self._wait_for_handlers(begun)
-            left = [delivery for delivery in list(self._held.values()) if delivery.ending is None]
+            left = [delivery for delivery in list(self._held.values()) if not delivery.is_told]
             for delivery in left:
-                self._tell_handler(delivery, SHUTDOWN)
+                if delivery.ending is None:
+                    self._tell_handler(delivery, SHUTDOWN)
             # What can be ended is; what comes behind it needs a moment of the grace time as well.
             now = time.monotonic()
             until = now + 0.8 * min(MARGIN_S, begun + self.grace - now)
             for room in self._rooms.values():
                 room.pool.stop(max(LEAST_S, until - time.monotonic()))
             for delivery in left:
-                if delivery.ending is None:  # a thread that goes on; what it ends with nobody asks any more
+                if not delivery.is_told:  # a thread that goes on; what it ends with nobody asks any more
                     self._end(delivery)
             self._settling = False
             self._poked.set()
@@ -363,37 +384,43 @@ class Worker:
     def _lease(self, groups: list[_Group]) -> list[Lease]:
         """Jobs for pools that have room: at once if there are any, else as soon as there are."""
         names = self._order.next([name for group in groups for name in group.names])
-        groups.sort(key=lambda group: names[0] not in group.names)
-        for group in groups if len(groups) > 1 else ():  # as many as the pool of each has room for
+        in_turn = sorted(groups, key=lambda group: names[0] not in group.names)
+        for group in in_turn if len(groups) > 1 else ():  # as many as the pool of each has room for
             own = set(group.names)
             mine = [name for name in names if name in own]
-            if leases := self._broker.lease_many(mine, self._most([group]), visibility_timeout=self._visibility):
+            most = self._most([group])
+            if most and (leases := self._broker.lease_many(mine, most, visibility_timeout=self._visibility)):
                 return leases
-        return self._wait_for_leases(names, self._most(groups), len(groups))
+        most = self._most(groups)
+        return self._wait_for_leases(names, most, groups) if most else []
 
     def _most(self, groups: Sequence[_Group]) -> int:
-        return int(min(self._left, *(group.room.free() for group in groups)))
+        """How many may be leased; 0 if a room that was wanting became smaller meanwhile, as handlers took longer."""
+        return max(0, int(min(self._left, *(group.room.free() for group in groups))))
 
     def _open_groups(self) -> list[_Group]:
         """The queues whose jobs there is room for: those that run in the same pools together."""
         # Caller holds self._changed.
         if self._grouped is None:
-            self._grouped = {}
-            tasks = self.app.tasks.values()
             kinds_of: dict[str, set[str]] = {}
-            for task in tasks:
+            for task in list(self.app.tasks.values()):
                 kinds_of.setdefault(task.opts.queue, set()).add(_kind(task))
+            for kind in set().union(*kinds_of.values()) - self._rooms.keys():  # of a task that came after the start
+                self._add_room(kind)
+            self._grouped = {}
             for name in self._order.names:  # a queue that no task names may hold jobs of any
                 self._grouped.setdefault(frozenset(kinds_of.get(name) or self._rooms), []).append(name)
         fullest = {kinds: min((self._rooms[kind] for kind in kinds), key=_Room.free) for kinds in self._grouped}
         return [_Group(fullest[kinds], names) for kinds, names in self._grouped.items() if fullest[kinds].is_wanting()]
 
-    def _wait_for_leases(self, names: list[str], most: int, groups: int) -> list[Lease]:
-        """Until there is a job, or none is wanted any more, or another pool has room: then none."""
-        self._leased = None
+    def _wait_for_leases(self, names: list[str], most: int, groups: Sequence[_Group]) -> list[Lease]:
+        """Until there is a job, or none is wanted any more, or other pools have room: then none."""
+        self._leased, wanted = None, [group.names for group in groups]
         waiting = self._broker.lease_soon(names, most, self._told, visibility_timeout=self._visibility)
         with self._changed:
-            while self._leased is None and not self._stopping and len(self._open_groups()) == groups:
+            while (
+                self._leased is None and not self._stopping and [each.names for each in self._open_groups()] == wanted
+            ):
                 self._changed.wait()
         if self._leased is None and waiting.cancel():
             return []
@@ -479,13 +506,14 @@ class Worker:
     def _done(self, delivery: Delivery) -> None:
         """In a thread of a pool: the handler has ended."""
         # No lock: with many short jobs every thread would wait for it, and for the interpreter, at each of them.
+        delivery.is_told = True
         self._endings.append(delivery)
         if not self._poked.is_set():
             self._poked.set()
 
     def _end(self, delivery: Delivery) -> None:
-        """An ending that no handler came to."""
-        delivery.ending = GIVEN_BACK
+        """In place of its pool: one that did not begin, or that cannot be ended, is given back."""
+        delivery.ending = delivery.ending or GIVEN_BACK
         self._done(delivery)
 
     # Settling
@@ -518,11 +546,11 @@ class Worker:
                 self._commit(held)
                 break
             except LeaseLostError as error:
-                job_id = error.job_id
+                token = error.token
                 for delivery in held:
-                    if delivery.lease.id == job_id:
+                    if delivery.lease.token == token:
                         self._note_lost(delivery)
-                held = [delivery for delivery in held if delivery.lease.id != job_id]
+                held = [delivery for delivery in held if delivery.lease.token != token]
             except DiskFullError:
                 logger.warning("no space to write down how %s jobs ended; again in %s s", len(held), RETRY_S)
                 if not self._settling:  # its leases expire
@@ -592,7 +620,7 @@ class Worker:
             shortest = math.inf
             for delivery in list(self._held.values()):
                 shortest = min(shortest, delivery.visibility)
-                if delivery.renew_at <= now and delivery.ending is None and not delivery.job.finished:
+                if delivery.renew_at <= now and not delivery.is_told and not delivery.job.finished:
                     due.setdefault(delivery.visibility, []).append(delivery)
             if not self._held:
                 self._shortest = shortest
@@ -613,9 +641,9 @@ class Worker:
             try:
                 self._broker.extend_many([delivery.lease for delivery in deliveries], seconds)
             except LeaseLostError as error:
-                for delivery in [each for each in deliveries if each.lease.id == error.job_id]:
+                for delivery in [each for each in deliveries if each.lease.token == error.token]:
                     deliveries.remove(delivery)
-                    if delivery.lease.token in self._held and delivery.ending is None and not delivery.job.finished:
+                    if delivery.lease.token in self._held and not delivery.is_told and not delivery.job.finished:
                         self._note_lost(delivery)
                         self._tell_handler(delivery, LEASE_LOST)
             except (BrokerClosedError, BrokerFailedError):
@@ -690,7 +718,7 @@ class _Order:
     def __init__(self, queues: Sequence[str] | Mapping[str, float]) -> None:
         if isinstance(queues, str) or not isinstance(queues, Sequence | Mapping):
             raise UsageError(f"queues: a sequence of names or a mapping to weights expected, got {queues!r}")
-        self.names = list(queues)
+        self.names = [name for name in queues if name != SCHEDULES]  # whose jobs are no calls
         if not self.names or not all(isinstance(name, str) and name for name in self.names):
             raise UsageError(f"queues: names expected, got {queues!r}")
         self._weights: dict[str, float] | None = None
@@ -699,6 +727,14 @@ class _Order:
             self._weights = {name: seconds_of(weight, f"queues[{name!r}]") for name, weight in queues.items()}
             if not all(self._weights.values()):
                 raise UsageError("queues: weights above 0 expected")
+
+    def add(self, name: str) -> None:
+        """One more, with the weight 1."""
+        if name not in self._credit:
+            self.names.append(name)
+            self._credit[name] = 0.0
+            if self._weights is not None:
+                self._weights[name] = 1.0
 
     def next(self, names: list[str]) -> list[str]:
         """Those that have room, the one whose turn it is first.
@@ -743,10 +779,6 @@ def _ending(delivery: Delivery) -> Ending:
     if reason == CANCELLED:
         return Ending("reject", CANCELLED)
     return ending
-
-
-def _queues_of(app: App) -> dict[str, float]:
-    return {task.opts.queue: 1.0 for task in app.tasks.values()} or {"default": 1.0}
 
 
 def _count(value: object, name: str, least: int = 1) -> int:

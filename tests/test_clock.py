@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rivetq import Broker
 from rivetq.clock import Clock, SystemClock
 from rivetq.errors import UsageError
 from rivetq.testing import ManualClock
@@ -195,3 +196,30 @@ def test_moves_from_many_threads_all_count() -> None:
     for thread in threads:
         thread.join()
     assert clock.boot_ms() == 800
+
+
+def test_a_clock_that_rounds_down_makes_no_delay_too_short() -> None:
+    class Floored(ManualClock):
+        grain_ms = 1
+
+    clock = Floored()
+    with Broker(":memory:", clock=clock) as broker:
+        began = clock.now()
+
+        def due_after_ms(job_id: int) -> float:
+            job = broker.get(job_id)
+            assert job is not None
+            assert job.due_at is not None
+            return (job.due_at - began) / timedelta(milliseconds=1)
+
+        assert due_after_ms(broker.enqueue("q", b"", delay=0.005)) == 6
+        assert due_after_ms(broker.enqueue_many("q", [b""], delay=0.005, idempotency_keys=["k"])[0]) == 6
+        for answer in ("nack", "release"):
+            job_id = broker.enqueue("q", b"")
+            lease = broker.lease("q")
+            assert lease is not None
+            getattr(lease, answer)(delay=0.005)
+            assert due_after_ms(job_id) == 6
+        broker.enqueue("now", b"", delay=0)
+        assert broker.lease("now") is not None
+    assert SystemClock.grain_ms == 1

@@ -201,6 +201,29 @@ def test_a_look_begins_with_the_index_and_looks_again_when_the_tail_moved(
     assert (faults, len(loaded)) == ([], 1)
 
 
+def with_a_rotten_payload(directory: Path) -> int:
+    """Three jobs in a segment that an opening does not read; the second one's payload rots. Its id."""
+    with Broker(directory, segment_bytes=SEGMENT_BYTES, cache_bytes=0) as broker:
+        ids = broker.enqueue_many("q", [bytes([letter]) * 3000 for letter in b"abc"])
+        broker.rotate()
+        broker.checkpoint()
+    (path,) = [path for path in segments(directory) if b"b" * 3000 in path.read_bytes()]
+    rot(path, path.read_bytes().index(b"b" * 3000) + 17)
+    return ids[1]
+
+
+def test_a_look_at_a_rotten_payload_is_refused_as_a_broker_refuses_it(tmp_path: Path) -> None:
+    job_id = with_a_rotten_payload(tmp_path / "data")
+    with tools.look(tmp_path / "data") as found:
+        calls: list[Callable[[], object]] = [lambda: found.get(job_id), lambda: found.jobs("q")]
+        for call in calls:
+            with pytest.raises(CorruptLogError, match="salvage"):
+                call()
+        assert [job.payload[:1] for job in found.jobs("q", limit=1)] == [b"a"]
+    with Broker(tmp_path / "data", cache_bytes=0) as broker, pytest.raises(CorruptLogError, match="salvage"):
+        broker.get(job_id)
+
+
 def test_a_look_that_meets_damage_each_time_says_so(closed: Path) -> None:
     segment = sorted((closed / "log").glob("*.log"))[0]
     rot(segment, 5)

@@ -41,6 +41,10 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's own clocks."""
 
+    grain_ms = 1
+    """They go on while they are read and are rounded down: a delay counts from so much later, not to be short. A clock
+    without this is exact."""
+
     def __init__(self) -> None:
         self._boot_clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # BOOTTIME is Linux only
         self.boot_id = _read_boot_id()

@@ -64,7 +64,8 @@ def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -
         _check_burst(queue, count)
         _check_limits(queue, count, count, now_ms)
     first_id = machine.next_id
-    events: list[Event] = [_new_jobs(operation, queue.number, config.retry, first_id, operation.payloads, None, now_ms)]
+    due_ms = machine.due_ms(now_ms, operation.delay_ms) if operation.delay_ms else 0
+    events: list[Event] = [_new_jobs(operation, queue.number, config.retry, first_id, operation.payloads, None, due_ms)]
     if machine.id_block and (reserved := ids(machine, count, machine.id_block)):
         events.insert(0, reserved)
     return events, [list(range(first_id, first_id + count))]
@@ -77,7 +78,7 @@ def _new_jobs(
     first_id: int,
     payloads: Sequence[bytes],
     keys: Sequence[str | None] | None,
-    now_ms: int,
+    due_ms: int,
 ) -> Enqueued:
     """The jobs of an enqueue; `policy` is the queue's."""
     retry = operation.retry or policy
@@ -85,7 +86,7 @@ def _new_jobs(
         number,
         first_id,
         operation.priority,
-        now_ms + operation.delay_ms if operation.delay_ms else 0,
+        due_ms,
         retry.max_attempts if operation.max_attempts is None else operation.max_attempts,
         retry,
         operation.visibility_ms,
@@ -353,10 +354,12 @@ class _Plan:
                 event = failed(entry, operation.error, self._now_ms, operation.delay_ms)
                 if isinstance(event, Buried):
                     self._count(self._live, entry.queue.name, -1)
+                else:
+                    event.due_ms = self._due_ms(event.due_ms - self._now_ms)
                 self._events.append(event)
             case Release():
                 entry = self._settle(operation)
-                self._events.append(Released(entry.id, self._now_ms + operation.delay_ms, entry.attempts - 1))
+                self._events.append(Released(entry.id, self._due_ms(operation.delay_ms), entry.attempts - 1))
             case Reject():
                 entry = self._settle(operation)
                 self._events.append(Buried(entry.id, self._now_ms, operation.error))
@@ -401,7 +404,8 @@ class _Plan:
         if count != len(payloads):
             payloads = [payloads[i] for i in fresh]
         new_keys = None if keys is None else [keys[i] for i in fresh]
-        self._events.append(_new_jobs(operation, number, policy, first_id, payloads, new_keys, self._now_ms))
+        due_ms = self._machine.due_ms(self._now_ms, operation.delay_ms)
+        self._events.append(_new_jobs(operation, number, policy, first_id, payloads, new_keys, due_ms))
         self._count(self._live, name, count)
         self._count(self._new, name, count)
         if keys is None:
@@ -459,6 +463,10 @@ class _Plan:
         if operation.id in self._settled:
             raise _settled_twice(operation)
         return held(self._machine, operation.id, operation.token, self._now_ms)
+
+    def _due_ms(self, delay_ms: int) -> int:
+        """Of a job that comes back."""
+        return self._machine.due_ms(self._now_ms, delay_ms) or self._now_ms
 
     def _settle(self, operation: Ack | Nack | Release | Reject) -> Entry:
         entry = self._held(operation)

@@ -88,6 +88,7 @@ class LiveEngine:
     def __init__(self, machine: Machine, clock: Clock, now_ms: int) -> None:
         self.clock = clock
         self._machine = machine
+        machine.grain_ms = getattr(clock, "grain_ms", 0)
         self._offset_ms = now_ms - clock.boot_ms()
         self._lock = threading.Lock()  # guards the machine, the log's tail and all below
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more

@@ -68,6 +68,14 @@ def read_mark(data: bytes | None, log_id: bytes) -> int:
     return int(lsn) if found_id == log_id and crc == crc32c(data[: _MARK.size]) else 0
 
 
+def read_payload(file: SegmentFile, offset: int, length: int, crc: int) -> bytes:
+    """Bytes of a segment that were written as a payload. Raises CorruptLogError if these are others."""
+    data = file.read(length, offset)
+    if len(data) != length or crc32c(data) != crc:
+        raise corrupt(file.path, offset, f"a payload of {length} bytes does not match its checksum", so="")
+    return data
+
+
 def encode_mark(log_id: bytes, lsn: int) -> bytes:
     """What the mark file holds when this record is on disk."""
     data = _MARK.pack(log_id, lsn)
@@ -461,10 +469,7 @@ class Log:
             file = self.open_segment(segment)
         except FileNotFoundError:
             return None
-        data = file.read(length, offset)
-        if len(data) != length or crc32c(data) != crc:
-            raise corrupt(file.path, offset, f"a payload of {length} bytes does not match its checksum")
-        return data
+        return read_payload(file, offset, length, crc)
 
     def read_many(self, places: Sequence[tuple[int, int, int, int]]) -> list[bytes | None]:
         """Payloads of many places (segment, offset, length, crc), as `read` gives them one by one.

@@ -98,6 +98,11 @@ class Machine:
         self._cached_bytes = 0
         self._cached: deque[Columns] = deque()  # those with payloads, oldest first
         self.id_block = id_block
+        self.grain_ms = 0  # of the clock that moments come from, which it rounds down
+
+    def due_ms(self, now_ms: int, delay_ms: int) -> int:
+        """The moment at which a delay has surely passed that begins now; 0 without a delay."""
+        return now_ms + delay_ms + self.grain_ms if delay_ms else 0
 
     def take_ids(self, count: int) -> int:
         """The first of `count` ids that nobody else gets; a reservation covers them (see decide.ids)."""

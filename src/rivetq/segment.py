@@ -136,11 +136,11 @@ def decode_header(data: bytes, path: str) -> Header:
     )
 
 
-def corrupt(path: str, offset: int, what: str) -> CorruptLogError:
+def corrupt(path: str, offset: int, what: str, so: str = "; nothing was changed") -> CorruptLogError:
     """The error for damage at a byte."""
     return CorruptLogError(
-        f"{path}: damaged at byte {offset}: {what}; nothing was changed. Restore the directory from a backup, or keep "
-        f"a copy and remove what is damaged at the price of the jobs in it",
+        f"{path}: damaged at byte {offset}: {what}{so}. Restore the directory from a backup, or save what can be read: "
+        f"python -m rivetq salvage DIRECTORY OUT",
         file=path,
         offset=offset,
     )

@@ -19,6 +19,7 @@ from .errors import StorageError, UsageError
 from .index import Index
 from .io import Disk
 from .live import LiveEngine
+from .log import read_payload
 from .machine import Machine
 from .model import moment
 from .recovery import Recovered, beside_its_owner, recover, replay
@@ -63,7 +64,7 @@ class ViewEngine(LiveEngine):
     def _payload(self, entry: Entry) -> bytes:
         try:
             file = SegmentFile.open(self._disk, os.path.join(self._log_path, segment_name(entry.segment)))
-            return file.read(entry.length, entry.offset)
+            return read_payload(file, entry.offset, entry.length, entry.crc)
         except OSError as error:
             raise StorageError(f"job {entry.id}: its payload was moved since; look again") from error
 

@@ -10,7 +10,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: $(VENV)/ready ## the main job on real input, killed three times on the way
+demo: $(VENV)/ready ## the main job on real input, killed four times on the way
 	$(BIN)/python examples/index_sources.py
 
 # Half of the time of all tests goes into these: the model, and what can go wrong at every place. Two processes of pytest,

@@ -77,6 +77,28 @@ def test_stats_counts_all_queues(filled: Run) -> None:
     assert "as of 20" in text
 
 
+def test_stats_counts_the_age_of_the_oldest_job_from_now_though_nothing_is_written(filled: Run) -> None:
+    ages = []
+    for _ in range(2):
+        time.sleep(0.2)
+        ages.append(filled.json("stats")["queues"]["mail"]["oldest_age"])
+    assert ages[0] >= 0.2
+    assert ages[1] >= ages[0] + 0.2
+    assert "oldest_age" in filled.json("stats")["queues"]["dead"]
+
+
+def test_stats_goes_on_into_a_pipe(filled: Run, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rivetq.cli", "-d", str(filled.directory), "stats", "--watch", "--interval", "0.1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        seen = 0
+        while seen < 3:
+            seen += "as of" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
 def test_queues_shows_configurations(filled: Run) -> None:
     filled("pause", "mail")
     found = filled.json("queues")["queues"]["mail"]
@@ -138,7 +160,45 @@ def test_pause_resume_redrive_cancel_and_purge_change_what_they_say(filled: Run)
     filled("purge", "mail", status=2, stdin="n\n")
     assert filled.json("stats")["queues"]["mail"]["purged"] == 0
     assert filled.json("purge", "mail", "--state", "scheduled", "--yes") == {"queue": "mail", "purged": 1}
-    assert filled("purge", "mail", "--yes") == "1 jobs are removed\n"
+    assert filled("purge", "mail", "--yes") == "1 job is removed\n"
+
+
+def test_purge_asks_what_to_remove_and_removes_nothing_without_a_yes(filled: Run) -> None:
+    for answer in ("n\n", ""):
+        filled("purge", "mail", "--state", "ready", stdin=answer, status=2)
+        assert "Remove all ready jobs of queue 'mail' for good?" in filled.errors
+        assert "nothing was removed" in filled.errors
+    assert filled("purge", "mail", stdin="y\n") == "2 jobs are removed\n"
+    assert filled("redrive", "dead") == "1 job is ready again\n"
+
+
+def test_cancel_of_what_is_not_there_is_an_error_in_words(filled: Run) -> None:
+    assert filled("cancel", "99", status=4) == ""
+    assert "job 99 is leased or gone" in filled.errors
+    assert filled.json("cancel", "99", status=4) == {"id": 99, "cancelled": False}
+
+
+def test_ctrl_c_ends_a_question_and_a_measurement_with_130(run: Run) -> None:
+    run("enqueue", "mail", "1")
+    for command in (["purge", "mail"], ["bench", "--seconds", "30"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "rivetq.cli", "-d", str(run.directory), *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stderr is not None
+            if command[0] == "purge":
+                assert process.stderr.read(6) == "Remove"
+            else:
+                wait_for(lambda: bool(list(run.directory.parent.glob("rivetq-bench-*/data/log/*.log"))))
+                time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
+        assert process.returncode == 130, errors
+        assert "Traceback" not in errors
+        assert errors.endswith("rivetq: interrupted\n")
 
 
 def test_changing_keeps_the_leases_of_a_process_that_died(filled: Run) -> None:
@@ -303,7 +363,7 @@ def test_a_number_out_of_its_range_is_status_2(filled: Run, arguments: list[str]
 
 
 def test_json_may_stand_before_the_command(filled: Run) -> None:
-    assert json.loads(filled("--json", "stats"))["all"] == filled.json("stats")["all"]
+    assert json.loads(filled("--json", "stats"))["queues"].keys() == filled.json("stats")["queues"].keys()
 
 
 def test_config_shows_values_and_their_origins(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

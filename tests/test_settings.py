@@ -177,3 +177,14 @@ def test_settings_open_a_broker_and_make_a_worker(tmp_path: Path) -> None:
 def test_every_setting_says_what_it_is_about() -> None:
     assert [name for name, field in FIELDS.items() if not field.metadata["about"]] == []
     assert {field.name for field in attrs.fields(Settings)} == {*FIELDS, "origins"}
+
+
+def test_settings_that_are_made_by_hand_are_checked_too() -> None:
+    with pytest.raises(UsageError, match="threads: a whole number"):
+        Settings(threads=-1)
+    assert Settings(segment_bytes="1MiB").segment_bytes == 2**20  # type: ignore[arg-type]  # as from a file
+
+
+def test_names_with_and_without_weights_do_not_mix() -> None:
+    with pytest.raises(UsageError, match="RIVETQ_QUEUES: queues: a weight for each name, or for none"):
+        load(environ={"RIVETQ_QUEUES": "mail=3,web"})

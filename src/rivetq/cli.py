@@ -28,13 +28,23 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
 import attrs
 
-from rivetq import Broker, BrokerLockedError, CorruptLogError, Job, JobState, RivetQError, UsageError, __version__
+from rivetq import (
+    Broker,
+    BrokerLockedError,
+    CorruptLogError,
+    Job,
+    JobState,
+    QueueStats,
+    RivetQError,
+    UsageError,
+    __version__,
+)
 
 from . import tools
 from .logs import configure
@@ -72,8 +82,6 @@ class _Group(click.Group):
             ctx.exit(DONE)
         except (RivetQError, OSError) as error:
             self._end(ctx, error, NOT_DONE)
-        except click.Abort:  # a question that was not answered with yes
-            ctx.exit(NOT_DONE)
         except KeyboardInterrupt:
             click.echo("rivetq: interrupted", err=True)
             ctx.exit(INTERRUPTED)
@@ -222,11 +230,20 @@ def _as_of(found: tools.Look) -> str:
 STATS = ("ready", "scheduled", "leased", "dead", "enqueued", "acked", "cancelled", "purged")
 
 
+def _now(found: tools.Look, queue: str | None = None) -> QueueStats:
+    """Counts of the last record; but a job grows older while nothing is written."""
+    stats = found.stats(queue)
+    if stats.oldest_age is None:
+        return stats
+    since = (datetime.now(UTC) - found.as_of).total_seconds()
+    return attrs.evolve(stats, oldest_age=stats.oldest_age + max(0.0, since))
+
+
 def _stats_table(found: tools.Look) -> Table:
     table = _table("queue", *STATS, "oldest s")
     table.caption, table.caption_justify = _as_of(found), "left"
     for queue in [*found.queues(), None]:
-        stats = found.stats(queue)
+        stats = _now(found, queue)
         age = "" if stats.oldest_age is None else f"{stats.oldest_age:.1f}"
         table.add_row(queue if queue is not None else "(all)", *(str(getattr(stats, name)) for name in STATS), age)
     return table
@@ -242,16 +259,21 @@ def stats(watch: bool, interval: float) -> None:
     if _wants_json():
         while True:
             with _look() as found:
-                queues = {name: found.stats(name) for name in found.queues()}
-                _print_json({"as_of": found.as_of, "record": found.record, "all": found.stats(), "queues": queues})
+                queues = {name: _now(found, name) for name in found.queues()}
+                _print_json({"as_of": found.as_of, "record": found.record, "all": _now(found), "queues": queues})
             if not watch:
                 return
             sys.stdout.flush()
             time.sleep(interval)
     with _look() as found:
         table = _stats_table(found)
-    if not watch:
+    if not watch or not sys.stdout.isatty():
         _print_table(table)
+        while watch:  # for a file or a pipe: one table after another
+            sys.stdout.flush()
+            time.sleep(interval)
+            with _look() as found:
+                _print_table(_stats_table(found))
         return
     with Live(table, auto_refresh=False) as live:
         while True:
@@ -292,13 +314,14 @@ def jobs(queue: str, state: str | None, after: int, limit: int) -> None:
         if _wants_json():
             _print_json({"as_of": found.as_of, "record": found.record, "jobs": [_job_json(job) for job in listed]})
             return
-        table = _table("id", "state", "priority", "attempts", "enqueued", "task", "error")
+        table = _table("id", "state", "priority", "attempts", "enqueued", "due", "task", "error")
         table.caption, table.caption_justify = _as_of(found), "left"
         for job in listed:
             when = job.enqueued_at.isoformat(timespec="seconds")
+            due = "" if job.due_at is None else job.due_at.isoformat(timespec="seconds")
             task = job.headers.get("rivetq-task", "")
             table.add_row(
-                str(job.id), str(job.state), str(job.priority), str(job.attempts), when, task, job.last_error or ""
+                str(job.id), str(job.state), str(job.priority), str(job.attempts), when, due, task, job.last_error or ""
             )
     _print_table(table)
 
@@ -333,6 +356,14 @@ def dump(payloads: bool) -> None:
 # Changing
 
 
+def _jobs(count: int) -> str:
+    return "1 job" if count == 1 else f"{count} jobs"
+
+
+def _are(count: int) -> str:
+    return f"{_jobs(count)} {'is' if count == 1 else 'are'}"
+
+
 def _told(value: dict[str, Any], text: str) -> None:
     if _wants_json():
         _print_json(value)
@@ -346,6 +377,7 @@ def _told(value: dict[str, Any], text: str) -> None:
 @click.option("--task", help="The name of a task: the payload is the list of its arguments, or an object of them.")
 @click.option("--priority", default=5, show_default=True, help="0 to 9, 9 is the most urgent.")
 @click.option("--delay", default=0.0, help="Seconds before which it is not leased.")
+@click.option("--max-attempts", type=int, help="Deliveries before it is a dead letter; by default as the queue says.")
 @click.option("--key", help="Idempotency key.")
 @click.option("--header", multiple=True, metavar="NAME=VALUE", help="May be repeated.")
 def enqueue(
@@ -354,6 +386,7 @@ def enqueue(
     task: str | None,
     priority: int,
     delay: float,
+    max_attempts: int | None,
     key: str | None,
     header: tuple[str, ...],
 ) -> None:
@@ -373,7 +406,10 @@ def enqueue(
     with _slow("opening"):
         broker = _settings(release_on_open=False).open_broker()
     with broker:
-        options: Any = {"priority": priority, "delay": delay, "headers": headers, "idempotency_key": key}
+        options: Any = {
+            "priority": priority, "delay": delay, "headers": headers, "idempotency_key": key,
+            "max_attempts": max_attempts,
+        }  # fmt: skip
         job_id = broker.enqueue(queue, body, **options)
     _told({"id": job_id}, f"job {job_id}")
 
@@ -426,7 +462,7 @@ def redrive(queue: str, job_ids: tuple[int, ...], limit: int | None) -> None:
     """Bring dead letters back: all of a queue, or those with these ids."""
     with _opened() as broker, _slow("bringing back"):
         count = broker.redrive(queue, job_ids=job_ids or None, limit=limit)
-    _told({"queue": queue, "redriven": count}, f"{count} jobs are ready again")
+    _told({"queue": queue, "redriven": count}, f"{_are(count)} ready again")
 
 
 @_command()
@@ -436,10 +472,18 @@ def redrive(queue: str, job_ids: tuple[int, ...], limit: int | None) -> None:
 def purge(queue: str, state: str | None, yes: bool) -> None:
     """Remove the jobs of a queue, but for leased ones."""
     if not yes:
-        click.confirm("Remove these jobs for good?", abort=True, err=True)
+        which = f"all {state} jobs" if state else "all jobs that are not leased"
+        try:
+            sure = click.confirm(f"Remove {which} of queue {queue!r} for good?", err=True)
+        except click.Abort as error:  # Ctrl-C, or no answer to be had
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            sure = False
+        if not sure:
+            raise UsageError("nothing was removed; answer y, or give --yes")
     with _opened() as broker, _slow("removing"):
         count = broker.purge(queue, state=state)
-    _told({"queue": queue, "purged": count}, f"{count} jobs are removed")
+    _told({"queue": queue, "purged": count}, f"{_are(count)} removed")
 
 
 @_command()
@@ -448,7 +492,10 @@ def cancel(job_id: int) -> int:
     """Remove a job that waits or is a dead letter."""
     with _opened() as broker:
         done = broker.cancel(job_id)
-    _told({"id": job_id, "cancelled": done}, f"job {job_id} is removed" if done else f"job {job_id} is leased or gone")
+    if not done and not _wants_json():
+        click.echo(f"rivetq: job {job_id} is leased or gone", err=True)
+        return NO_JOB
+    _told({"id": job_id, "cancelled": done}, f"job {job_id} is removed")
     return DONE if done else NO_JOB
 
 
@@ -484,7 +531,7 @@ def rebuild_index() -> None:
     path = _settings().path
     with _slow("building the index") as progress:
         count = tools.rebuild_index(path, progress=progress)
-    _told({"path": path, "jobs": count}, f"{count} jobs")
+    _told({"path": path, "jobs": count}, _jobs(count))
 
 
 @_command()
@@ -558,19 +605,25 @@ def _lease_and_ack(broker: Broker) -> int:
 
 def _rate(call: Callable[[], int], threads: int, seconds: float, tell: Callable[[float], None]) -> float:
     counts = [0] * threads
+    ended = threading.Event()
     end = time.perf_counter() + seconds
 
     def work(number: int) -> None:
-        while time.perf_counter() < end:
+        while time.perf_counter() < end and not ended.is_set():
             counts[number] += call()
 
     started = time.perf_counter()
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
     for worker in workers:
         worker.start()
-    while any(worker.is_alive() for worker in workers):
-        workers[0].join(0.1)
-        tell(time.perf_counter() - started)
+    try:
+        while any(worker.is_alive() for worker in workers):
+            workers[0].join(0.1)
+            tell(time.perf_counter() - started)
+    finally:  # Ctrl-C: before the broker is closed under them
+        ended.set()
+        for worker in workers:
+            worker.join()
     return sum(counts) / (time.perf_counter() - started)
 
 

@@ -128,6 +128,8 @@ def _queues(value: Any) -> dict[str, float] | list[str] | None:
         parts = [part.strip() for part in value.split(",") if part.strip()]
         if not any("=" in part for part in parts):
             value = parts
+        elif not all("=" in part for part in parts):
+            raise ValueError("a weight for each name, or for none, expected")
         else:
             value = {name.strip(): weight for name, _, weight in (part.rpartition("=") for part in parts)}
     if not value:
@@ -180,6 +182,10 @@ class Settings:
 
     origins: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False, metadata={"internal": True})
     """Where each value came from, by name."""
+
+    def __attrs_post_init__(self) -> None:
+        for name, field in FIELDS.items():
+            object.__setattr__(self, name, _checked(field, getattr(self, name), f"{name}"))
 
     def broker_options(self) -> dict[str, Any]:
         """Options for `Broker` and `App`."""
@@ -263,10 +269,14 @@ def _parsed(name: object, value: Any, origin: str) -> Any:
         near = difflib.get_close_matches(name, FIELDS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(FIELDS)}"
         raise UsageError(f"{origin}: unknown setting {name!r}{hint}")
+    return _checked(field, value, f"{origin}: {name}")
+
+
+def _checked(field: attrs.Attribute[Any], value: Any, name: str) -> Any:
     try:
         return field.metadata["parser"](value)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{origin}: {name}: {error}, got {value!r}") from error
+        raise UsageError(f"{name}: {error}, got {value!r}") from error
 
 
 def _read(path: str) -> Mapping[str, Any]:
@@ -277,7 +287,7 @@ def _read(path: str) -> Mapping[str, Any]:
     except OSError as error:
         raise UsageError(f"file: {path}: cannot be read: {error}") from error
     try:
-        content = _yaml(data, path) if path.endswith((".yaml", ".yml")) else tomllib.loads(data.decode())
+        content = _yaml(data) if path.endswith((".yaml", ".yml")) else tomllib.loads(data.decode())
     except ValueError as error:  # tomllib's and UnicodeDecodeError are ValueErrors
         raise UsageError(f"file: {path}: {error}") from error
     if os.path.basename(path) == "pyproject.toml":
@@ -290,11 +300,11 @@ def _read(path: str) -> Mapping[str, Any]:
     return content
 
 
-def _yaml(data: bytes, path: str) -> Any:
+def _yaml(data: bytes) -> Any:
     try:
         import yaml
     except ImportError:
-        raise UsageError(f"file: {path}: YAML needs PyYAML: pip install rivetq[yaml]") from None
+        raise ValueError("YAML needs PyYAML: pip install rivetq[yaml]") from None
 
     class Loader(yaml.SafeLoader):
         """One that takes no key twice: the second would silently win."""

@@ -10,14 +10,14 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rivetq import Broker, BrokerLockedError, DuplicateJobError, RetryPolicy, UsageError
-from rivetq.tasks import App, Reject, current_job
+from rivetq.tasks import App, Reject, current_job, every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +271,7 @@ def test_two_tasks_of_one_name_are_refused(app: App) -> None:
         {"pool": "fork"}, {"time_limit": 0}, {"time_limit": -1}, {"time_limit": "1"}, {"idempotency_key": 7},
         {"priority": 10}, {"priority": True}, {"queue": ""}, {"queue": 5}, {"queue": "q" * 256}, {"retry": 3},
         {"max_attempts": 0}, {"visibility_timeout": 0}, {"visibility_timeout": -1}, {"name": 5}, {"name": ""},
+        {"queue": "\ud800"}, {"name": "\ud800"},
     ],
 )  # fmt: skip
 def test_a_task_with_a_bad_option_is_refused(app: App, options: dict[str, Any]) -> None:
@@ -281,7 +282,11 @@ def test_a_task_with_a_bad_option_is_refused(app: App, options: dict[str, Any]) 
 
 def test_an_option_of_one_call_is_checked_as_those_of_the_task(app: App) -> None:
     task = app.task(of_a_module.function)
-    bad: list[dict[str, Any]] = [{"priority": 77}, {"delay": -1}, {"on_duplicate": "drop"}]
+    bad: list[dict[str, Any]] = [
+        {"priority": 77}, {"delay": -1}, {"on_duplicate": "drop"}, {"headers": ["a"]}, {"headers": "a"},
+        {"transaction": 5}, {"delay": timedelta(days=100 * 366 + 1)},
+    ]  # fmt: skip
+    task.options(delay=timedelta(days=100 * 366)).enqueue(1)
     for options in bad:
         with pytest.raises(UsageError, match=next(iter(options))):
             task.options(**options)
@@ -291,7 +296,11 @@ def test_what_is_no_function_is_no_task(app: App) -> None:
     class Sender:
         def send(self, to: str) -> None: ...
 
-    for nothing, why in (("mail", "by name"), (functools.partial(print, 1), "a function"), (Sender.send, "method")):
+    app.task(name="is one")(of_a_module.function)
+    for nothing, why in (
+        ("mail", "by name"), (functools.partial(print, 1), "a function"), (Sender.send, "method"), (max, "arguments"),
+        (app.tasks.pop("is one"), "stands above"),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=why):
             app.task(nothing)  # type: ignore[call-overload]  # what a type checker refuses as well
     assert app.tasks == {}
@@ -403,3 +412,37 @@ def test_many_threads_may_be_the_first_to_use_an_app() -> None:
     finally:
         sys.setswitchinterval(before)
     assert errors == []
+
+
+@pytest.mark.parametrize("calls", [5, None, "ab", {"to": "ada"}])
+def test_enqueue_many_of_what_is_no_row_of_calls_is_refused(app: App, calls: Any) -> None:
+    @app.task
+    def send(to: str = "") -> None: ...
+
+    with pytest.raises(UsageError, match="enqueue_many"):
+        send.enqueue_many(calls)
+    assert send.enqueue_many([["ada"], ("bob",)]) == [1, 2]
+
+
+@pytest.mark.parametrize("broker", [None, 5, 3.5, b"data"])
+def test_an_app_of_no_broker_and_no_path_is_refused(broker: Any) -> None:
+    with pytest.raises(UsageError, match="broker"):
+        App(broker)
+    with pytest.raises(UsageError, match="codec"):
+        App("data", codec=broker or 1)
+
+
+def test_arguments_may_have_any_names(app: App) -> None:
+    @app.task
+    def task(**named: int) -> None: ...
+
+    job_id = task.enqueue(self=1, args=2)  # type: ignore[call-arg]  # pyright alone knows
+    job = app.broker.get(job_id)
+    assert job is not None
+    assert job.json()["kwargs"] == {"self": 1, "args": 2}
+
+
+@pytest.mark.parametrize("options", [{"kwargs": {1: 2}}, {"kwargs": [1]}, {"args": 5}, {"name": 5}])
+def test_bad_arguments_of_a_schedule_are_told_where_it_is_made(app: App, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        app.periodic(every(60), **options)

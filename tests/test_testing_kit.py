@@ -233,3 +233,34 @@ def test_the_app_is_as_before_after_the_block() -> None:
         assert before.stats().enqueued == 1
         with pytest.raises(UsageError, match="once"):
             testing.__enter__()
+
+
+def test_the_time_goes_on_in_large_steps_after_the_wall_clock_was_set() -> None:
+    with app.testing() as testing:
+        testing.clock.step_wall(3600)
+        advances: list[float] = []
+        advance = testing.clock.advance
+        testing.clock.advance = lambda seconds: (advances.append(seconds), advance(seconds))[1]  # type: ignore[method-assign, assignment, func-returns-value]  # counts the steps
+        testing.advance(700)
+        assert len(advances) < 800
+        assert testing.enqueued(report)
+
+
+def test_a_handler_that_lets_the_time_pass_loses_its_lease_and_no_more() -> None:
+    with App(":memory:") as other:
+
+        @other.task(visibility_timeout=10)
+        def sleepy() -> None:
+            if current_job().attempt == 1:
+                testing.clock.advance(20)
+
+        with other.testing() as testing:
+            sleepy.enqueue()
+            assert testing.drain().acked == 1  # in its second attempt
+            assert testing.broker.stats().acked == 1
+
+
+def test_what_somebody_enqueued_by_hand_is_no_call() -> None:
+    with app.testing() as testing:
+        testing.broker.enqueue("mail", [1], headers={"rivetq-task": "send"})
+        assert testing.enqueued() == []

@@ -195,23 +195,43 @@ def test_a_class_that_keeps_more_than_its_fields_is_refused_at_once() -> None:
             codec.dumps(value)
 
 
+PARIS = ZoneInfo("Europe/Paris")
+
+
 @pytest.mark.parametrize(
     ("moment", "words"),
     [
-        (datetime(2026, 1, 1, 9, tzinfo=ZoneInfo("Europe/Paris")), ["2026-01-01T09:00:00+01:00", "Europe/Paris"]),
-        (datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Paris")),
-         ["2026-10-25T02:30:00+01:00", "Europe/Paris"]),
-        (datetime(2026, 10, 25, 2, 30, fold=1), ["2026-10-25T02:30:00", None]),
+        (datetime(2026, 1, 1, 9, tzinfo=PARIS), ["2026-01-01T09:00:00+01:00", "Europe/Paris", 0]),
+        (datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=PARIS), ["2026-10-25T02:30:00+01:00", "Europe/Paris", 1]),
+        (datetime(2026, 10, 25, 2, 30, fold=1), ["2026-10-25T02:30:00", None, 1]),
+        (datetime(2026, 10, 25, 2, 30), "2026-10-25T02:30:00"),
+        (datetime(2026, 3, 29, 2, 30, tzinfo=PARIS), ["2026-03-29T02:30:00+01:00", "Europe/Paris", 0]),  # it never was
+        (datetime.max.replace(tzinfo=ZoneInfo("America/New_York")),
+         ["9999-12-31T23:59:59.999999-05:00", "America/New_York", 0]),
+        (time(9, 30, tzinfo=PARIS), ["09:30:00", "Europe/Paris", 0]),
+        (time(9, 30, fold=1), ["09:30:00", None, 1]),
+        (time(9, 30, tzinfo=UTC), "09:30:00+00:00"),
     ],
 )  # fmt: skip
-def test_a_moment_keeps_its_time_zone_and_which_of_two_it_is(moment: datetime, words: list[Any]) -> None:
+def test_a_moment_keeps_its_time_zone_and_which_of_two_it_is(moment: datetime | time, words: Any) -> None:
     codec = TypedJson()
-    assert json.loads(codec.dumps(moment)) == {"$datetime": words}
+    tag = "$datetime" if isinstance(moment, datetime) else "$time"
+    assert json.loads(codec.dumps(moment)) == {tag: words}
     found = codec.loads(codec.dumps(moment))
     assert (found, found.tzinfo, found.fold) == (moment, moment.tzinfo, moment.fold)
-    assert found + timedelta(days=180) == moment + timedelta(days=180)
     with pytest.raises(UsageError, match="Nowhere"):
-        codec.loads(b'{"$datetime": ["2026-01-01T00:00:00+00:00", "Nowhere"]}')
+        codec.loads(b'{"$datetime": ["2026-01-01T00:00:00+00:00", "Nowhere", 0]}')
+
+
+def test_a_field_that_was_never_set_is_refused_at_the_enqueue() -> None:
+    @dataclasses.dataclass
+    class Unset:
+        later: int = dataclasses.field(init=False)
+
+    codec = TypedJson()
+    codec.register(Unset)
+    with pytest.raises(UsageError, match="later"):
+        codec.dumps(Unset())
 
 
 def test_an_annotation_for_type_checkers_alone_hides_no_other() -> None:

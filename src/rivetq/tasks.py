@@ -53,6 +53,8 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 TASK_HEADER = "rivetq-task"
+MOST_S = 100 * 366 * 86_400
+"""The longest duration, as for a broker."""
 Pool = Literal["thread", "process"]
 Context = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
 Around = Callable[["CurrentJob"], Context | Iterator[Any] | AsyncIterator[Any]]
@@ -259,7 +261,7 @@ class Options:
     transaction: Transaction | None = None
 
     def __attrs_post_init__(self) -> None:
-        if not isinstance(self.queue, str) or not 0 < len(self.queue.encode(errors="replace")) <= 255:
+        if not is_name(self.queue) or len(self.queue.encode()) > 255:
             raise UsageError(f"queue: a str of 1 to 255 bytes expected, got {self.queue!r}")
         if self.queue == SCHEDULES:
             raise UsageError(f"queue: {SCHEDULES!r} is for the records of schedules")
@@ -278,9 +280,21 @@ class Options:
             raise UsageError(f"pool: 'thread' or 'process' expected, got {self.pool!r}")
         if self.time_limit is not None and not seconds_of(self.time_limit, "time_limit"):
             raise UsageError("time_limit: above 0 seconds expected")
+        if self.headers is not None and not isinstance(self.headers, Mapping):
+            raise UsageError(f"headers: a mapping expected, got {self.headers!r}")
+        if self.transaction is not None and not isinstance(self.transaction, Transaction):
+            raise UsageError(f"transaction: one of the app's broker expected, got {self.transaction!r}")
         key = self.idempotency_key
         if key is not None and not callable(key) and not isinstance(key, str):
             raise UsageError(f"idempotency_key: a str or a callable expected, got {type(key).__name__}")
+
+
+def is_name(value: object) -> bool:
+    """A str that is not empty and can be written as UTF-8."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_int(value: object) -> bool:
@@ -339,6 +353,8 @@ class Task(Generic[P, R_co]):
             calls: each is a tuple of positional arguments, a mapping of keyword arguments, or what `call` gives, whose
                 arguments a type checker checks.
         """
+        if not isinstance(calls, Iterable) or isinstance(calls, str | bytes | Mapping):
+            raise UsageError(f"enqueue_many: calls expected, such as a list of tuples, got {calls!r}")
         checked = [self._checked(call) for call in calls]
         if len(checked) > 1 and isinstance(self.opts.idempotency_key, str):
             raise UsageError(
@@ -418,8 +434,8 @@ class Task(Generic[P, R_co]):
             ) from error
 
     def _checked(self, call: object) -> Call:
-        if isinstance(call, tuple):
-            call = Call(call, {})
+        if isinstance(call, tuple | list):
+            call = Call(tuple(call), {})
         elif isinstance(call, Mapping):
             call = Call((), call)
         elif not isinstance(call, Call):
@@ -533,8 +549,14 @@ class App:
     """
 
     def __init__(self, broker: Broker | str | os.PathLike[str], *, codec: Codec | None = None, **options: Any) -> None:
+        if not isinstance(broker, Broker | str | os.PathLike):
+            raise UsageError(f"broker: an open Broker or the path of one expected, got {broker!r}")
         if isinstance(broker, Broker) and options:
             raise UsageError(f"{', '.join(options)}: options are for a path, this broker is open already")
+        if codec is not None and not (
+            callable(getattr(codec, "dumps", None)) and callable(getattr(codec, "loads", None))
+        ):
+            raise UsageError(f"codec: one with dumps and loads expected, got {codec!r}")
         _check_options(options)
         self.codec = codec or TypedJson()
         self.tasks: dict[str, Task[..., Any]] = {}
@@ -654,7 +676,7 @@ class App:
             visibility_timeout=visibility_timeout, time_limit=time_limit, pool=pool,
         )  # fmt: skip
 
-        if name is not None and (not isinstance(name, str) or not name):
+        if name is not None and not is_name(name):
             raise UsageError(f"name: a str expected, got {name!r}")
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
@@ -662,6 +684,10 @@ class App:
                 raise UsageError(f"task: {function.name!r} is one already; app.periodic stands above app.task")
             if not inspect.isroutine(function) or isinstance(function, staticmethod | classmethod):
                 raise UsageError(f"task: a function expected, got {function!r}; options are given by name, queue=...")
+            try:
+                inspect.signature(function)
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"task: {function!r} does not tell its arguments: {error}") from error
             if _is_method(function):
                 raise UsageError(f"task: {function.__qualname__} is a method; jobs are for functions, without a self")
             if inspect.iscoroutinefunction(function) and checked.pool == "process":
@@ -716,6 +742,10 @@ class App:
         late = seconds_of(grace, "grace")
         if isinstance(args, str) or not isinstance(args, Sequence):
             raise UsageError(f"args: a sequence expected, got {args!r}")
+        if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
+            raise UsageError(f"kwargs: a mapping of names expected, got {kwargs!r}")
+        if name is not None and not is_name(name):
+            raise UsageError(f"name: a str expected, got {name!r}")
 
         def register(function: Any) -> Any:
             task: Task[..., Any] = function if isinstance(function, Task) else self.task(function)
@@ -864,6 +894,6 @@ class App:
 def seconds_of(value: Duration, name: str) -> float:
     """Seconds of a duration that a caller gave. Raises UsageError."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 3.1e9:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MOST_S:
         raise UsageError(f"{name}: seconds or a timedelta expected, got {value!r}")
     return float(seconds)

@@ -18,7 +18,7 @@ from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -78,7 +78,7 @@ class TypedJson:
         """See `Codec.dumps`."""
         try:
             return json.dumps(self._plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:  # a field that was never set, say
             raise UsageError(f"arguments: JSON cannot say them ({error})") from error
 
     def loads(self, data: bytes) -> Any:
@@ -259,20 +259,23 @@ def _mentioned(annotation: Any) -> list[type]:
     return found + [each for part in typing.get_args(annotation) for each in _mentioned(part)]
 
 
-def _moment_text(value: datetime) -> Any:
-    """Its ISO text; with the name of its time zone if it has one, or with None for the second of two equal ones."""
+Clock = TypeVar("Clock", datetime, time)
+
+
+def _clock_text(value: datetime | time) -> Any:
+    """Its ISO text; with a named time zone or in the second of two equal hours a list: text, name of the zone, fold."""
     text = value.isoformat()
-    if isinstance(value.tzinfo, ZoneInfo) and value.tzinfo.key:
-        return [text, value.tzinfo.key]
-    return [text, None] if value.tzinfo is None and value.fold else text
+    zone = value.tzinfo.key if isinstance(value.tzinfo, ZoneInfo) else None
+    return [text, zone, value.fold] if zone is not None or value.fold else text
 
 
-def _moment(value: Any) -> datetime:
+def _read_clock(kind: type[Clock], value: Any) -> Clock:
     if isinstance(value, str):
-        return datetime.fromisoformat(value)
-    text, zone = value
-    found = datetime.fromisoformat(text)
-    return found.replace(fold=1) if zone is None else found.astimezone(ZoneInfo(zone))
+        return kind.fromisoformat(value)
+    text, zone, fold = value
+    found = kind.fromisoformat(text)
+    # What the clock showed, and not the moment: between 02:00 and 03:00 of a night in spring there is none.
+    return found.replace(fold=fold, tzinfo=found.tzinfo if zone is None else ZoneInfo(zone))
 
 
 def _seconds(value: Any) -> timedelta:
@@ -282,18 +285,18 @@ def _seconds(value: Any) -> timedelta:
 _AS_IT_IS = {str, int, float, bool, type(None)}
 _TAGS: dict[type, tuple[str, Callable[[Any], Any]]] = {
     bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
-    datetime: ("$datetime", _moment_text),
+    datetime: ("$datetime", _clock_text),
     date: ("$date", date.isoformat),
-    time: ("$time", time.isoformat),
+    time: ("$time", _clock_text),
     timedelta: ("$timedelta", lambda value: [value.days * 86_400 + value.seconds, value.microseconds]),
     UUID: ("$uuid", str),
     Decimal: ("$decimal", str),
 }
 _READERS: dict[str, Callable[[Any], Any]] = {
     "$bytes": lambda value: base64.b64decode(value, validate=True),
-    "$datetime": _moment,
+    "$datetime": partial(_read_clock, datetime),
     "$date": date.fromisoformat,
-    "$time": time.fromisoformat,
+    "$time": partial(_read_clock, time),
     "$timedelta": _seconds,
     "$uuid": UUID,
     "$decimal": Decimal,

@@ -53,7 +53,7 @@ from .pools import (
     fields,
 )
 from .schedules import SCHEDULES, Scheduler
-from .tasks import TASK_HEADER, App, Reject, here, seconds_of
+from .tasks import TASK_HEADER, App, Reject, here, is_name, seconds_of
 from .tasks import Retry as Retry  # with `Reject` and the next two: what a handler needs, beside what runs it
 from .tasks import Snooze as Snooze
 from .tasks import current_job as current_job
@@ -719,8 +719,8 @@ class _Order:
         if isinstance(queues, str) or not isinstance(queues, Sequence | Mapping):
             raise UsageError(f"queues: a sequence of names or a mapping to weights expected, got {queues!r}")
         self.names = [name for name in queues if name != SCHEDULES]  # whose jobs are no calls
-        if not self.names or not all(isinstance(name, str) and name for name in self.names):
-            raise UsageError(f"queues: names expected, got {queues!r}")
+        if not self.names or not all(is_name(name) and len(name.encode()) <= 255 for name in self.names):
+            raise UsageError(f"queues: names expected, of 1 to 255 bytes, got {queues!r}")
         self._weights: dict[str, float] | None = None
         self._credit: dict[str, float] = dict.fromkeys(self.names, 0.0)
         if isinstance(queues, Mapping):

@@ -1619,6 +1619,31 @@ if __name__ == "__main__":
     assert "BrokerLockedError" in done.stderr
 
 
+def test_what_an_async_handler_began_is_cancelled_with_it(app: App) -> None:
+    ended: list[str] = []
+    begun = threading.Event()
+
+    async def aside() -> None:
+        try:
+            begun.set()
+            await asyncio.sleep(PATIENCE_S)
+        finally:
+            ended.append("aside")
+
+    @app.task
+    async def task() -> None:
+        task_.append(asyncio.create_task(aside()))
+        await asyncio.sleep(0.05)
+
+    task_: list[asyncio.Task[None]] = []
+    with Worker(app):
+        task.enqueue()
+        assert begun.wait(PATIENCE_S)
+        until(lambda: app.broker.stats().acked)
+        assert ended == []
+    assert ended == ["aside"]
+
+
 # -- Children that begin slowly, or not at all
 
 

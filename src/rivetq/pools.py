@@ -314,7 +314,7 @@ class LoopPool:
 
     async def _end(self, seconds: float) -> bool:
         """Cancel what runs; whether all of it ended. Otherwise the loop goes on until that has, and nobody waits."""
-        tasks = list(self._tasks.values())
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}  # handlers, and what these began
         for task in tasks:
             task.cancel()
         if tasks and (await asyncio.wait(tasks, timeout=seconds))[1]:
@@ -323,7 +323,7 @@ class LoopPool:
         self._stop_loop()
         return True
 
-    async def _end_with(self, tasks: list[asyncio.Task[None]]) -> None:
+    async def _end_with(self, tasks: set[asyncio.Task[Any]]) -> None:
         await asyncio.wait(tasks)
         self._stop_loop()
 

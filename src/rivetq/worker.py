@@ -70,10 +70,11 @@ PREFETCH_JOBS = 512
 RENEWALS = 3
 """A lease is extended so often in its time: one extension may come late, and the next still saves it."""
 MARGIN_S = 2.0
-"""Of the grace time that is kept for giving back what still runs and closing, a fifth of it at most."""
-LEAST_S = 0.25
+"""Of the grace time that is kept for giving back what still runs and closing, a fifth of it at most; of a short one
+half a second, and half of it at most."""
+LEAST_S = 0.05
 """That an async handler gets to end after it was cancelled, whatever the grace time was."""
-SIGNAL_S = 0.2
+SIGNAL_S = 0.05
 RETRY_S = 1.0
 """After an answer that found the disk full."""
 
@@ -187,6 +188,7 @@ class Worker:
         self._ended = threading.Event()
         self._wanted = threading.Event()  # something wants it to stop
         self._signals = 0
+        self._signalled_at: float | None = None  # monotonic
         self._stop_lock = threading.Lock()
         self._held: dict[int, Delivery] = {}  # leased and not answered; by token, since a job may come again at once
         self._endings: deque[Delivery] = deque()
@@ -219,7 +221,7 @@ class Worker:
                 "working in process %s on %s of %s", os.getpid(), ", ".join(self._order.names), self._broker.path
             )
             # Not for longer: another thread may have got the signal. And the handler takes no lock, since it may break
-            # into itself.
+            # into itself. The grace time counts from the signal.
             while not self._signals and not self._wanted.wait(SIGNAL_S):
                 pass
             logger.info("stopping, %s jobs are leased", self.running)
@@ -233,6 +235,7 @@ class Worker:
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
+        self._signalled_at = self._signalled_at or time.monotonic()
 
     def start(self) -> None:
         """Open the broker and begin to work, in threads. Raises what `Broker` raises."""
@@ -277,7 +280,7 @@ class Worker:
         with self._stop_lock:
             if not self._started or self._ended.is_set():
                 return
-            begun = time.monotonic()
+            begun = self._signalled_at or time.monotonic()
             if grace is not None:
                 self.grace = seconds_of(grace, "grace")
             with self._changed:
@@ -299,7 +302,7 @@ class Worker:
                     self._tell_handler(delivery, SHUTDOWN)
             # What can be ended is; what comes behind it needs a moment of the grace time as well.
             now = time.monotonic()
-            until = now + 0.8 * min(MARGIN_S, begun + self.grace - now)
+            until = now + 0.8 * min(_margin(self.grace), begun + self.grace - now)
             for room in self._rooms.values():
                 room.pool.stop(max(LEAST_S, until - time.monotonic()))
             for delivery in left:
@@ -319,7 +322,7 @@ class Worker:
         with self._changed:
             while any(room.jobs for room in self._rooms.values()) and self.failure is None:
                 grace = self.grace if self._signals < 2 else 0.0
-                left = begun + grace - min(MARGIN_S, grace / 5) - time.monotonic()
+                left = begun + grace - _margin(grace) - time.monotonic()
                 if left <= 0:
                     return
                 self._changed.wait(min(left, 0.5))
@@ -758,6 +761,11 @@ class _Group(NamedTuple):
 
     room: _Room
     names: list[str]
+
+
+def _margin(grace: float) -> float:
+    """Seconds of a grace time in which nothing is waited for any more."""
+    return min(MARGIN_S, max(grace / 5, min(0.5, grace / 2)))
 
 
 def _kind(task: Any) -> str:

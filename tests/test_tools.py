@@ -706,6 +706,12 @@ def test_a_backup_of_a_running_broker_is_its_state(busy: Broker, tmp_path: Path)
     assert tools.verify(busy.backup(tmp_path / "another").path).is_whole
 
 
+def test_a_backup_tells_the_moment_of_its_last_record(busy: Broker, tmp_path: Path) -> None:
+    found = busy.backup(tmp_path / "out")
+    with tools.look(tmp_path / "out") as copy:
+        assert (copy.as_of, copy.record) == (found.as_of, found.records)
+
+
 def test_a_backup_may_copy_all_bytes(busy: Broker, tmp_path: Path) -> None:
     assert busy.backup(tmp_path / "out", link=False).linked == 0
     assert {path.stat().st_nlink for path in segments(tmp_path / "out")} == {1}

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import attrs
@@ -98,7 +99,7 @@ def _backup(given: argparse.Namespace) -> int:
 
 
 def _print(report: attrs.AttrsInstance) -> None:
-    print(json.dumps(attrs.asdict(report), indent=2, default=str))
+    print(json.dumps(attrs.asdict(report), indent=2, default=datetime.isoformat))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .errors import CorruptLogError, StorageError
 from .io import DIRECTORY_MODE, Disk, read_file, replace_file, write_all, write_file
 from .log import encode_mark, list_segments, read_mark
 from .machine import Machine
+from .model import moment
 from .recovery import beside_its_owner, recover
 from .segment import Scan, SegmentFile, corrupt, read_header, segment_name
 
@@ -50,7 +51,10 @@ def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = Tru
             raise CorruptLogError(message, file=file, offset=error.offset) from error
         size = sum(os.path.getsize(os.path.join(log, segment_name(number))) for number in numbers)
     jobs = sum(sum(queue.counts) for queue in machine.queues.values())
-    return Backup(path=out, records=last_lsn, jobs=jobs, segments=len(numbers), linked=linked, bytes=size)
+    return Backup(
+        path=out, records=last_lsn, as_of=moment(machine.now_ms), jobs=jobs, segments=len(numbers), linked=linked,
+        bytes=size,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ moments: a remote engine has its own clock. Differences between engines are told
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal, Protocol
 
 import attrs
@@ -106,6 +107,8 @@ class Backup:
     path: str
     records: int
     """The number of the last record: the copy is the state after that one."""
+    as_of: datetime
+    """The moment of that record."""
     jobs: int
     """Waiting, leased and dead ones."""
     segments: int

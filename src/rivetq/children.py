@@ -255,10 +255,10 @@ atexit.register(_kill_children)  # so before multiprocessing's own, which was re
 
 def _child_main(pipe: Connection, levels: Mapping[str, int]) -> None:
     """Run jobs until the parent closes the pipe or dies."""
-    for (
-        number
-    ) in _PARENTS_SIGNALS:  # the parent decides. Not SIG_IGN, which programs that a handler starts would inherit
+    for number in _PARENTS_SIGNALS:  # the parent decides
+        # Not SIG_IGN, which programs that a handler starts would inherit; and no system call is broken off for it.
         signal.signal(number, lambda number, frame: None)
+        signal.siginterrupt(number, False)
     os.register_at_fork(after_in_child=pipe.close)  # else what a handler forked would hold it open
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()

@@ -75,6 +75,7 @@ half a second, and half of it at most."""
 LEAST_S = 0.05
 """That an async handler gets to end after it was cancelled, whatever the grace time was."""
 SIGNAL_S = 0.05
+SHOWN_QUEUES = 10
 RETRY_S = 1.0
 """After an answer that found the disk full."""
 
@@ -217,9 +218,7 @@ class Worker:
         before = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.start()
-            logger.info(
-                "working in process %s on %s of %s", os.getpid(), ", ".join(self._order.names), self._broker.path
-            )
+            logger.info("working in process %s on %s of %s", os.getpid(), self._order, self._broker.path)
             # Not for longer: another thread may have got the signal. And the handler takes no lock, since it may break
             # into itself. The grace time counts from the signal.
             while not self._signals and not self._wanted.wait(SIGNAL_S):
@@ -247,7 +246,7 @@ class Worker:
             if self.app.schedules or SCHEDULES in names:  # or those that the program had
                 self._scheduler = Scheduler(self._broker, self.app.schedules)
             for name in names:
-                if self._follows and name not in self._order.names and self._has_calls(name):
+                if self._follows and name not in self._order and self._has_calls(name):
                     self._order.add(name)
             self._started = True
             for kind in {_kind(task) for task in self.app.tasks.values()} or {"thread"}:
@@ -267,7 +266,7 @@ class Worker:
 
     def follow(self, queue: str) -> None:
         """For apps: calls of its tasks are in this queue, too. A worker that was told its queues keeps to them."""
-        if self._follows and queue not in self._order.names:
+        if self._follows and queue not in self._order:
             with self._changed:
                 self._order.add(queue)
                 self._grouped = None
@@ -731,9 +730,16 @@ class _Order:
             if not all(self._weights.values()):
                 raise UsageError("queues: weights above 0 expected")
 
+    def __str__(self) -> str:
+        more = len(self.names) - SHOWN_QUEUES
+        return ", ".join(self.names[:SHOWN_QUEUES]) + (f" and {more} more queues" if more > 0 else "")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._credit
+
     def add(self, name: str) -> None:
         """One more, with the weight 1."""
-        if name not in self._credit:
+        if name not in self:
             self.names.append(name)
             self._credit[name] = 0.0
             if self._weights is not None:

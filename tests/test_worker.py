@@ -32,7 +32,9 @@ from rivetq import (
     QueueStats,
     RetryPolicy,
     SystemClock,
+    Transaction,
     UsageError,
+    pools,
 )
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
 from rivetq.worker import Concurrency, Settled, Worker, _Room
@@ -336,7 +338,7 @@ def test_a_job_that_comes_again_before_its_answer_is_noted_is_answered_again(
 
     def slow(held: Any) -> None:
         commit(held)
-        number = held[0].lease.attempt
+        number = next(iter(held)).lease.attempt
         if number < 4:  # the fetcher has it again before this returns
             until(lambda: any(each.lease.attempt == number + 1 for each in list(worker._held.values())))
 
@@ -1514,6 +1516,43 @@ def test_handlers_that_ended_before_their_loop_was_blocked_are_done(app: App) ->
     assert states[0] is None
     assert states[1] is not None
     assert (states[1].state, states[1].attempts, ran) == ("ready", 0, [0, 1])
+
+
+def test_a_handler_that_ends_while_its_job_is_being_given_back_leaves_no_lease(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, end, ended = threading.Event(), threading.Event(), threading.Event()
+    runs: list[int] = []
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        end.wait(PATIENCE_S)
+
+    @app.around
+    def tell(job: CurrentJob) -> Iterator[None]:
+        runs.append(1)
+        yield
+
+    ack_many, run = Transaction.ack_many, pools.run_here
+
+    def ack_and_end(self: Transaction, leases: Any) -> None:
+        ack_many(self, leases)
+        end.set()  # in the middle of the answers
+        assert ended.wait(PATIENCE_S)
+
+    def run_and_tell(delivery: Any, app: App) -> None:
+        run(delivery, app)
+        ended.set()
+
+    monkeypatch.setattr(Transaction, "ack_many", ack_and_end)
+    monkeypatch.setattr(pools, "run_here", run_and_tell)
+    job_id = task.enqueue()
+    worker = Worker(app)
+    worker.start()
+    assert begun.wait(PATIENCE_S)
+    worker.stop(0)
+    assert (job(app, job_id).state, job(app, job_id).attempts, runs) == ("ready", 0, [1])
 
 
 def test_a_lease_is_renewed_until_its_ending_is_told(app: App) -> None:

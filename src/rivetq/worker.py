@@ -537,58 +537,51 @@ class Worker:
                 self._rooms[_kind(delivery.task)].ran(delivery.seconds)
             if self._stopping or any(room.is_wanting() for room in self._rooms.values()):
                 self._changed.notify_all()
-        # Each once: at a stop a job may be given back while its handler ends.
-        batch = list(dict.fromkeys(batch))
-        held = [delivery for delivery in batch if delivery.lease.token in self._held]
-        finished = [delivery for delivery in held if delivery.job.finished]
-        if finished:
-            held = [delivery for delivery in held if not delivery.job.finished]
-        while held:
+        # Each once, and as it has ended by now: at a stop a job may be given back while its handler ends.
+        endings = {each: _ending(each) for each in batch if each.lease.token in self._held}
+        lost = [delivery for delivery in dict.fromkeys(batch) if delivery not in endings]
+        left = {delivery: ending for delivery, ending in endings.items() if not delivery.job.finished}
+        while left:
             try:
-                self._commit(held)
+                self._commit(left)
                 break
             except LeaseLostError as error:
-                token = error.token
-                for delivery in held:
-                    if delivery.lease.token == token:
-                        self._note_lost(delivery)
-                held = [delivery for delivery in held if delivery.lease.token != token]
+                for delivery in [each for each in left if each.lease.token == error.token]:
+                    self._note_lost(delivery)
+                    lost.append(delivery)
+                    del left[delivery], endings[delivery]
             except DiskFullError:
-                logger.warning("no space to write down how %s jobs ended; again in %s s", len(held), RETRY_S)
+                logger.warning("no space to write down how %s jobs ended; again in %s s", len(left), RETRY_S)
                 if not self._settling:  # its leases expire
                     break
                 time.sleep(RETRY_S)
-        cancelled = []
-        held += finished
-        for delivery in held:
+        for delivery in endings:
             self._held.pop(delivery.lease.token, None)
-            if delivery.job.reason == CANCELLED and _ending(delivery).verb == "reject":
-                cancelled.append(delivery.lease.id)
-        for job_id in cancelled:
-            self._broker.cancel(job_id)  # it is a dead letter, and nobody wants it
-        for delivery in held:
-            self._tell(delivery, _ending(delivery).verb)
-        for delivery in batch:
-            if delivery not in held:
-                self._tell(delivery, "lost")
-        self._jobs += len(batch)
+        for delivery, ending in endings.items():
+            if delivery.job.reason == CANCELLED and ending.verb == "reject":
+                self._broker.cancel(delivery.lease.id)  # it is a dead letter, and nobody wants it
+        for delivery, ending in endings.items():
+            self._tell(delivery, ending.verb)
+        for delivery in lost:
+            self._tell(delivery, "lost")
+        self._jobs += len(endings) + len(lost)
         self._check_limits()
 
-    def _commit(self, held: list[Delivery]) -> None:
-        if all(_ending(delivery).verb == "ack" for delivery in held):
-            self._broker.ack_many([delivery.lease for delivery in held])
+    def _commit(self, endings: Mapping[Delivery, Ending]) -> None:
+        done = [delivery.lease for delivery, ending in endings.items() if ending.verb == "ack"]
+        if len(done) == len(endings):
+            self._broker.ack_many(done)
             return
         with self._broker.transaction() as tx:
-            tx.ack_many([delivery.lease for delivery in held if _ending(delivery).verb == "ack"])
-            for delivery in held:
-                ending, lease = _ending(delivery), delivery.lease
+            tx.ack_many(done)
+            for delivery, ending in endings.items():
                 match ending.verb:
                     case "nack":
-                        tx.nack(lease, error=ending.error, delay=ending.delay)
+                        tx.nack(delivery.lease, error=ending.error, delay=ending.delay)
                     case "release":
-                        tx.release(lease, delay=ending.delay or 0)
+                        tx.release(delivery.lease, delay=ending.delay or 0)
                     case "reject":
-                        tx.reject(lease, error=ending.error)
+                        tx.reject(delivery.lease, error=ending.error)
 
     def _note_lost(self, delivery: Delivery) -> None:
         self._held.pop(delivery.lease.token, None)

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from rivetq import Broker, RateLimit
+from rivetq import Broker, RateLimit, UsageError
+from rivetq.tasks import App
 
 pytest.importorskip("click", reason="the extra cli is not installed")
 
@@ -24,6 +25,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from rivetq import cli, tools
+from rivetq.settings import Settings
 
 
 class Run:
@@ -362,6 +364,11 @@ def test_a_number_out_of_its_range_is_status_2(filled: Run, arguments: list[str]
     filled(*arguments, status=2)
 
 
+def test_a_file_of_settings_may_stand_behind_the_command(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "shop.toml").write_text("threads = 3")
+    assert run.json("config", "--config", str(tmp_path / "shop.toml"))["threads"]["value"] == 3
+
+
 def test_json_may_stand_before_the_command(filled: Run) -> None:
     assert json.loads(filled("--json", "stats"))["queues"].keys() == filled.json("stats")["queues"].keys()
 
@@ -418,6 +425,23 @@ def test_a_worker_process_runs_tasks_until_sigterm(run: Run, tmp_path: Path) -> 
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert not (tmp_path / "unused").exists()
+
+
+def test_a_number_of_handlers_is_for_each_kind_unless_one_is_given(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+
+    def worker(self: Settings, app: App) -> Any:
+        found.append((self.threads, self.processes, self.tasks))
+        raise UsageError("seen")
+
+    monkeypatch.setattr(Settings, "worker", worker)
+    (tmp_path / "shop.py").write_text(APP)
+    monkeypatch.syspath_prepend(tmp_path)
+    run("worker", "shop:app", "-c", "3", "--tasks", "50", status=2)
+    assert found == [(3, min(3, os.cpu_count() or 1), 50)]
+    sys.modules.pop("shop")
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -63,17 +63,15 @@ def test_the_wall_clock_is_epoch_milliseconds(monkeypatch: pytest.MonkeyPatch) -
     assert SystemClock().wall_ms() == 1_767_225_600_123
 
 
-def test_two_clocks_of_one_boot_have_the_same_boot_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda self: " 5d0e-a \n")
+def test_two_clocks_of_one_boot_have_the_same_boot_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "boot_id").write_text(" 5d0e-a \n")
+    monkeypatch.setattr("rivetq.clock.BOOT_ID", str(tmp_path / "boot_id"))
     assert SystemClock().boot_id == SystemClock().boot_id == "5d0e-a"
 
 
-def test_without_a_boot_id_every_clock_is_another_boot(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(self: Path) -> str:
-        raise FileNotFoundError(self)
-
+def test_without_a_boot_id_every_clock_is_another_boot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
-    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr("rivetq.clock.BOOT_ID", str(tmp_path / "nowhere"))
     monkeypatch.setattr(time, "time_ns", lambda: next(ticks))
     first, second = SystemClock().boot_id, SystemClock().boot_id
     assert first.startswith("process-")

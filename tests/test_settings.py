@@ -93,7 +93,7 @@ def test_texts_of_the_environment_become_values(variable: str, text: str, value:
 BAD = [
     ("fsync", "sometimes"), ("segment_bytes", "1KiB"), ("segment_bytes", "5 bananas"), ("threads", "0"),
     ("threads", "many"), ("grace", "-1"), ("grace", "nan"), ("release_on_open", "perhaps"), ("log_level", "LOUD"),
-    ("queues", "mail=0"), ("queues", "mail=x"), ("metrics_port", "0"), ("metrics_port", "65536"), ("path", ""),
+    ("queues", "mail=0"), ("queues", "mail=x"), ("metrics_port", "-1"), ("metrics_port", "65536"), ("path", ""),
     ("visibility_timeout", "0"), ("fsync_interval", "0"), ("grace", "5e9"), ("max_payload_bytes", "900GiB"),
     ("window_jobs", "1_000_000_000_000_000_000"), ("segment_bytes", "2048GiB"),
 ]  # fmt: skip

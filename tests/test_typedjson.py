@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import functools
 import json
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from typing import Any, Generic, NewType, TypeVar
 from uuid import UUID
@@ -221,6 +221,70 @@ def test_a_moment_keeps_its_time_zone_and_which_of_two_it_is(moment: datetime | 
     assert (found, found.tzinfo, found.fold) == (moment, moment.tzinfo, moment.fold)
     with pytest.raises(UsageError, match="Nowhere"):
         codec.loads(b'{"$datetime": ["2026-01-01T00:00:00+00:00", "Nowhere", 0]}')
+
+
+@attrs.define(frozen=True, cache_hash=True)
+class Hashed:
+    n: int
+
+
+@attrs.define(frozen=True, cache_hash=True, slots=False)
+class HashedToo:
+    n: int
+
+
+@dataclasses.dataclass
+class Open(Generic[T]):
+    content: T
+
+
+@pytest.mark.parametrize("value", [Hashed(3), HashedToo(3), Open[int](3)])
+def test_what_python_and_attrs_keep_for_themselves_is_left_out(value: Any) -> None:
+    codec = TypedJson()
+    codec.register(type(value))
+    if not isinstance(value, Open):
+        hash(value)
+    found = codec.loads(codec.dumps(value))
+    assert found == value
+    if not isinstance(value, Open):
+        assert hash(found) == hash(value)
+
+
+@pytest.mark.parametrize("name", ["cents", "__dict__", "lock", "__post_init__"])
+def test_a_payload_cannot_put_into_an_object_what_its_constructor_never_does(name: str) -> None:
+    codec = TypedJson()
+    codec.register(Money)
+    words = json.loads(codec.dumps(Money(1)))
+    words["$class"][2] = {name: 5}
+    with pytest.raises(UsageError, match=name):
+        codec.loads(json.dumps(words).encode())
+
+
+@pytest.mark.parametrize("here", ["__main__", "shop"])
+def test_a_class_is_known_whether_its_program_is_run_or_imported(here: str) -> None:
+    def shop(module: str) -> tuple[TypedJson, Any]:
+        kind = dataclasses.make_dataclass("Order", [("number", int)])
+        kind.__module__ = module
+        codec = TypedJson()
+        codec.register(kind)
+        return codec, kind
+
+    there = "shop" if here == "__main__" else "__main__"
+    (writer, written), (reader, read) = shop(there), shop(here)
+    assert reader.loads(writer.dumps(written(3))) == read(3)
+    other, _ = shop("elsewhere")
+    if there == "shop":
+        with pytest.raises(UsageError, match="shop:Order"):
+            other.loads(writer.dumps(written(3)))  # of another module, it is another class
+
+
+def test_a_time_in_a_zone_without_a_name_is_refused() -> None:
+    class Odd(tzinfo):
+        def utcoffset(self, moment: datetime | None) -> timedelta | None:
+            return None
+
+    with pytest.raises(UsageError, match="time zone"):
+        TypedJson().dumps(time(9, tzinfo=Odd()))
 
 
 def test_a_field_that_was_never_set_is_refused_at_the_enqueue() -> None:

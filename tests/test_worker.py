@@ -37,7 +37,7 @@ from rivetq import (
     pools,
 )
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
-from rivetq.worker import Concurrency, Settled, Worker, _Room
+from rivetq.worker import Concurrency, Settled, Worker, _margin, _Order, _Room
 
 PATIENCE_S = 30.0
 
@@ -1367,6 +1367,48 @@ def test_two_tasks_of_one_function_are_two_in_a_child(children: App, first: str)
     assert children.broker.stats("children").acked == 1
 
 
+def test_a_child_that_logs_without_end_is_killed_by_its_time_limit(children: App) -> None:
+    class SlowHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            time.sleep(0.001)
+
+    slow, logger = SlowHandler(), logging.getLogger("shop")
+    logger.addHandler(slow)
+    try:
+        with Worker(children, concurrency=1):
+            job_id = worker_tasks.log_without_end.enqueue()
+            until(lambda: job(children, job_id).state == "dead")
+    finally:
+        logger.removeHandler(slow)
+    assert str(job(children, job_id).last_error).startswith("TimeLimitError")
+
+
+def test_what_a_child_forks_ends_when_it_is_told_to_and_its_calls_are_worked_on(children: App) -> None:
+    with Worker(children, concurrency=1):
+        worker_tasks.end_a_fork.enqueue()
+        until(lambda: worker_tasks.ends)
+    assert worker_tasks.ends == [f"exit code {-signal.SIGTERM}"]
+
+
+def test_a_filter_of_the_parent_that_raises_fails_no_job_of_a_child(children: App) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        raise OSError("no space for logs")
+
+    logger = logging.getLogger("shop")
+    logger.addFilter(fail)
+    try:
+        with Worker(children, concurrency=1):
+            worker_tasks.short_pause.enqueue(0)
+            worker_tasks.measure.enqueue(b"")
+            made = children.tasks.get("log once") or children.task(name="log once", queue="children", pool="process")(
+                worker_tasks.work
+            )
+            made.enqueue(worker_tasks.Work(0))
+            until(lambda: children.broker.stats("children").acked == 3)
+    finally:
+        logger.removeFilter(fail)
+
+
 def test_a_program_that_ends_without_stopping_its_worker_ends(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(
         """
@@ -1401,7 +1443,17 @@ def test_a_worker_without_queues_takes_all_in_which_calls_of_its_tasks_are(app: 
     task.options(queue="before").enqueue(1)
     app.broker.enqueue("somebody's", {"args": [9]})
     del app.queues["before"]  # as after a restart
-    with Worker(app), Worker(app, ["kept"]):
+    app.broker.enqueue("before", b"", priority=0)  # and something else, but behind it
+    worker, kept = Worker(app), Worker(app, ["kept"])
+
+    @app.task(queue="between")
+    def between() -> None:
+        ran.append(0)
+
+    with worker, kept:
+        between.enqueue()
+        until(lambda: 0 in ran)
+        ran.remove(0)
         task.options(queue="meanwhile").enqueue(2)
         until(lambda: sorted(ran) == [1, 2])
 
@@ -1417,6 +1469,28 @@ def test_a_worker_without_queues_takes_all_in_which_calls_of_its_tasks_are(app: 
         late_too.enqueue()
         until(lambda: sorted(ran) == [1, 2, 3, 4])
     assert app.broker.stats("somebody's").ready == 1
+    assert str(kept._order) == "kept"
+
+
+def test_a_queue_of_calls_is_known_as_one_behind_an_old_dead_letter(app: App) -> None:
+    ran: list[int] = []
+
+    @app.task(queue="own")
+    def task(n: int) -> None:
+        ran.append(n)
+
+    app.broker.enqueue("other", b"of another program")
+    lease = app.broker.lease("other")
+    assert lease is not None
+    lease.reject()
+    task.options(queue="other").enqueue(1)
+    del app.queues["other"]  # as after a restart
+    with Worker(app):
+        until(lambda: ran == [1])
+
+
+def test_many_queues_are_told_in_few_words() -> None:
+    assert str(_Order([f"q{n}" for n in range(12)])).endswith("q8, q9 and 2 more queues")
 
 
 def test_tasks_of_new_kinds_may_come_after_the_start(children: App) -> None:
@@ -1486,6 +1560,14 @@ def test_the_records_of_schedules_are_no_jobs_for_a_worker(app: App) -> None:
         until(lambda: app.broker.stats("default").acked)
     [record] = app.broker.jobs("rivetq.schedules")
     assert record.state == "scheduled"
+    app.broker.cancel(record.id)
+    app.broker.enqueue("rivetq.schedules", record.payload)
+    taken = app.broker.lease("rivetq.schedules")
+    assert taken is not None
+    taken.reject(error="somebody took it for a job")
+    with Worker(app):
+        until(lambda: app.broker.stats("rivetq.schedules").scheduled)  # no tick is forgotten
+    assert not app.broker.stats("rivetq.schedules").dead
     with pytest.raises(UsageError, match="queues"):
         Worker(app, ["rivetq.schedules"])
     with pytest.raises(UsageError, match="records of schedules"):
@@ -1553,6 +1635,128 @@ def test_a_handler_that_ends_while_its_job_is_being_given_back_leaves_no_lease(
     assert begun.wait(PATIENCE_S)
     worker.stop(0)
     assert (job(app, job_id).state, job(app, job_id).attempts, runs) == ("ready", 0, [1])
+
+
+def test_an_answer_for_a_lost_lease_leaves_the_next_delivery_of_the_job_alone(app: App) -> None:
+    @app.task(queue="later", retry=RetryPolicy(base=0))
+    def task() -> None: ...
+
+    job_id = task.enqueue()
+    with Worker(app, ["default"]) as worker:
+        deliveries = []
+        for _ in range(2):
+            if deliveries:
+                deliveries[0].lease.nack(delay=0)  # it is lost, and the job there again
+            lease = app.broker.lease("later")
+            assert lease is not None
+            delivery = pools.Delivery(lease, app.tasks["task"], [], {})
+            delivery.ending = pools.ACK
+            worker._held[lease.token] = delivery
+            deliveries.append(delivery)
+        worker._rooms["thread"].jobs += 2
+        for delivery in deliveries:
+            worker._done(delivery)
+        until(lambda: not worker._held)
+        assert app.broker.get(job_id) is None
+
+
+def test_a_disk_that_is_full_when_a_job_is_rejected_ends_no_worker(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.worker.RETRY_S", 0.01)
+    reject, tries = Broker.reject, iter(range(10**6))
+
+    def full(self: Broker, *args: Any, **kwargs: Any) -> None:
+        if next(tries) < 3:
+            raise DiskFullError("full", path="d")
+        reject(self, *args, **kwargs)
+
+    monkeypatch.setattr(Broker, "reject", full)
+    job_ids = [app.broker.enqueue("default", b"no call") for _ in range(2)]
+    with Worker(app) as worker:
+        until(lambda: app.broker.stats().dead == 2)
+    assert worker.failure is None
+    assert job(app, job_ids[0]).attempts == 1
+
+
+def test_a_finish_that_fails_leaves_the_job_to_its_worker(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    @app.task(max_attempts=1)
+    def task() -> None:
+        def full(*args: Any) -> None:
+            raise DiskFullError("full", path="d")
+
+        with monkeypatch.context() as patch, current_job().finish():
+            patch.setattr(app.broker, "_answer", full)
+
+    with Worker(app):
+        job_id = task.enqueue()
+        until(lambda: job(app, job_id).state == "dead")
+    assert job(app, job_id).last_error == "DiskFullError: full"
+
+
+# -- The grace time
+
+
+@pytest.mark.parametrize(("grace", "margin"), [(0, 0), (0.4, 0.2), (1, 0.5), (2, 0.5), (5, 1), (30, 2)])
+def test_of_a_grace_time_enough_is_kept_to_end_in_it(grace: float, margin: float) -> None:
+    assert _margin(grace) == margin
+
+
+def test_the_grace_time_counts_from_the_signal(app: App) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        end.wait(PATIENCE_S)
+
+    worker = Worker(app, grace=PATIENCE_S)
+    worker.start()
+    task.enqueue()
+    assert begun.wait(PATIENCE_S)
+    worker._signalled(signal.SIGTERM, None)
+    assert worker._signalled_at is not None
+    worker._signalled_at -= PATIENCE_S  # it came so long ago
+    before = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - before < PATIENCE_S / 3
+    end.set()
+
+
+def test_a_stop_in_the_middle_of_a_start_by_the_same_thread_does_not_hang(app: App) -> None:
+    class Eager(Worker):
+        def _begin(self, names: list[str]) -> None:
+            self.stop(0)  # as a signal handler may
+            super()._begin(names)
+
+    worker = Eager(app)
+    worker.start()
+    worker.stop()
+
+
+def test_a_start_that_fails_leaves_its_schedules_to_others(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(self: Worker, kind: str) -> None:
+        raise RuntimeError("no threads")
+
+    apps = [app, App(app.broker)]
+    for each in apps:
+        each.periodic(every(60), name="tick")(each.task(lambda: None))
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "_add_room", none)
+        with pytest.raises(RuntimeError):
+            Worker(apps[0]).start()
+    assert not app.workers
+    with Worker(apps[1]):
+        pass
+
+
+def test_the_last_schedule_that_a_program_gave_up_ends(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.schedules.LOOK_MS", 200)
+    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 0.05)
+    before = App(app.broker)
+    before.periodic(every(1000))(before.task(lambda: None))
+    with Worker(before):
+        until(lambda: app.broker.stats("rivetq.schedules").scheduled)
+    with Worker(app):
+        until(lambda: not app.broker.jobs("rivetq.schedules"))
 
 
 def test_a_lease_is_renewed_until_its_ending_is_told(app: App) -> None:

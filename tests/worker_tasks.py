@@ -176,3 +176,20 @@ def pause(seconds: float) -> None:
 
 short_pause = app.task(name="short", queue="children", pool="process", time_limit=0.3, max_attempts=1)(pause)
 long_pause = app.task(name="long", queue="children", pool="process", max_attempts=1)(pause)
+
+
+@app.task(queue="children", pool="process", time_limit=0.5, max_attempts=1)
+def log_without_end() -> None:
+    while True:
+        logging.getLogger("shop").warning("still here")
+
+
+@app.task(queue="children", pool="process", max_attempts=1)
+def end_a_fork() -> None:
+    """What it forks is told to end, as a pool of multiprocessing tells its workers, and ends."""
+    forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    forked.start()
+    time.sleep(0.1)
+    forked.terminate()
+    forked.join(20)
+    told.options(queue="new to the parent").enqueue(f"exit code {forked.exitcode}")

@@ -629,9 +629,10 @@ class _Answer:
     def tell(self, answer: Any, error: BaseException | None) -> None:
         """For the engine, in any thread."""
         with self._lock:
-            if not self._is_dropped:
+            dropped = self._is_dropped
+            if not dropped:
                 self._answer.append((answer, error))
-        if self._is_dropped:
+        if dropped:
             self._give_back(answer, error)
         else:
             self._mailbox.put(self)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -126,6 +127,8 @@ class _Child:
     """A child process, as seen from its thread in the parent."""
 
     def __init__(self, app: App) -> None:
+        if os.getpid() in _exiting:
+            raise RuntimeError("the program ends")
         context = multiprocessing.get_context("spawn")
         self._app = app
         self._pipe, theirs = context.Pipe()
@@ -180,7 +183,7 @@ class _Child:
                     is_sent = True
                 left = None if until is None else max(0, until - time.monotonic())
                 # A look at the process now and then: what a handler forked may hold the pipe open after its end.
-                if not self._pipe.poll(LOOK_S if left is None else min(left, LOOK_S)):
+                if left == 0 or not self._pipe.poll(LOOK_S if left is None else min(left, LOOK_S)):
                     if left is not None and left <= LOOK_S:
                         job.cancel(TIME_LIMIT)
                         self.kill()
@@ -193,7 +196,8 @@ class _Child:
                     self._is_up = True
                     continue
                 if kind == "log":
-                    logs.take(content)
+                    with suppress(Exception):  # a filter of the program's, say: not the job's fault
+                        logs.take(content)
                     continue
                 if kind == "begun":
                     assert limit is not None
@@ -238,10 +242,12 @@ class _Child:
 
 
 _children: WeakSet[_Child] = WeakSet()
+_exiting: list[int] = []  # this process, once it exits: no more children
 
 
 def _kill_children() -> None:
     """The program ends without having stopped its worker: multiprocessing would wait for its children for ever."""
+    _exiting.append(os.getpid())
     for child in list(_children):
         if child.parent == os.getpid():  # and not a copy of it that was forked
             child.kill()
@@ -259,7 +265,7 @@ def _child_main(pipe: Connection, levels: Mapping[str, int]) -> None:
         # Not SIG_IGN, which programs that a handler starts would inherit; and no system call is broken off for it.
         signal.signal(number, lambda number, frame: None)
         signal.siginterrupt(number, False)
-    os.register_at_fork(after_in_child=pipe.close)  # else what a handler forked would hold it open
+    os.register_at_fork(after_in_child=partial(_leave_pool, pipe))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
     remote = _Remote(pipe)
@@ -268,6 +274,13 @@ def _child_main(pipe: Connection, levels: Mapping[str, int]) -> None:
         remote.tell("up")
         while True:
             _run_next(pipe, remote)
+
+
+def _leave_pool(pipe: Connection) -> None:
+    """In what a handler forked: it would hold the pipe open, and not end when it is told to."""
+    pipe.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run_next(pipe: Connection, remote: _Remote) -> None:

@@ -50,6 +50,7 @@ from . import tools
 from .logs import configure
 from .settings import FIELDS, Settings, load
 from .tasks import App
+from .worker import Concurrency
 
 try:
     import click
@@ -114,10 +115,10 @@ def _command(name: str | None = None) -> Callable[[Callable[..., int | None]], c
     """A command with --json and --directory; its return value is the exit status."""
 
     def register(function: Callable[..., int | None]) -> click.Command:
-        def run(as_json: bool, directory: str | None, **arguments: Any) -> None:
+        def run(as_json: bool, directory: str | None, config_file: str | None, **arguments: Any) -> None:
             context = click.get_current_context()
-            if directory is not None:
-                context.obj["path"] = directory
+            context.obj["path"] = directory or context.obj["path"]
+            context.obj["config"] = config_file or context.obj["config"]
             context.obj["json"] = as_json or context.obj["json"]
             context.exit(function(**arguments) or DONE)
 
@@ -125,6 +126,7 @@ def _command(name: str | None = None) -> Callable[[Callable[..., int | None]], c
         run.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]  # as click keeps them
         command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(run)
         command = click.option("-d", "--directory", help="As before the command.")(command)
+        command = click.option("--config", "config_file", type=click.Path(dir_okay=False), help="The same.")(command)
         return main.command(name or function.__name__.strip("_").replace("_", "-"))(command)
 
     return register
@@ -633,6 +635,9 @@ def _rate(call: Callable[[], int], threads: int, seconds: float, tell: Callable[
 @_command()
 @click.argument("app", required=False)
 @click.option("-q", "--queues", help="Names in order of preference, a,b, or with weights, a=3,b=1.")
+@click.option(
+    "-c", "--concurrency", type=int, help="Handlers of each kind; of processes as many as processors at most."
+)
 @click.option("--threads", type=int, help="Handlers in threads.")
 @click.option("--processes", type=int, help="Handlers in child processes.")
 @click.option("--tasks", type=int, help="Async handlers.")
@@ -641,8 +646,11 @@ def _rate(call: Callable[[], int], threads: int, seconds: float, tell: Callable[
 @click.option("--max-memory", help="Stop when the process occupies more: bytes, or 512MiB.")
 @click.option("--log-level")
 @click.option("--metrics-port", type=int, help="Serve metrics on this port of the loopback interface.")
-def worker(app: str | None, **given_here: Any) -> int:
+def worker(app: str | None, concurrency: int | None, **given_here: Any) -> int:
     """Run the tasks of APP, as module:attribute, until SIGTERM or Ctrl-C."""
+    if concurrency is not None:
+        for name, number in attrs.asdict(Concurrency.of(concurrency)).items():
+            given_here[name] = given_here[name] if given_here[name] is not None else number
     settings = _settings(app=app, log_json=True if _wants_json() else None, **given_here)
     if settings.app is None:
         raise UsageError("worker: an app is needed, as module:attribute; as an argument, or the setting app")
@@ -662,6 +670,7 @@ def worker(app: str | None, **given_here: Any) -> int:
     except ImportError as error:
         raise UsageError(str(error)) from error
     server = serve(found.broker, settings.metrics_port, workers=[made])
+    logging.getLogger("rivetq.worker").info("metrics at http://%s:%s/metrics", server.address, server.port)
     try:
         return made.run()
     finally:

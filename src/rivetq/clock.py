@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
 class Clock(Protocol):
@@ -68,7 +69,8 @@ def _nothing() -> None:
 
 def _read_boot_id() -> str:
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        with open(BOOT_ID) as file:  # pathlib would take a tenth of the import of rivetq
+            return file.read().strip()
     except OSError:
         # Not Linux: the process's own start, so that every open counts as another boot, which is the careful reading.
         return f"process-{time.time_ns()}"

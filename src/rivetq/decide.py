@@ -64,7 +64,7 @@ def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -
         _check_burst(queue, count)
         _check_limits(queue, count, count, now_ms)
     first_id = machine.next_id
-    due_ms = machine.due_ms(now_ms, operation.delay_ms) if operation.delay_ms else 0
+    due_ms = machine.due_ms(now_ms, operation.delay_ms)
     events: list[Event] = [_new_jobs(operation, queue.number, config.retry, first_id, operation.payloads, None, due_ms)]
     if machine.id_block and (reserved := ids(machine, count, machine.id_block)):
         events.insert(0, reserved)

@@ -149,6 +149,8 @@ class Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Raises nothing: a record that cannot be sent is lost."""
+        if len(logging.getLogger().handlers) > 1:  # the program set up logging after this one was there
+            return
         found = {**vars(record), "msg": _message(record), "args": None}
         found["exc_text"], found["exc_info"] = _exception(logging.Formatter(), record), None
         for name in found.keys() - _STANDARD:

@@ -69,6 +69,8 @@ def instrument(app: App, tracer_provider: TracerProvider | None = None, *, new_t
         new_trace: False: a run is a child of the enqueue's span, in the same trace. True: each run begins a trace of
             its own, which suits jobs that wait for days. It links to the enqueue's span in both.
     """
+    if not isinstance(app, App):
+        raise rivetq.UsageError(f"instrument: an App expected, got {app!r}")
     if _of(app) is None:
         tracing = _Tracing(app, trace.get_tracer("rivetq", rivetq.__version__, tracer_provider), new_trace)
         app.around_hooks.insert(0, tracing)  # first: the other hooks, and what they log, are in the span

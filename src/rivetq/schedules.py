@@ -15,6 +15,7 @@ import json
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -29,6 +30,7 @@ from rivetq import (
     BrokerClosedError,
     BrokerFailedError,
     CapacityError,
+    DiskFullError,
     Duration,
     Job,
     JobState,
@@ -102,8 +104,9 @@ class Cron:
     """Ticks of a cron expression in a time zone, as Debian's cron has them.
 
     When clocks are set forward, a tick at a fixed time in the hour that is missing comes right after it; when they are
-    set back, one in the hour that comes twice comes once. Expressions whose minute or hour begins with a star go by
-    elapsed time.
+    set back, one in the hour that comes twice comes once. Expressions whose minute or hour begins with a star, and
+    those with seconds, go by what the clock shows: nothing in the hour that is missing, twice in the one that comes
+    twice.
     """
 
     expression: str
@@ -115,10 +118,37 @@ class Cron:
 
     def after(self, moment: datetime) -> Iterator[datetime]:
         """See `Spec.after`."""
-        for tick in _cronsim().CronSim(self.expression, moment.astimezone(_zone(self.zone))):
-            found = tick.astimezone(UTC)
-            if found > moment:  # in the hour that comes twice it looks from the first one on
-                yield found
+        # cronsim tells what clocks without changes would show; which moments those are is found here, since what it
+        # does by itself misses ticks where clocks are changed by half an hour.
+        zone = _zone(self.zone)
+        fields = self.expression.split()
+        is_fixed = len(fields) == 5 and not fields[0].startswith("*") and not fields[1].startswith("*")
+        shown = moment.astimezone(zone).replace(tzinfo=None, fold=0)
+        start = shown - max(timedelta(0), _set_back(shown, zone))  # what it shows it may show again
+        last, again = moment, deque[datetime]()
+        for tick in _cronsim().CronSim(self.expression, start):
+            back = _set_back(tick, zone)
+            if back < timedelta(0):  # clocks never show it
+                if not is_fixed:
+                    continue
+                while _set_back(tick, zone) < timedelta(0):
+                    tick += timedelta(minutes=1)
+            found = tick.replace(tzinfo=zone).astimezone(UTC)
+            while again and again[0] < found:
+                yield (last := again.popleft())
+            if back > timedelta(0) and not is_fixed and found + back > moment:
+                again.append(found + back)
+            if found > last:
+                yield (last := found)
+        yield from again
+
+
+def _set_back(shown: datetime, zone: tzinfo) -> timedelta:
+    """By how much clocks of a zone are set back, so that they show this twice; below 0: forward, so never."""
+    first, second = (shown.replace(tzinfo=zone, fold=fold).utcoffset() for fold in (0, 1))
+    assert first is not None
+    assert second is not None
+    return first - second
 
 
 _NICKNAMES = {
@@ -140,7 +170,7 @@ def _cronsim() -> Any:
     return cronsim
 
 
-def _zone(name: str) -> tzinfo:
+def _zone(name: str | tzinfo) -> tzinfo:
     if name == "UTC":
         return UTC
     try:
@@ -153,16 +183,16 @@ def _zone(name: str) -> tzinfo:
         ) from error
 
 
-def spec_of(when: object, timezone: str | ZoneInfo) -> Spec:
+def spec_of(when: object, timezone: str | tzinfo) -> Spec:
     """A checked schedule. Raises UsageError."""
-    zone = timezone.key if isinstance(timezone, ZoneInfo) else timezone
+    zone = timezone.key if isinstance(timezone, ZoneInfo) else "UTC" if timezone is UTC else timezone
     _zone(zone)
     if isinstance(when, Every):
         return when
     if not isinstance(when, str):
         raise UsageError(f"periodic: a cron expression or every(seconds) expected, got {when!r}")
     words = " ".join(when.split())
-    spec = Cron(_NICKNAMES.get(words, words), zone)
+    spec = Cron(_NICKNAMES.get(words, words), str(zone))
     cronsim = _cronsim()
     try:
         next(spec.after(datetime.now(UTC)))
@@ -227,7 +257,7 @@ class Scheduler:
     def __init__(self, broker: Broker, schedules: dict[str, Schedule]) -> None:
         self._broker = broker
         self._schedules = schedules
-        self._strangers: set[int] = set()  # records of schedules that nobody has; see `_end_stranger`
+        self._strangers: dict[int, int] = {}  # records of schedules that nobody has: seen first at boot_ms
         self._inbox: queue.SimpleQueue[tuple[list[Lease] | None, BaseException | None] | None] = queue.SimpleQueue()
         with _lock:
             for other in _live.setdefault(broker, WeakSet()):
@@ -252,7 +282,12 @@ class Scheduler:
 
     def _run(self) -> None:
         while True:
-            waiting = self._broker.lease_soon(SCHEDULES, TICKS, lambda leases, error: self._inbox.put((leases, error)))
+            try:
+                waiting = self._broker.lease_soon(SCHEDULES, TICKS, self._told)
+            except DiskFullError as full:
+                if self._pause(full):
+                    return
+                continue
             told = self._inbox.get()
             stopping = told is None
             if told is None:
@@ -261,15 +296,30 @@ class Scheduler:
                 told = self._inbox.get()
                 assert told is not None, "stopped twice"
             leases, error = told
+            if isinstance(error, DiskFullError):
+                if stopping or self._pause(error):
+                    return
+                continue
             if error is not None:
                 raise error
             for lease in leases or ():
                 if stopping:
-                    self._broker.release(lease)
+                    with suppress(LeaseLostError, DiskFullError):  # then it comes again by itself
+                        self._broker.release(lease)
                 else:
                     self.fire(lease)
             if stopping:
                 return
+
+    def _told(self, leases: list[Lease] | None, error: BaseException | None) -> None:
+        self._inbox.put((leases, error))
+
+    def _pause(self, error: BaseException) -> bool:
+        """Before it is tried again, since that passes; whether to stop instead."""
+        logger.warning("no space to fire schedules; again in %s s: %s", AGAIN_S, error)
+        with suppress(queue.Empty):
+            return self._inbox.get(timeout=AGAIN_S) is None
+        return False
 
     def stop(self) -> None:
         """Let `run` return, soon."""
@@ -315,7 +365,7 @@ class Scheduler:
             raise
         except Exception:
             logger.exception("schedule record %s cannot be fired; it is tried again", lease.id)
-            with suppress(LeaseLostError):
+            with suppress(LeaseLostError, DiskFullError):  # then its lease expires
                 self._broker.release(lease, delay=AGAIN_S)
 
     def _fire(self, lease: Lease) -> None:
@@ -327,6 +377,7 @@ class Scheduler:
         if schedule is None:
             self._end_stranger(lease)
             return
+        self._strangers.pop(lease.id, None)
         now, first = self._now(), datetime.fromtimestamp(content["tick_ms"] / 1000, UTC)
         left_ms = (first - now).total_seconds() * 1000
         if left_ms > EARLY_MS:  # it only looked at the wall clock
@@ -357,12 +408,13 @@ class Scheduler:
 
     def _end_stranger(self, lease: Lease) -> None:
         """Of a schedule that nobody has: another app's whose worker is about to start, or one that is there no more."""
-        if lease.id in self._strangers:
-            logger.info("a schedule that this program does not have any more ends: %r", lease.payload)
-            lease.ack()
-        else:
-            self._strangers.add(lease.id)
-            self._broker.release(lease, delay=LOOK_MS / 1000)
+        now_ms = self._broker.clock.boot_ms()
+        if now_ms - self._strangers.setdefault(lease.id, now_ms) < LOOK_MS:
+            self._broker.release(lease, delay=AGAIN_S)
+            return
+        logger.info("a schedule that this program does not have any more ends: %r", lease.payload)
+        lease.ack()
+        del self._strangers[lease.id]
 
     def _enqueue(self, to: Any, schedule: Schedule, tick: datetime) -> None:
         tick_ms = _ms(tick)
@@ -397,7 +449,8 @@ def _content(payload: bytes) -> Any:
     """What a record says; None if it is none."""
     try:
         content = json.loads(payload)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    keys = {"schedule", "spec", "tick_ms"}
-    return content if isinstance(content, dict) and keys <= content.keys() else None
+    kinds = {"schedule": str, "spec": str, "tick_ms": int}
+    is_one = isinstance(content, dict) and all(type(content.get(name)) is kind for name, kind in kinds.items())
+    return content if is_one else None

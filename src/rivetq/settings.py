@@ -13,6 +13,7 @@ Each source overrides those before it: the program's own defaults (`defaults=`),
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tomllib
 from collections.abc import Callable, Mapping
@@ -135,10 +136,12 @@ def _queues(value: Any) -> dict[str, float] | list[str] | None:
     if not value:
         return None
     if isinstance(value, Mapping):
-        weights = {_text(name): _seconds(weight) for name, weight in value.items()}
-        if not all(weights.values()):
+        weights = {_text(name): _number(weight, float) for name, weight in value.items()}
+        if not all(
+            isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf for n in weights.values()
+        ):
             raise ValueError("weights above 0 expected")
-        return weights
+        return {name: float(weight) for name, weight in weights.items()}
     if isinstance(value, list | tuple):
         return [_text(name) for name in value]
     raise ValueError("names, or names with weights, expected")
@@ -178,14 +181,14 @@ class Settings:
 
     log_level: str = _setting("INFO", _level, "DEBUG, INFO, WARNING, ERROR or CRITICAL")
     log_json: bool = _setting(False, _flag, "log lines as JSON")
-    metrics_port: int | None = _setting(None, _optional(_whole(1, 65_535)), "port of the metrics of a worker")
+    metrics_port: int | None = _setting(None, _optional(_whole(0, 65_535)), "port of the metrics of a worker, 0: any")
 
     origins: Mapping[str, str] = attrs.field(factory=dict, eq=False, repr=False, metadata={"internal": True})
     """Where each value came from, by name."""
 
     def __attrs_post_init__(self) -> None:
         for name, field in FIELDS.items():
-            object.__setattr__(self, name, _checked(field, getattr(self, name), f"{name}"))
+            object.__setattr__(self, name, _checked(field, getattr(self, name), name))
 
     def broker_options(self) -> dict[str, Any]:
         """Options for `Broker` and `App`."""

@@ -32,10 +32,9 @@ from contextlib import (
     contextmanager,
 )
 from contextvars import ContextVar
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, tzinfo
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, overload
-from zoneinfo import ZoneInfo
 
 import attrs
 
@@ -712,7 +711,7 @@ class App:
         self,
         when: str | Every,
         *,
-        timezone: str | ZoneInfo = "UTC",
+        timezone: str | tzinfo = "UTC",
         misfire: Misfire = "once",
         grace: float = 60.0,
         name: str | None = None,
@@ -726,7 +725,8 @@ class App:
 
         Args:
             when: a cron expression of five fields (six with seconds first), a word as "@daily", or `every(seconds)`.
-            timezone: in which the expression is meant; see `rivetq.schedules.Cron` for what happens when clocks change.
+            timezone: in which the expression is meant, by name or as a ZoneInfo; see `rivetq.schedules.Cron` for what
+                happens when clocks change.
             misfire: what becomes of ticks that no worker fired in time. "once": the last of them is fired, however late
                 it is. "all": each of them. "skip": none, and the last one only if it is not later than `grace`.
             grace: seconds; see "skip".
@@ -885,9 +885,10 @@ class App:
         if self._unhinted:
             with self._lock:  # whoever comes second finds all of them known
                 while self._unhinted:
+                    task = self._unhinted[-1]
                     if isinstance(self.codec, TypedJson):
-                        self.codec.register_annotations(hints(self._unhinted[-1].function))
-                    self._unhinted.pop()
+                        self.codec.register_annotations(hints(task.function))
+                    self._unhinted.remove(task)  # another may have come behind it
         return self.codec
 
 

@@ -30,6 +30,8 @@ _ESCAPE = "$object"
 _TUPLE = "$tuple"
 _CLASS = "$class"
 """Its name and fields; and what an instance has besides them, if anything."""
+_ATTRS_HASH = "_attrs_cached_hash"
+"""Where a class with attrs.define(cache_hash=True) keeps its hash, which holds in its own process only."""
 
 
 class Codec(Protocol):
@@ -150,8 +152,15 @@ class TypedJson:
             raise UsageError(f"arguments: unknown type {tag!r}; was this job written by a newer version?")
         return _READERS[tag](item)
 
+    def _as_script(self, name: str) -> type | None:
+        """A class of a program that was run as a script there and is imported here, or the other way round."""
+        module, _, place = name.partition(":")
+        near = [kind for known, kind in self._classes.items() if known.partition(":")[2] == place]
+        main = [kind for kind in near if "__main__" in (module, _module(kind))]
+        return main[0] if len(main) == 1 else None
+
     def _instance(self, name: str, content: Any, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
-        kind = self._classes.get(name)
+        kind = self._classes.get(name) or self._as_script(name)
         if kind is None:
             raise UsageError(
                 f"arguments: class {name!r} is not known here: annotate the task's argument with it, or call "
@@ -168,16 +177,23 @@ class TypedJson:
         for field, default in fields.items():
             object.__setattr__(made, field, self._value(content[field]) if field in content else default(made))
         for key, item in more.items():
+            if key in fields or key.startswith("__") or hasattr(getattr(kind, key, None), "__get__"):
+                raise UsageError(f"arguments: {key!r} is nothing that a constructor of {name} computed")
             object.__setattr__(made, key, self._value(item))
         if attrs.has(kind):
+            if _ATTRS_HASH in getattr(getattr(kind.__hash__, "__code__", None), "co_names", ()):
+                object.__setattr__(made, _ATTRS_HASH, None)
             attrs.validate(made)
         return made
 
 
 def _name(kind: type) -> str:
+    return f"{_module(kind)}:{kind.__qualname__}"
+
+
+def _module(kind: type) -> str:
     # In a spawned child the program's main module has another name.
-    module = "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
-    return f"{module}:{kind.__qualname__}"
+    return "__main__" if kind.__module__ == "__mp_main__" else kind.__module__
 
 
 def _is_enum(kind: Any) -> bool:
@@ -204,7 +220,9 @@ def _computed(value: Any, fields: Collection[str]) -> dict[str, Any]:
     return {
         key: item
         for key, item in getattr(value, "__dict__", {}).items()
-        if key not in fields and not isinstance(getattr(kind, key, None), cached_property)
+        if key not in fields
+        and key not in ("__orig_class__", _ATTRS_HASH)
+        and not isinstance(getattr(kind, key, None), cached_property)
     }
 
 
@@ -266,6 +284,8 @@ def _clock_text(value: datetime | time) -> Any:
     """Its ISO text; with a named time zone or in the second of two equal hours a list: text, name of the zone, fold."""
     text = value.isoformat()
     zone = value.tzinfo.key if isinstance(value.tzinfo, ZoneInfo) else None
+    if zone is None and value.tzinfo is not None and value.utcoffset() is None:
+        raise TypeError(f"no way to write the time zone of {value!r}")
     return [text, zone, value.fold] if zone is not None or value.fold else text
 
 

@@ -76,6 +76,8 @@ LEAST_S = 0.05
 """That an async handler gets to end after it was cancelled, whatever the grace time was."""
 SIGNAL_S = 0.05
 SHOWN_QUEUES = 10
+LOOKED_JOBS = 20
+"""Of a queue that may hold calls."""
 RETRY_S = 1.0
 """After an answer that found the disk full."""
 
@@ -190,7 +192,7 @@ class Worker:
         self._wanted = threading.Event()  # something wants it to stop
         self._signals = 0
         self._signalled_at: float | None = None  # monotonic
-        self._stop_lock = threading.Lock()
+        self._stop_lock = threading.RLock()  # a start or stop at a time; a signal handler may break into its own
         self._held: dict[int, Delivery] = {}  # leased and not answered; by token, since a job may come again at once
         self._endings: deque[Delivery] = deque()
         self._poked = threading.Event()  # there are endings
@@ -245,24 +247,39 @@ class Worker:
             names = self._broker.queues()
             if self.app.schedules or SCHEDULES in names:  # or those that the program had
                 self._scheduler = Scheduler(self._broker, self.app.schedules)
-            for name in names:
-                if self._follows and name not in self._order and self._has_calls(name):
-                    self._order.add(name)
             self._started = True
-            for kind in {_kind(task) for task in self.app.tasks.values()} or {"thread"}:
-                self._add_room(kind)
             self.app.workers.add(self)
-            targets = {"fetch": self._fetch, "settle": self._settle, "renew": self._renew}
-            if self._scheduler is not None:
-                targets["schedule"] = self._scheduler.run
-            for name, target in targets.items():
-                thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+            try:
+                self._begin(names)
+            except BaseException:
+                self._leave()
+                raise
+
+    def _begin(self, names: list[str]) -> None:
+        for name in list(self.app.queues):
+            self.follow(name)  # those that came since it was made
+        for name in names:
+            if self._follows and name not in self._order and self._has_calls(name):
+                self.follow(name)
+        for kind in {_kind(task) for task in list(self.app.tasks.values())} or {"thread"}:
+            self._add_room(kind)
+        targets = {"fetch": self._fetch, "settle": self._settle, "renew": self._renew}
+        if self._scheduler is not None:
+            targets["schedule"] = self._scheduler.run
+        for name, target in targets.items():
+            thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _leave(self) -> None:
+        self.app.workers.discard(self)
+        if self._scheduler is not None:
+            self._scheduler.close()
 
     def _has_calls(self, queue: str) -> bool:
-        """There are jobs in it, and the first is a call of one of the app's tasks."""
-        return any(job.headers.get(TASK_HEADER) in self.app.tasks for job in self._broker.jobs(queue, limit=1))
+        """Among the first jobs that wait in it is a call of one of the app's tasks."""
+        waiting = (self._broker.jobs(queue, state=state, limit=LOOKED_JOBS) for state in ("ready", "scheduled"))
+        return any(job.headers.get(TASK_HEADER) in self.app.tasks for jobs in waiting for job in jobs)
 
     def follow(self, queue: str) -> None:
         """For apps: calls of its tasks are in this queue, too. A worker that was told its queues keeps to them."""
@@ -312,7 +329,7 @@ class Worker:
             self._renewer_poked.set()
             for thread in self._threads:
                 thread.join()
-            self.app.workers.discard(self)
+            self._leave()
             self._ended.set()
             self._wanted.set()
 
@@ -451,8 +468,7 @@ class Worker:
                 logger.error(
                     "job %s is rejected: %s", lease.id, error, extra={"job_id": lease.id, "queue": lease.queue}
                 )
-                with suppress(LeaseLostError):
-                    self._broker.reject(lease, error=str(error))
+                self._reject(lease, str(error))
                 continue
             kind = _kind(task)
             if kind not in self._rooms:  # the first such task of the app came after the start
@@ -474,6 +490,20 @@ class Worker:
             with self._changed:
                 room.jobs += len(batch)
             room.pool.submit(batch)
+
+    def _reject(self, lease: Lease, error: str) -> None:
+        while True:
+            try:
+                self._broker.reject(lease, error=error)
+            except LeaseLostError:
+                return
+            except DiskFullError as full:
+                logger.warning("no space to reject job %s; again in %s s: %s", lease.id, RETRY_S, full)
+                with self._changed:
+                    if self._changed.wait_for(lambda: self._stopping, RETRY_S):
+                        return
+            else:
+                return
 
     def _granted(self, lease: Lease, task: Any, by_wall: float, timeouts: dict[str, float]) -> float:
         """Seconds to renew a lease for. The wall clock may have been set: it counts where it says less than is known.
@@ -559,7 +589,8 @@ class Worker:
             self._held.pop(delivery.lease.token, None)
         for delivery, ending in endings.items():
             if delivery.job.reason == CANCELLED and ending.verb == "reject":
-                self._broker.cancel(delivery.lease.id)  # it is a dead letter, and nobody wants it
+                with suppress(DiskFullError):
+                    self._broker.cancel(delivery.lease.id)  # it is a dead letter, and nobody wants it
         for delivery, ending in endings.items():
             self._tell(delivery, ending.verb)
         for delivery in lost:

@@ -136,15 +136,17 @@ def _queues(value: Any) -> dict[str, float] | list[str] | None:
     if not value:
         return None
     if isinstance(value, Mapping):
-        weights = {_text(name): _number(weight, float) for name, weight in value.items()}
-        if not all(
-            isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf for n in weights.values()
-        ):
-            raise ValueError("weights above 0 expected")
-        return {name: float(weight) for name, weight in weights.items()}
+        return {_text(name): _weight(weight) for name, weight in value.items()}
     if isinstance(value, list | tuple):
         return [_text(name) for name in value]
     raise ValueError("names, or names with weights, expected")
+
+
+def _weight(value: Any) -> float:
+    number = _number(value, float)
+    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:
+        raise ValueError("weights above 0 expected")
+    return float(number)
 
 
 def _setting(default: Any, parser: Parser, about: str) -> Any:

@@ -19,7 +19,7 @@ HUNTS := $(addprefix tests/test_,$(addsuffix .py,crash_points kill model planted
 RUN := $(BIN)/python
 
 test: $(VENV)/ready ## all tests
-	$(MAKE) -j2 hunts others
+	$(MAKE) --no-print-directory -j2 hunts others
 
 hunts: $(VENV)/ready
 	$(RUN) -m pytest $(HUNTS)
@@ -44,7 +44,7 @@ types: $(VENV)/ready
 
 coverage: $(VENV)/ready ## all tests, with the bars of branch coverage
 	rm -f .coverage .coverage.*
-	RIVETQ_EXAMPLES=200 $(MAKE) test RUN='$(BIN)/coverage run'
+	RIVETQ_EXAMPLES=200 $(MAKE) --no-print-directory test RUN='$(BIN)/coverage run'
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --fail-under=95
 	$(BIN)/coverage report --include='src/rivetq/log.py,src/rivetq/machine.py,src/rivetq/recovery.py' --fail-under=100

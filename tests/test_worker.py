@@ -34,8 +34,10 @@ from rivetq import (
     SystemClock,
     Transaction,
     UsageError,
+    logs,
     pools,
 )
+from rivetq.children import ProcessPool
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
 from rivetq.worker import Concurrency, Settled, Worker, _margin, _Order, _Room
 
@@ -814,10 +816,20 @@ def test_a_time_limit_cancels_an_async_handler_and_its_attempt_failed(app: App) 
     async def task() -> None:
         await asyncio.sleep(PATIENCE_S)
 
+    reasons: list[str | None] = []
+
+    @app.around
+    def note(job: CurrentJob) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            reasons.append(job.reason)
+
     job_id = task.enqueue()
     with Worker(app):
         until(drained(app))
     assert job(app, job_id).last_error == "TimeLimitError: time limit exceeded (0.1 s)"
+    assert reasons == ["time limit exceeded"]
 
 
 def test_a_time_limit_tells_a_handler_in_a_thread(app: App) -> None:
@@ -1286,6 +1298,23 @@ def test_a_job_leased_in_advance_that_is_cancelled_does_not_begin(app: App, kind
     assert app.broker.get(victim) is None
 
 
+def test_a_job_that_was_told_to_stop_gets_no_child(children: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.children._Child", None)
+    done: list[pools.Delivery] = []
+    pool = ProcessPool(children, 1, done.append)
+    worker_tasks.sleep.enqueue(0)
+    lease = children.broker.lease("children")
+    assert lease is not None
+    delivery = pools.Delivery(lease, worker_tasks.sleep, [0], {})
+    delivery.job.cancel("cancelled")
+    pool.submit([delivery])
+    pool.start()
+    until(lambda: done)
+    pool.stop(PATIENCE_S)
+    assert done == [delivery]
+    assert delivery.ending == pools.Ending("nack", "cancelled")
+
+
 # -- The grace time
 
 
@@ -1381,6 +1410,29 @@ def test_a_child_that_logs_without_end_is_killed_by_its_time_limit(children: App
     finally:
         logger.removeHandler(slow)
     assert str(job(children, job_id).last_error).startswith("TimeLimitError")
+
+
+def test_a_record_of_a_child_is_written_by_the_levels_of_its_parent(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "shop")
+    for level in (logging.INFO, logging.ERROR):
+        logs.take(vars(logging.makeLogRecord({"name": "shop", "levelno": level, "msg": f"level {level}"})))
+    assert [record.getMessage() for record in caplog.records] == ["level 40"]
+
+
+def test_a_child_whose_program_sets_up_logging_forwards_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+    record = logging.makeLogRecord({"name": "shop", "levelno": logging.ERROR, "msg": "once"})
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    logs.forward(sent.append, {})
+    [forward] = root.handlers
+    forward.handle(record)
+    assert [each["msg"] for each in sent] == ["once"]
+    root.addHandler(logging.NullHandler())  # as its module does when it is imported
+    forward.handle(record)
+    assert len(sent) == 1
+    logs.forward(sent.append, {})
+    assert len(root.handlers) == 2
 
 
 def test_what_a_child_forks_ends_when_it_is_told_to_and_its_calls_are_worked_on(children: App) -> None:

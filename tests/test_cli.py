@@ -437,6 +437,7 @@ def test_a_number_of_handlers_is_for_each_kind_unless_one_is_given(
         raise UsageError("seen")
 
     monkeypatch.setattr(Settings, "worker", worker)
+    monkeypatch.setattr(cli, "configure", lambda **options: None)  # it would be that of all tests
     (tmp_path / "shop.py").write_text(APP)
     monkeypatch.syspath_prepend(tmp_path)
     run("worker", "shop:app", "-c", "3", "--tasks", "50", status=2)

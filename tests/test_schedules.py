@@ -437,6 +437,34 @@ def test_what_is_no_record_ends_and_disturbs_nobody(broker: Broker) -> None:
     assert len(broker.jobs(SCHEDULES)) == 1
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_record_that_is_leased_while_the_scheduler_stops_is_given_back(
+    broker: Broker, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    app = make_app(broker)
+    scheduler = Scheduler(broker, app.schedules)
+    scheduler.reconcile()
+    clock.advance(60)
+
+    class Waiting:
+        def __init__(self, done: Any) -> None:
+            self._done = done
+            scheduler.stop()
+
+        def cancel(self) -> bool:
+            leases = broker.lease_many(SCHEDULES, 10)
+            if lost:
+                clock.advance(31)
+            self._done(leases, None)
+            return False
+
+    monkeypatch.setattr(broker, "lease_soon", lambda name, count, done: Waiting(done))
+    scheduler.run()
+    [record] = broker.jobs(SCHEDULES)
+    assert (record.state in ("ready", "scheduled"), record.attempts) == (True, int(lost))
+    assert fired(broker) == []
+
+
 # -- In a program
 
 

@@ -1773,6 +1773,26 @@ def test_the_grace_time_counts_from_the_signal(app: App) -> None:
     end.set()
 
 
+def test_a_worker_that_failed_waits_for_no_handler(app: App) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        end.wait(PATIENCE_S)
+
+    worker = Worker(app, grace=PATIENCE_S)
+    worker.start()
+    task.enqueue()
+    assert begun.wait(PATIENCE_S)
+    app.broker.close()
+    until(lambda: worker.failure)
+    before = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - before < PATIENCE_S / 2
+    end.set()
+
+
 def test_a_stop_in_the_middle_of_a_start_by_the_same_thread_does_not_hang(app: App) -> None:
     class Eager(Worker):
         def _begin(self, names: list[str]) -> None:

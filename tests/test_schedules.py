@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import ANY
 from zoneinfo import ZoneInfo
@@ -19,7 +20,7 @@ import attrs
 import pytest
 from cronsim import CronSim
 
-from rivetq import Broker, RateLimit, UsageError
+from rivetq import Broker, DiskFullError, RateLimit, UsageError
 from rivetq.schedules import SCHEDULES, TICK_HEADER, Cron, Scheduler, every, spec_of
 from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
@@ -463,6 +464,40 @@ def test_a_record_that_is_leased_while_the_scheduler_stops_is_given_back(
     [record] = broker.jobs(SCHEDULES)
     assert (record.state in ("ready", "scheduled"), record.attempts) == (True, int(lost))
     assert fired(broker) == []
+
+
+@pytest.mark.parametrize("way", ["raised", "told"])
+def test_a_full_disk_ends_no_scheduler_and_keeps_it_from_no_stop(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 0.01)
+    scheduler = Scheduler(broker, make_app(broker).schedules)
+    lease_soon, tries = broker.lease_soon, iter(range(10**6))
+    again = threading.Event()
+
+    def full(queue: str, most: int, done: Any) -> Any:
+        if next(tries) < 2:
+            if way == "raised":
+                raise DiskFullError("full", path="d")
+            done(None, DiskFullError("full", path="d"))
+            return SimpleNamespace(cancel=lambda: False)  # it is over
+        again.set()
+        return lease_soon(queue, most, done)
+
+    monkeypatch.setattr(broker, "lease_soon", full)
+    running = threading.Thread(target=scheduler.run)
+    running.start()
+    assert again.wait(30)
+    scheduler.stop()
+    running.join(30)
+    assert not running.is_alive()
+    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 30.0)
+    tries = iter(range(10**6))
+    stopped = Scheduler(broker, {})
+    stopped.stop()  # while it waits to try again
+    before = time.monotonic()
+    stopped.run()
+    assert time.monotonic() - before < 15
 
 
 # -- In a program

@@ -1752,7 +1752,9 @@ def test_of_a_grace_time_enough_is_kept_to_end_in_it(grace: float, margin: float
     assert _margin(grace) == margin
 
 
-def test_the_grace_time_counts_from_the_signal(app: App) -> None:
+@contextlib.contextmanager
+def occupied(app: App) -> Iterator[Worker]:
+    """A worker with a handler that outlasts the test."""
     begun, end = threading.Event(), threading.Event()
 
     @app.task
@@ -1764,33 +1766,27 @@ def test_the_grace_time_counts_from_the_signal(app: App) -> None:
     worker.start()
     task.enqueue()
     assert begun.wait(PATIENCE_S)
-    worker._signalled(signal.SIGTERM, None)
-    assert worker._signalled_at is not None
-    worker._signalled_at -= PATIENCE_S  # it came so long ago
-    before = time.monotonic()
-    worker.stop()
-    assert time.monotonic() - before < PATIENCE_S / 3
+    yield worker
     end.set()
+
+
+def test_the_grace_time_counts_from_the_signal(app: App) -> None:
+    with occupied(app) as worker:
+        worker._signalled(signal.SIGTERM, None)
+        assert worker._signalled_at is not None
+        worker._signalled_at -= PATIENCE_S  # it came so long ago
+        before = time.monotonic()
+        worker.stop()
+        assert time.monotonic() - before < PATIENCE_S / 3
 
 
 def test_a_worker_that_failed_waits_for_no_handler(app: App) -> None:
-    begun, end = threading.Event(), threading.Event()
-
-    @app.task
-    def task() -> None:
-        begun.set()
-        end.wait(PATIENCE_S)
-
-    worker = Worker(app, grace=PATIENCE_S)
-    worker.start()
-    task.enqueue()
-    assert begun.wait(PATIENCE_S)
-    app.broker.close()
-    until(lambda: worker.failure)
-    before = time.monotonic()
-    worker.stop()
-    assert time.monotonic() - before < PATIENCE_S / 2
-    end.set()
+    with occupied(app) as worker:
+        app.broker.close()
+        until(lambda: worker.failure)
+        before = time.monotonic()
+        worker.stop()
+        assert time.monotonic() - before < PATIENCE_S / 2
 
 
 def test_a_stop_in_the_middle_of_a_start_by_the_same_thread_does_not_hang(app: App) -> None:

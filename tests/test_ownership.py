@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from rivetq import Broker, BrokerLockedError, CorruptLogError, StorageError
+from rivetq.log import FIRST_BYTES
 
 OPEN_AND_WAIT = """
 import sys
@@ -458,6 +460,63 @@ def test_modes_that_were_changed_stay_as_they_are(tmp_path: Path) -> None:
     after = {name: mode for name, (mode, _) in tree(path).items()}
     changed = {name: (oct(mode), oct(after[name])) for name, mode in before.items() if after[name] != mode}
     assert not changed
+
+
+# -- Links in a directory, and whoever may write there
+
+
+@pytest.mark.parametrize("name", ["LOCK", "log", "index", "log/mark", "log/spare-9", "log/0000000000000001.log"])
+@pytest.mark.parametrize("target", ["there", "not there"])
+def test_a_link_in_the_place_of_a_file_is_refused_and_nothing_is_touched(
+    tmp_path: Path, name: str, target: str
+) -> None:
+    path, foreign = tmp_path / "q", tmp_path / "foreign"
+    with Broker(path) as broker:
+        broker.enqueue("q", b"x")
+    place = path / name
+    if target == "there":
+        if place.is_dir():
+            shutil.copytree(place, foreign)
+        else:
+            # A spare of the right size would be taken into use, and so become a part of the log.
+            foreign.write_bytes(place.read_bytes() if place.exists() else bytes(FIRST_BYTES))
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+    place.symlink_to(foreign)
+    before = tree(tmp_path)
+    with pytest.raises(StorageError, match="symbolic link") as caught:
+        Broker(path)
+    assert str(place) in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["data.mdb", "manifest", "manifest.tmp"])
+def test_a_link_in_the_index_is_no_way_to_another_file(tmp_path: Path, name: str) -> None:
+    path, foreign = tmp_path / "q", tmp_path / "foreign"
+    with Broker(path) as broker:
+        broker.enqueue("q", b"x")
+    foreign.write_bytes(b"precious" * 1024)
+    (path / "index" / name).unlink(missing_ok=True)
+    (path / "index" / name).symlink_to(foreign)
+    with Broker(path) as broker:
+        assert broker.stats("q").ready == 1
+        broker.checkpoint()
+    assert foreign.read_bytes() == b"precious" * 1024
+    assert not (path / "index" / name).is_symlink()
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o777, True), (0o1777, True), (0o775, False), (0o700, False)])
+def test_a_directory_that_everybody_may_write_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warned: bool
+) -> None:
+    path = tmp_path / "q"
+    path.mkdir()
+    path.chmod(mode)
+    Broker(path).close()
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert (f"{path}: every user of this machine may replace its files" in caplog.text) == warned
 
 
 # -- Paths that cannot be used

@@ -62,7 +62,13 @@ class SystemDisk:
         return fd
 
     def open(self, path: str, *, write: bool = False) -> int:
-        return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+        """A file that is there. Not through a symbolic link: what is written would go into somebody else's file."""
+        try:
+            return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise OSError(errno.ELOOP, "a symbolic link, which is not followed here", path) from None
+            raise
 
     def close(self, fd: int) -> None:
         os.close(fd)

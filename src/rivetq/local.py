@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -141,6 +142,8 @@ class LocalEngine(LiveEngine):
             self._disk.make_directory(path)
             self._owner = DirectoryLock(path, clock.wall_ms())
             try:
+                if os.stat(path).st_mode & stat.S_IWOTH:
+                    logger.warning("rivetq: %s: every user of this machine may replace its files: chmod o-w", path)
                 try:
                     self._open(clock, release_on_open)
                 except StorageError as error:

@@ -2,6 +2,9 @@
 
 The lock belongs to the open file description: it ends with the last descriptor, however the process dies. A forked
 child closes its copy and never unlocks, which would take the lock from the parent.
+
+The directory may be reached through symbolic links, but nothing in it is followed: who may write there could have
+planted a link to any file that the owner may overwrite.
 """
 
 from __future__ import annotations
@@ -14,17 +17,28 @@ import weakref
 from datetime import datetime
 from io import FileIO
 
-from .errors import BrokerLockedError
+from .errors import BrokerLockedError, StorageError
 from .io import FILE_MODE
 from .model import moment
 
+_OWN = ("LOCK", "log", "index")
+
 
 class DirectoryLock:
-    """Held until `release`. Raises BrokerLockedError if another live broker has it."""
+    """Held until `release`.
+
+    Raises BrokerLockedError if another live broker has it, and StorageError if a link stands where its files belong.
+    """
 
     def __init__(self, directory: str, wall_ms: int) -> None:
         self._path = os.path.join(directory, "LOCK")
         self._created = False
+        for name in _OWN:
+            if os.path.islink(path := os.path.join(directory, name)):
+                raise StorageError(
+                    f"{path}: a symbolic link, which is not followed here; nothing was changed. Remove it; to keep the "
+                    f"files elsewhere, make the whole directory a link"
+                )
         # An object that closes itself: whatever breaks in, the lock is let go with the last who knows of it.
         self._file = self._acquire(directory)
         _held.add(self)
@@ -34,7 +48,8 @@ class DirectoryLock:
     def _acquire(self, directory: str) -> FileIO:
         while True:
             self._created = not os.path.exists(self._path)
-            file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE), "r+")
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = FileIO(os.open(self._path, flags, FILE_MODE), "r+")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._is_there(file):

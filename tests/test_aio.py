@@ -13,7 +13,7 @@ import pytest
 from inside import inside
 
 from rivetq import Broker, BrokerClosedError, BrokerFailedError, LeaseLostError, UsageError
-from rivetq.aio import AsyncBroker, _Answer, _Mailbox
+from rivetq.aio import THREADS, AsyncBroker, _Answer, _Mailbox
 
 PATIENCE_S = 30.0
 
@@ -54,6 +54,29 @@ def test_an_answer_is_awaited_until_it_is_on_disk(tmp_path: Path, monkeypatch: p
             lease = await leased
             assert lease is not None
             assert lease.id == await enqueued
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fsync", ["interval", "never"])
+def test_in_a_relaxed_mode_an_id_is_told_when_its_block_is_on_disk_and_the_loop_does_not_wait_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: Any
+) -> None:
+    async def main() -> None:
+        async with AsyncBroker(tmp_path / "data", fsync=fsync, fsync_interval=3600) as broker:
+            engine = inside(broker.broker)
+            syncing: list[int] = []
+            sync = engine._disk.fdatasync
+
+            def recording(fd: int) -> None:
+                syncing.append(threading.get_ident())
+                sync(fd)
+
+            monkeypatch.setattr(engine._disk, "fdatasync", recording, raising=False)
+            await broker.enqueue("q", b"")
+            assert syncing
+            assert threading.get_ident() not in syncing
+            assert engine._log.durable_lsn >= engine._must_sync_lsn > 0
 
     asyncio.run(main())
 
@@ -226,6 +249,41 @@ def test_close_ends_what_waits_and_refuses_what_comes_later() -> None:
         assert (await broker.health()).state == "closed"
 
     asyncio.run(main())
+
+
+def test_a_close_that_is_cancelled_while_all_threads_are_busy_closes_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, may_go_on, closed = list[int](), threading.Event(), threading.Event()
+    close = Broker.close
+
+    def slow(self: Broker) -> list[str]:
+        busy.append(1)
+        may_go_on.wait(PATIENCE_S)
+        return []
+
+    def closing(self: Broker) -> None:
+        close(self)
+        closed.set()
+
+    async def main() -> None:
+        broker = await AsyncBroker.open(tmp_path / "data")
+        monkeypatch.setattr(Broker, "queues", slow)
+        monkeypatch.setattr(Broker, "close", closing)
+        looks = [asyncio.ensure_future(broker.queues()) for _ in range(THREADS)]
+        while len(busy) < THREADS:
+            await asyncio.sleep(0.001)
+        ending = asyncio.ensure_future(broker.close())
+        await asyncio.sleep(0)  # it stands in line for a thread
+        ending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+        may_go_on.set()
+        await asyncio.gather(*looks)
+
+    asyncio.run(main())
+    assert closed.wait(PATIENCE_S)
+    Broker(tmp_path / "data").close()
 
 
 def test_a_broker_that_was_given_open_stays_open() -> None:

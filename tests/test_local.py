@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import lmdb
 import pytest
 from inside import inside
 
+import rivetq.local
 from rivetq import Broker, LeaseLostError, LeaseRef, RateLimit, RetryPolicy, UsageError
 from rivetq.index import Index
 from rivetq.testing import ManualClock
@@ -347,6 +349,57 @@ def test_an_error_of_the_index_in_a_checkpoint_leaves_it_as_it_was_and_the_broke
         assert dump(broker) == state
         check(broker)
     assert not caplog.records
+
+
+def reopened_and_drained(broker: Broker, clock: ManualClock) -> list[int]:
+    """The jobs that a crash right now leaves to be leased."""
+    with Broker(crash(broker), clock=clock) as copy:
+        check(copy)
+        assert dump(copy) == dump(broker)
+        return [lease.id for lease in copy.lease_many("q", 5000)]
+
+
+def fail_a_checkpoint(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **items: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Index, "write", fail)
+        broker.checkpoint()
+
+
+def test_after_a_checkpoint_that_failed_the_next_one_takes_acked_jobs_of_saved_runs_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    with Broker(tmp_path / "q", clock=clock) as broker:
+        broker.enqueue_many("q", [b"x"] * 3000)
+        broker.checkpoint()  # the index has them, in runs
+        broker.ack_many(broker.lease_many("q", 3000))
+        left = broker.enqueue("q", b"y")
+        fail_a_checkpoint(broker, monkeypatch)
+        broker.checkpoint()
+        assert reopened_and_drained(broker, clock) == [left]
+
+
+def test_after_a_checkpoint_that_failed_the_next_one_takes_acked_single_jobs_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The index knows them one by one; the checkpoint that fails puts them into a run."""
+    clock = ManualClock()
+    with Broker(tmp_path / "q", clock=clock) as broker:
+        broker.enqueue_many("q", [b"x"] * 200)
+        for lease in broker.lease_many("q", 200):
+            lease.release()
+        broker.checkpoint()
+        inside(broker)._not_before_s = math.inf  # none by itself
+        monkeypatch.setattr(rivetq.local, "LOOSE_SHARE", 2**30)
+        left = broker.enqueue("q", b"y")
+        fail_a_checkpoint(broker, monkeypatch)
+        assert len(inside(broker)._machine.jobs) < 200  # those at the head stay single
+        broker.ack_many(broker.lease_many("q", 200))
+        broker.checkpoint()
+        assert reopened_and_drained(broker, clock) == [left]
 
 
 # -- Rotation and compaction

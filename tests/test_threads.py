@@ -420,6 +420,28 @@ def test_of_n_waiting_leases_each_gets_one_of_n_jobs(tmp_path: Path, fsync: str,
         assert len(set(got)) == 16
 
 
+def test_two_transactions_that_meet_in_one_reservation_get_ids_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More ids than one reservation sets aside: who comes second has to reserve again."""
+    with Broker(":memory:") as broker:
+        engine = inside(broker)
+        settle, both_have_reserved = engine._settle, threading.Barrier(2)
+        turns = iter(range(2))
+
+        def meet(*args: Any, **options: Any) -> None:
+            settle(*args, **options)
+            if next(turns, None) is not None:
+                both_have_reserved.wait(PATIENCE)
+
+        def put(number: int) -> None:
+            with broker.transaction() as tx:
+                tx.enqueue_many("q", [b""] * 3 * rivetq.live.ID_BLOCK)
+
+        monkeypatch.setattr(engine, "_settle", meet)
+        in_threads(2, put)
+        ids = [job.id for job in broker.jobs("q", limit=10_000)]
+        assert len(ids) == 6 * rivetq.live.ID_BLOCK
+
+
 @pytest.mark.usefixtures("restless")
 def test_leases_that_wait_for_several_queues_forget_no_job(tmp_path: Path) -> None:
     got: list[int] = []
@@ -485,6 +507,35 @@ def test_a_wait_that_ends_leaves_nobody_behind(tmp_path: Path) -> None:
     with Broker(tmp_path / "q") as broker:
         in_threads(8, lambda number: broker.lease(["q", "r"], wait=0.01))
         assert not inside(broker)._lessees
+
+
+@pytest.mark.parametrize("waits", ["in a thread", "soon"])
+def test_who_was_woken_for_two_queues_and_takes_from_one_wakes_the_next_for_the_other(waits: str) -> None:
+    got: list[tuple[str, str]] = []
+    with Broker(":memory:") as broker:
+
+        def wait(name: str, queues: list[str]) -> None:
+            def take() -> None:
+                lease = broker.lease(queues, wait=None)
+                got.append((name, lease.queue if lease is not None else "nothing"))
+
+            def told(leases: list[Lease] | None, error: BaseException | None) -> None:
+                got.append((name, leases[0].queue if leases else repr(error)))
+
+            if waits == "soon":
+                broker.lease_soon(queues, 1, told)
+            else:
+                threading.Thread(target=take, daemon=True).start()
+
+        wait("first", ["a", "b"])
+        await_waiting(broker, "b", 1)
+        wait("second", ["b"])
+        await_waiting(broker, "b", 2)
+        with broker.transaction() as tx:  # two jobs, and the first in line is woken for both
+            tx.enqueue("a", b"")
+            tx.enqueue("b", b"")
+        _await(lambda: len(got) == 2)
+        assert sorted(got) == [("first", "a"), ("second", "b")]
 
 
 # -- The end

@@ -32,6 +32,7 @@ check: format lint types coverage wheel docs demo ## what CI runs: all of this, 
 	$(MAKE) workers CYCLES=5
 	$(BIN)/python tests/sweeps.py crash errors exceptions sequences --trials 400 --stride 11
 	$(BIN)/python tests/sweeps.py recovery --trials 40
+	$(MAKE) planted
 
 format: $(VENV)/ready
 	$(BIN)/ruff format --check .
@@ -85,11 +86,12 @@ rot: $(VENV)/ready ## three mutations of every byte of log and index, and every 
 	$(BIN)/python -m pytest tests/test_recovery.py -k "damage or cut" --every-byte -s
 
 SWEEPS ?=
+PLANTED ?=
 sweeps: $(VENV)/ready ## what can go wrong at every place: SWEEPS="errors exceptions ..." for some of them, SEED
 	$(BIN)/python tests/sweeps.py $(SWEEPS) --seed $(SEED)
 
-planted: $(VENV)/ready ## plant twelve bugs, one at a time, and say which tests catch them
-	$(BIN)/python tests/planted.py
+planted: $(VENV)/ready ## plant bugs, one at a time: the test that is named beside each must turn red (PLANTED="--third")
+	$(BIN)/python tests/planted.py $(PLANTED)
 
 workers: $(VENV)/ready ## tell a worker process under load to end, and kill one, CYCLES times each
 	$(BIN)/python -m pytest tests/test_worker_processes.py --cycles $(CYCLES) -s

@@ -29,7 +29,7 @@ from weakref import WeakSet
 from rivetq import Lease, RivetQError, UsageError
 
 from . import logs
-from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, run_here, stopped, text_of
+from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, may_begin, run_here, stopped, text_of
 from .tasks import App, Task
 
 logger = logging.getLogger("rivetq.worker")
@@ -97,8 +97,7 @@ class ProcessPool:
         child: _Child | None = None
         while (delivery := self._waiting.get()) is not None:
             delivery.started_at = time.monotonic()
-            if delivery.job.cancelled:  # before it began, so it does not begin
-                delivery.ending = stopped(delivery)
+            if not may_begin(delivery):
                 self._done(delivery)
                 continue
             try:

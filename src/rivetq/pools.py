@@ -130,6 +130,14 @@ def _returned(value: Any) -> Ending:
     return ending_of(value) if isinstance(value, Outcome) else ACK
 
 
+def may_begin(delivery: Delivery) -> bool:
+    """In every pool, when there is a slot for the job: its handler begins now. False: it must not; its end is set."""
+    if delivery.job.cancelled:  # before it began, so it does not begin
+        delivery.ending = stopped(delivery)
+        return False
+    return True
+
+
 def run_here(delivery: Delivery, app: App) -> None:
     """Run a sync handler in this thread; sets how it ended."""
     started = time.perf_counter()
@@ -235,9 +243,7 @@ class ThreadPool:
         while (delivery := get()) is not None:
             delivery.started_at = time.monotonic()
             try:
-                if delivery.job.cancelled:  # before it began, so it does not begin
-                    delivery.ending = stopped(delivery)
-                else:
+                if may_begin(delivery):
                     run_here(delivery, app)
             except BaseException as error:  # an outcome of a class of its own that cannot be read, a log filter
                 delivery.ending = delivery.ending or Ending("nack", f"{type(error).__name__}: the end cannot be told")
@@ -339,8 +345,7 @@ class LoopPool:
                 delivery = waiting.popleft()
             except IndexError:  # they were taken back meanwhile
                 break
-            if delivery.job.cancelled:  # before it began
-                delivery.ending = stopped(delivery)
+            if not may_begin(delivery):
                 self._done(delivery)
                 continue
             tasks[delivery] = task = self._loop.create_task(run_async(delivery, self._app))

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from rivetq import UsageError
 from rivetq.logs import JobFields, JsonFormatter, configure
 from rivetq.tasks import App
+from rivetq.worker import Worker
 
 
 def record(msg: object = "hello", *args: object, **facts: Any) -> logging.LogRecord:
@@ -205,7 +207,90 @@ def test_plain_lines_tell_the_job_and_the_exception(lines: io.StringIO) -> None:
     configure("debug", stream=lines)
     made = record("no %s", "luck", job_id=7, queue="mail", created=0.0, exc_text="Traceback: here")
     logging.getLogger("rivetq").handle(made)
-    assert lines.getvalue() == "1970-01-01T00:00:00.000Z INFO shop: no luck job_id=7 queue=mail\nTraceback: here\n"
+    assert lines.getvalue() == "1970-01-01T00:00:00.000Z INFO shop: no luck job_id=7 queue=mail\n  Traceback: here\n"
+
+
+FORGED = "2026-01-01T00:00:00.000Z CRITICAL shop: disk on fire"
+FIELD = "x job_id=8"
+
+
+def test_nothing_in_a_text_begins_a_line_of_its_own_or_reaches_a_terminal(lines: io.StringIO) -> None:
+    configure(stream=lines)
+    hostile = f"a\r\n{FORGED}\x1b[2J\x9b31m\u2028{FORGED}\x85\x0b"
+    for facts in ({"queue": hostile}, {"task": hostile}, {"exc_text": hostile}, {"stack_info": hostile}):
+        logging.getLogger("rivetq").handle(record("hello", **facts))
+    logging.getLogger("rivetq").handle(record("job %s", hostile))
+    logging.getLogger("rivetq").handle(record(hostile))
+    found = lines.getvalue().split("\n")
+    assert [line for line in found if line.startswith("2026-01-01")] == []
+    assert all(line.isprintable() for line in found), found
+    assert len([line for line in found if line[:1] not in ("", " ")]) == 6
+
+
+def test_a_name_cannot_look_like_another_field(lines: io.StringIO) -> None:
+    configure(stream=lines)
+    for name in (FIELD, "a=b", "", 'a"b', "plain", "ü-1:x"):
+        logging.getLogger("rivetq").handle(record("hello", queue=name, attempt=3))
+    found = [line.partition("hello ")[2] for line in lines.getvalue().splitlines()]
+    assert found == [
+        f"queue={FIELD!r} attempt=3", "queue='a=b' attempt=3", "queue='' attempt=3", "queue='a\"b' attempt=3",
+        "queue=plain attempt=3", "queue=ü-1:x attempt=3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_line_does_not_hold_a_whole_payload(lines: io.StringIO, json: bool) -> None:
+    configure(json=json, stream=lines)
+    much = "x" * 2**20
+    try:
+        raise ValueError(much)
+    except ValueError:
+        info = sys.exc_info()
+    for made in (
+        record(much), record("%s", much), record("%s %s", much), record("no", exc_text=much),
+        record("no", exc_info=info), record("no", stack_info=much), record("no", queue=much),
+    ):  # fmt: skip
+        if json and made.msg == "no" and "queue" in vars(made):
+            continue  # what is passed as `extra` goes into the object as it is
+        lines.seek(0)
+        lines.truncate()
+        logging.getLogger("rivetq").handle(made)
+        assert 100 < len(lines.getvalue()) < 100_000
+        assert "characters left out" in lines.getvalue()
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_job_with_a_class_name_of_a_mebibyte_is_a_short_line(lines: io.StringIO, json: bool) -> None:
+    configure(json=json, stream=lines)
+    with App(":memory:") as app:
+
+        @app.task(queue="q")
+        def work(x: object) -> None: ...
+
+        payload = {"args": [{"$class": ["\x07" * 2**20, {}]}]}
+        app.broker.enqueue("q", payload, headers={"rivetq-task": "work"})
+        with Worker(app, concurrency=1):
+            while not app.broker.stats("q").dead:
+                time.sleep(0.01)
+        [dead] = app.broker.dead_letters("q")
+    assert "is not known here" in str(dead.last_error)
+    assert "is not known here" in lines.getvalue()
+    assert len(lines.getvalue()) < 5000
+
+
+@pytest.mark.parametrize("json", [False, True])
+def test_a_handler_that_raises_a_mebibyte_is_a_bounded_line(lines: io.StringIO, json: bool) -> None:
+    configure(json=json, stream=lines)
+    with App(":memory:") as app:
+
+        @app.task(queue="q", max_attempts=1)
+        def work() -> None:
+            raise ValueError("\x07" * 2**20)
+
+        work.enqueue()
+        assert Worker(app, max_jobs=1, concurrency=1).run() == 0
+    assert "ValueError" in lines.getvalue()
+    assert len(lines.getvalue()) < 6 * 2**17
 
 
 def test_the_level_holds_and_the_last_call_counts(lines: io.StringIO) -> None:

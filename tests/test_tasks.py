@@ -231,6 +231,34 @@ def test_what_is_no_call_of_a_task_is_rejected_with_the_reason(
         app.find(lease)
 
 
+@pytest.mark.parametrize("text", ["x\n2026-01-01 ERROR shop: forged \x1b[2J", "\x07" * 2**20])
+def test_the_reason_holds_no_control_characters_of_a_job_and_not_all_of_it(app: App, text: str) -> None:
+    @app.task
+    def task(a: int) -> None: ...
+
+    class Refusing:
+        def dumps(self, value: Any) -> bytes:
+            raise NotImplementedError
+
+        def loads(self, data: bytes) -> Any:
+            raise ValueError(text)
+
+    own = App(app.broker, codec=Refusing())
+    own.task(task.function, name="task")
+    unknown, many = {"rivetq-task": text[:10_000]}, {"rivetq-task": "task"}
+    for place, headers, payload in (
+        (app, unknown, {}), (app, many, {"kwargs": {text: 1}}), (app, many, {"args": [{"$class": [text, {}]}]}),
+        (own, many, {}),
+    ):  # fmt: skip
+        app.broker.enqueue("default", payload, headers=headers)
+        lease = app.broker.lease("default")
+        assert lease is not None
+        with pytest.raises(Reject) as caught:
+            place.find(lease)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 10_000
+
+
 def test_a_program_without_rivetq_can_write_a_call_as_plain_json(app: App) -> None:
     @app.task
     def task(a: int, b: list[int]) -> None: ...

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import json
+from collections.abc import Callable
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from typing import Any, Generic, NewType, TypeVar
@@ -60,6 +61,16 @@ class Doubled:
     n: int = attrs.field(converter=lambda value: value * 2, validator=attrs.validators.lt(100))
 
 
+def _short(instance: object, attribute: object, value: str) -> None:
+    if len(value) > 10:
+        raise ValueError(f"too long: {value}")
+
+
+@attrs.define
+class Short:
+    text: str = attrs.field(validator=_short)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Box(Generic[T]):
     content: T
@@ -69,6 +80,7 @@ class Box(Generic[T]):
 class Money:
     cents: int
     parts: tuple[int, ...] = ()
+    LIMIT = 1000
 
     def __post_init__(self) -> None:
         self.euros = self.cents / 100
@@ -250,7 +262,7 @@ def test_what_python_and_attrs_keep_for_themselves_is_left_out(value: Any) -> No
         assert hash(found) == hash(value)
 
 
-@pytest.mark.parametrize("name", ["cents", "__dict__", "lock", "__post_init__"])
+@pytest.mark.parametrize("name", ["cents", "__dict__", "lock", "__post_init__", "LIMIT"])
 def test_a_payload_cannot_put_into_an_object_what_its_constructor_never_does(name: str) -> None:
     codec = TypedJson()
     codec.register(Money)
@@ -258,6 +270,51 @@ def test_a_payload_cannot_put_into_an_object_what_its_constructor_never_does(nam
     words["$class"][2] = {name: 5}
     with pytest.raises(UsageError, match=name):
         codec.loads(json.dumps(words).encode())
+
+
+def test_an_instance_that_shadows_a_constant_of_its_class_is_refused_at_the_enqueue() -> None:
+    codec = TypedJson()
+    codec.register(Money)
+    money = Money(1)
+    money.LIMIT = 10**9
+    with pytest.raises(UsageError, match=r"Money\.LIMIT belongs to the class and is no field"):
+        codec.dumps(money)
+
+
+@pytest.mark.parametrize("word", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_json_does_not_know_is_refused(word: str) -> None:
+    for data in (word, f"[{word}]", f'{{"$timedelta": [{word}, 0]}}'):
+        with pytest.raises(UsageError, match=f"{word} is no JSON"):
+            TypedJson().loads(data.encode())
+
+
+@pytest.mark.parametrize("hostile", ["\n2026-01-01 ERROR shop: forged \x1b[2J", "\x07" * 2**20])
+@pytest.mark.parametrize(
+    "words",
+    [
+        lambda text: {"$class": [text, {}]},
+        lambda text: {"$class": [f"{__name__}:Address", {text: 1}]},
+        lambda text: {"$class": [f"{__name__}:Address", {f"{n}{text[:9000]}": 1 for n in range(100)}]},
+        lambda text: {"$class": [f"{__name__}:Money", {"cents": 1}, {f"__{text}": 1}]},
+        lambda text: {"$class": [f"{text}:Script", {"more": 1}]},
+        lambda text: {"$class": [f"{__name__}:Colour", text]},
+        lambda text: {"$class": [f"{__name__}:Short", {"text": text}]},
+        lambda text: {f"${text}": 1},
+        lambda text: {"$decimal": text},
+        lambda text: {"$date": text},
+    ],
+)
+def test_an_error_holds_no_control_characters_of_a_payload_and_not_all_of_it(
+    words: Callable[[str], Any], hostile: str
+) -> None:
+    script = dataclasses.make_dataclass("Script", [("number", int, 0)])
+    script.__module__ = "__main__"
+    codec = TypedJson()
+    codec.register(Address, Money, Colour, Short, script)
+    with pytest.raises(UsageError) as caught:
+        codec.loads(json.dumps(words(hostile)).encode())
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 5000
 
 
 @pytest.mark.parametrize("here", ["__main__", "shop"])

@@ -20,7 +20,10 @@ from typing import Any, TextIO
 from rivetq import UsageError
 
 from .tasks import current_job
+from .texts import NAME_CHARS, cut, escaped
 
+MOST_CHARS = 2**16
+"""Of a message, a traceback or a stack in a line: what an error says may hold a whole payload."""
 JOB_FIELDS = ("job_id", "queue", "task", "attempt")
 _STANDARD = frozenset([*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"])
 """Attributes that every record has, in some version of Python; all others came as `extra`."""
@@ -68,7 +71,7 @@ class JsonFormatter(logging.Formatter):
         if exception is not None:
             fields["exception"] = exception
         if record.stack_info:
-            fields["stack"] = record.stack_info
+            fields["stack"] = cut(record.stack_info, MOST_CHARS)
         try:
             return _json(fields)
         except Exception:  # one of the fields: the others go out as they are
@@ -76,13 +79,17 @@ class JsonFormatter(logging.Formatter):
 
 
 class _PlainFormatter(logging.Formatter):
-    """Text for people, in lines that tell the job."""
+    """Text for people, in lines that tell the job.
+
+    A record begins at the start of a line; its further lines, such as those of a traceback, are indented. So what
+    somebody wrote into a job's name or error is never a record of its own.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_time(record)} {record.levelname} {record.name}: {_message(record)}"
-        line += "".join(f" {name}={_text(vars(record)[name])}" for name in JOB_FIELDS if name in vars(record))
-        parts = [line, _exception(self, record), record.stack_info]
-        return "\n".join(str(part) for part in parts if part)
+        line = f"{_time(record)} {record.levelname} {record.name}: {_block(_message(record))}"
+        line += "".join(f" {name}={_word(vars(record)[name])}" for name in JOB_FIELDS if name in vars(record))
+        parts = [_exception(self, record), record.stack_info]
+        return "".join([line, *(f"\n  {_block(cut(str(part), MOST_CHARS))}" for part in parts if part)])
 
 
 class _Handler(logging.StreamHandler[TextIO]):
@@ -197,17 +204,29 @@ def _time(record: logging.LogRecord) -> str:
 
 def _message(record: logging.LogRecord) -> str:
     try:
-        return record.getMessage()
+        return cut(record.getMessage(), MOST_CHARS)
     except Exception:  # arguments that do not fit, or have no text
-        return f"{_text(record.msg)} {_text(record.args)}" if record.args else _text(record.msg)
+        found = f"{_text(record.msg)} {_text(record.args)}" if record.args else _text(record.msg)
+        return cut(found, MOST_CHARS)
+
+
+def _block(text: str) -> str:
+    """Lines of which only the first begins at the margin, and no control characters."""
+    return text if text.isprintable() else "\n  ".join(escaped(line, keep="\t") for line in text.split("\n"))
+
+
+def _word(value: object) -> str:
+    """One word: what is none is in quotes, so that it cannot look like another field."""
+    text = cut(_text(value), NAME_CHARS + 100)
+    return text if text.isprintable() and text and not set(text) & set(" '\"=\\") else repr(text)
 
 
 def _exception(formatter: logging.Formatter, record: logging.LogRecord) -> str | None:
     info = record.exc_info
     if not info or info[0] is None:
-        return record.exc_text or None
+        return cut(record.exc_text, MOST_CHARS) if record.exc_text else None
     try:
-        return formatter.formatException(info)
+        return cut(formatter.formatException(info), MOST_CHARS)
     except Exception as trouble:
         return f"{info[0].__name__} (its traceback cannot be made: {type(trouble).__name__})"
 

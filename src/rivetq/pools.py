@@ -23,6 +23,7 @@ import attrs
 from rivetq import Lease
 
 from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, running, seconds_of
+from .texts import ERROR_CHARS, cut
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -115,9 +116,9 @@ def stopped(delivery: Delivery) -> Ending:
 
 
 def text_of(error: BaseException | None) -> str:
-    """ "TypeName: message", whatever the message does."""
+    """ "TypeName: message", whatever the message does, and however long it is."""
     try:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {cut(str(error), ERROR_CHARS)}"
     except Exception as trouble:
         return f"{type(error).__name__}: (its text cannot be made: {type(trouble).__name__})"
 

@@ -42,6 +42,7 @@ from rivetq import Broker, Duration, Lease, RetryPolicy, Transaction, UsageError
 
 from .schedules import SCHEDULES, TICK_HEADER, Every, Misfire, Schedule, key, spec_of
 from .schedules import every as every  # so that an app's module imports from here alone
+from .texts import quoted, shown
 from .typedjson import Codec, TypedJson, hints
 
 if TYPE_CHECKING:
@@ -822,7 +823,7 @@ class App:
             raise Reject(f"no task: the job has no header {TASK_HEADER!r}, so it was not enqueued by a task")
         task = self.tasks.get(name)
         if task is None:
-            raise Reject(f"unknown task {name!r}: this app has {', '.join(sorted(self.tasks)) or 'no tasks'}")
+            raise Reject(f"unknown task {quoted(name)}: this app has {', '.join(sorted(self.tasks)) or 'no tasks'}")
         try:
             content = self._known_codec().loads(lease.payload)
             if not isinstance(content, dict) or not content.keys() <= {"args", "kwargs"}:
@@ -832,7 +833,7 @@ class App:
                 raise UsageError("args: a list, and kwargs: an object expected")
             task.bind(args, kwargs)
         except Exception as error:  # a codec of the application's own may raise anything
-            raise Reject(f"task {name!r} cannot be called: {error}") from error
+            raise Reject(f"task {name!r} cannot be called: {shown(str(error))}") from error
         return task, args, kwargs
 
     def put(self, task: Task[..., Any], calls: Sequence[Call]) -> Sequence[int]:

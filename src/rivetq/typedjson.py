@@ -26,10 +26,14 @@ import attrs
 
 from rivetq import UsageError
 
+from .texts import quoted, shown
+
 _ESCAPE = "$object"
 _TUPLE = "$tuple"
 _CLASS = "$class"
 """Its name and fields; and what an instance has besides them, if anything."""
+_NAMES = 10
+"""Of many wrong ones, so many are named."""
 _ATTRS_HASH = "_attrs_cached_hash"
 """Where a class with attrs.define(cache_hash=True) keeps its hash, which holds in its own process only."""
 
@@ -86,11 +90,11 @@ class TypedJson:
     def loads(self, data: bytes) -> Any:
         """See `Codec.loads`."""
         try:
-            return self._value(json.loads(data))
+            return self._value(json.loads(data, parse_constant=_no_json))
         except UsageError:
             raise
         except Exception as error:  # the constructor of a user's class may raise anything
-            raise UsageError(f"arguments: these {len(data)} bytes cannot be read ({error})") from error
+            raise UsageError(f"arguments: these {len(data)} bytes cannot be read ({shown(str(error))})") from error
 
     def _plain(self, value: Any) -> Any:
         kind = type(value)
@@ -127,7 +131,13 @@ class TypedJson:
             return {_CLASS: [name, value.value if isinstance(value, enum.Flag) else value.name]}
         fields = _fields(kind)
         content = [name, {field: self._plain(getattr(value, field)) for field in fields}]
-        if more := {key: self._plain(item) for key, item in _computed(value, fields).items()}:
+        computed = _computed(value, fields)
+        if shadows := [key for key in computed if hasattr(kind, key)]:
+            raise TypeError(
+                f"{name}.{shadows[0]} belongs to the class and is no field, and the instance has one of its own: "
+                f"annotate it, so that it is a field"
+            )
+        if more := {key: self._plain(item) for key, item in computed.items()}:
             content.append(more)
         return {_CLASS: content}
 
@@ -149,7 +159,7 @@ class TypedJson:
         if tag == _CLASS:
             return self._instance(*item)
         if tag not in _READERS:
-            raise UsageError(f"arguments: unknown type {tag!r}; was this job written by a newer version?")
+            raise UsageError(f"arguments: unknown type {quoted(tag)}; was this job written by a newer version?")
         return _READERS[tag](item)
 
     def _as_script(self, name: str) -> type | None:
@@ -163,28 +173,34 @@ class TypedJson:
         kind = self._classes.get(name) or self._as_script(name)
         if kind is None:
             raise UsageError(
-                f"arguments: class {name!r} is not known here: annotate the task's argument with it, or call "
+                f"arguments: class {quoted(name)} is not known here: annotate the task's argument with it, or call "
                 f"app.codec.register(it)"
             )
         if _is_enum(kind):
             members: Any = kind
             return members(content) if issubclass(kind, enum.Flag) else members[content]
-        fields = _fields(kind)
+        name, fields = _name(kind), _fields(kind)
         if unknown := set(content) - set(fields):
-            raise UsageError(f"arguments: {name} has no field {', '.join(sorted(unknown))}; it has {', '.join(fields)}")
+            names = ", ".join(map(quoted, sorted(unknown)[:_NAMES]))
+            raise UsageError(f"arguments: {name} has no field {names}; it has {', '.join(fields)}")
         # Not by its constructor, which may compute: what was written are the fields as they were then.
         made: Any = object.__new__(kind)
         for field, default in fields.items():
             object.__setattr__(made, field, self._value(content[field]) if field in content else default(made))
         for key, item in more.items():
-            if key in fields or key.startswith("__") or hasattr(getattr(kind, key, None), "__get__"):
-                raise UsageError(f"arguments: {key!r} is nothing that a constructor of {name} computed")
+            # What the class has is a method, or a constant that the program relies on.
+            if key in fields or key.startswith("__") or hasattr(kind, key):
+                raise UsageError(f"arguments: {quoted(key)} is nothing that a constructor of {name} computed")
             object.__setattr__(made, key, self._value(item))
         if attrs.has(kind):
             if _ATTRS_HASH in getattr(getattr(kind.__hash__, "__code__", None), "co_names", ()):
                 object.__setattr__(made, _ATTRS_HASH, None)
             attrs.validate(made)
         return made
+
+
+def _no_json(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
 
 
 def _name(kind: type) -> str:

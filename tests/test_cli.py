@@ -24,7 +24,7 @@ pytest.importorskip("click", reason="the extra cli is not installed")
 from click.testing import CliRunner
 from rich.console import Console
 
-from rivetq import cli, tools
+from rivetq import cli, tools, view
 from rivetq.settings import Settings
 
 
@@ -129,6 +129,100 @@ def test_dump_prints_the_records_of_the_log(filled: Run) -> None:
     records = [json.loads(line) for line in filled("dump", "--payloads").splitlines()]
     assert [record["lsn"] for record in records] == list(range(1, len(records) + 1))
     assert any("payloads" in event for record in records for event in record["events"])
+
+
+MARKUP = "ValueError: list[int] expected, got [/tmp/x] [bold]b[/bold] :smile:"
+HOSTILE = "\x1b[2J\x9b31mred\x7f\r\nforged line\u202e\ud800"
+ESCAPED = r"\x1b[2J\x9b31mred\x7f\r\nforged line\u202e\ud800"
+
+
+@pytest.fixture
+def foreign(run: Run) -> Run:
+    """A directory in which job writers chose the texts; ids 1 to 3 are dead, 4 has them in its payload."""
+    with Broker(run.directory) as broker:
+        for queue, error in (("q", MARKUP), ("q", HOSTILE.replace("\ud800", "")), ("jobs of [/team]", "x")):
+            broker.enqueue(queue, 1, headers={"rivetq-task": error})
+            lease = broker.lease(queue)
+            assert lease is not None
+            lease.reject(error=error)
+        broker.enqueue("\x1b[31m\nred", json.dumps(HOSTILE).encode())
+        broker.enqueue("[bold]x[/bold]", 1)
+    return run
+
+
+def printable(output: str) -> bool:
+    return all(line.isprintable() for line in output.split("\n"))
+
+
+def test_what_job_writers_wrote_is_no_markup_and_no_control_character(foreign: Run) -> None:
+    escaped = ESCAPED.replace(r"\ud800", "")
+    for command in (["stats"], ["queues"]):
+        text = foreign(*command)
+        for name in ("jobs of [/team]", "[bold]x[/bold]", r"\x1b[31m\nred"):
+            assert re.search(rf"^{re.escape(name)} ", text, re.MULTILINE), text
+        assert printable(text)
+    text = foreign("jobs", "q")
+    assert text.count(MARKUP) == text.count(escaped) == 2  # as task and as error
+    assert printable(text)
+    assert "[/team]" in foreign("show", "3")
+    for job_id, words in (("1", MARKUP), ("2", escaped), ("4", ESCAPED), ("4", r"\x1b[31m\nred")):
+        text = foreign("show", job_id)
+        assert words in text
+        assert printable(text)
+    assert foreign("pause", "\x1b[31m\nred") == r"\x1b[31m\nred is paused" + "\n"
+
+
+def test_json_has_the_texts_as_they_are_and_no_control_characters(foreign: Run) -> None:
+    for command in (["stats"], ["queues"], ["jobs", "q"], ["show", "2"], ["show", "4"]):
+        assert printable(foreign(*command, "--json")), command
+    assert foreign.json("show", "4")["job"]["payload"] == HOSTILE
+    assert [job["last_error"] for job in foreign.json("jobs", "q")["jobs"]] == [MARKUP, HOSTILE.replace("\ud800", "")]
+    assert "\x1b[31m\nred" in foreign.json("stats")["queues"]
+    foreign("enqueue", "q", '"ünï \U0001f600 \U000e0001"')
+    text = foreign("show", "6", "--json")
+    assert "ünï \U0001f600 \\udb40\\udc01" in text  # a letter stays, a tag that nobody sees does not
+    assert json.loads(text)["job"]["payload"] == "ünï \U0001f600 \U000e0001"
+
+
+def test_an_error_is_one_line_or_more_that_are_indented_and_printable(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[31m.yaml").write_text("a: [\n")
+    run("--config", str(tmp_path / "a\x1b[31m.yaml"), "config", status=2)
+    first, *others = run.errors.rstrip("\n").split("\n")
+    assert first.startswith("rivetq: ")
+    assert r"a\x1b[31m.yaml" in first
+    assert all(line.startswith("  ") for line in others)
+    assert printable(run.errors)
+
+
+def test_a_long_text_is_cut_in_a_table_and_whole_elsewhere(run: Run) -> None:
+    with Broker(run.directory) as broker:
+        broker.enqueue("q", 1, headers={"rivetq-task": "x" * 5000})
+    assert 1000 <= run("jobs", "q").count("x") < 1100
+    assert run("show", "1").count("x") > 5000
+    assert len(run.json("jobs", "q")["jobs"][0]["headers"]["rivetq-task"]) == 5000
+
+
+def test_jobs_reads_no_payload_for_a_table_and_one_at_a_time_for_json(
+    filled: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def noted(name: str, call: Callable[..., Any]) -> Any:
+        return lambda *args: (calls.append(name), call(*args))[1]
+
+    monkeypatch.setattr(view, "read_payload", noted("read", view.read_payload))
+    monkeypatch.setattr(cli, "_listed_json", noted("listed", cli._listed_json))
+    filled("jobs", "mail")
+    assert calls == []
+    filled.json("jobs", "mail")
+    assert calls == ["listed", "read"] * 2
+
+
+def test_a_job_that_ends_while_it_is_listed_has_no_payload(filled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools.Look, "get", lambda self, job_id: None)
+    [first, _] = filled.json("jobs", "mail")["jobs"]
+    assert (first["id"], first["headers"], first["state"]) == (1, {"rivetq-task": "send"}, "ready")
+    assert not first.keys() & {"payload", "payload_base64"}
 
 
 # -- Changing
@@ -333,6 +427,28 @@ def test_a_change_makes_no_directory_by_mistake(run: Run, command: list[str]) ->
     assert not run.directory.exists()
 
 
+@pytest.mark.parametrize("option", ["-d", "--config"])
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_an_empty_value_is_not_the_default(run: Run, option: str, place: str) -> None:
+    with Broker("data") as broker:  # the default, which is the directory of `run`
+        broker.enqueue("q", 1)
+    empty, command = [option, ""], ["purge", "q", "--yes"]
+    found = CliRunner().invoke(cli.main, empty + command if place == "before" else command + empty)
+    assert found.exit_code == 2
+    assert re.search("path: a text expected, got ''|file: the name of a file expected, got ''", found.stderr)
+    assert run.json("stats")["all"]["ready"] == 1
+
+
+@pytest.mark.parametrize("name", ["RIVETQ_PATH", "RIVETQ_CONFIG"])
+def test_an_empty_variable_is_not_the_default(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with Broker("data") as broker:
+        broker.enqueue("q", 1)
+    monkeypatch.setenv(name, "")
+    assert CliRunner().invoke(cli.main, ["purge", "q", "--yes"]).exit_code == 2
+    monkeypatch.delenv(name)
+    assert run.json("stats")["all"]["ready"] == 1
+
+
 @pytest.mark.parametrize("arguments", [["nothing"], ["show"], ["show", "x"], ["jobs", "q", "--state", "odd"], ["jobs"]])
 def test_wrong_usage_is_status_2(run: Run, arguments: list[str]) -> None:
     run(*arguments, status=2)
@@ -427,6 +543,29 @@ def test_a_worker_process_runs_tasks_until_sigterm(run: Run, tmp_path: Path) -> 
     assert not (tmp_path / "unused").exists()
 
 
+@pytest.mark.parametrize("given", [{}, {"RIVETQ_FSYNC": "never"}, {"RIVETQ_PATH": "moved"}])
+def test_what_nobody_set_is_as_the_app_has_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    used: list[tuple[str, str]] = []
+
+    def worker(self: Settings, app: App) -> Any:
+        used.append((os.path.basename(app.broker.path), app.broker._engine._fsync))  # type: ignore[attr-defined]
+        app.close()
+        raise UsageError("seen")
+
+    monkeypatch.setattr(Settings, "worker", worker)
+    monkeypatch.setattr(cli, "configure", lambda **options: None)  # it would be that of all tests
+    (tmp_path / "shop.py").write_text(APP.replace('App("unused")', 'App("jobs", fsync="interval")'))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert CliRunner().invoke(cli.main, ["worker", "shop:app"]).exit_code == 2
+    sys.modules.pop("shop")
+    assert used == [(given.get("RIVETQ_PATH", "jobs"), given.get("RIVETQ_FSYNC", "interval"))]
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_number_of_handlers_is_for_each_kind_unless_one_is_given(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,13 +609,15 @@ def test_a_worker_writes_all_lines_of_the_program_unless_that_has_set_up_logging
 @pytest.mark.parametrize(
     ("app", "why"),
     [("shop", "module:attribute"), ("nowhere:app", "cannot be imported"), ("shop:other", "has no 'other'"),
-     ("shop:send", "an App is expected"), (None, "an app is needed"), ("broken:app", "ZeroDivisionError")],
+     ("shop:send", "an App is expected"), (None, "an app is needed"), ("broken:app", "ZeroDivisionError"),
+     ("ends:app", "SystemExit: 0"), ("ends:other", "SystemExit: 0")],
 )  # fmt: skip
 def test_a_worker_without_an_app_is_status_2(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, app: str | None, why: str
 ) -> None:
     (tmp_path / "shop.py").write_text(APP)
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "ends.py").write_text(APP + "\nraise SystemExit(0)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     run("worker", *([app] if app else []), status=2)
     assert why in run.errors

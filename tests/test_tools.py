@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from inside import inside
 
@@ -199,6 +200,50 @@ def test_a_look_begins_with_the_index_and_looks_again_when_the_tail_moved(
     with tools.look(closed) as found:
         assert found.stats().enqueued > 0
     assert (faults, len(loaded)) == ([], 1)
+
+
+def test_a_look_finds_payloads_that_the_owner_moved_since(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data", segment_bytes=SEGMENT_BYTES) as broker:
+        ids = broker.enqueue_many("q", [b"%d" % n * 1000 for n in range(200)])
+        with tools.look(broker.path) as found, tools.look(broker.path) as another:
+            before = found.as_of, found.record
+            assert len(found.jobs("q", payloads=False, limit=1000)) == 200
+            broker.ack_many(broker.lease_many("q", 190))
+            broker.compact()
+            assert {job.payload for job in found.jobs("q", payloads=False)} == {b""}
+            assert (found.as_of, found.record) == before  # no payload was asked for
+            assert [job.payload for job in found.jobs("q", limit=1000)] == [b"%d" % n * 1000 for n in range(190, 200)]
+            assert found.stats().acked == 190
+            assert (found.as_of, found.record) > before
+            assert another.get(ids[0]) is None
+            assert another.stats().acked == 190
+
+
+def test_a_look_begins_anew_a_few_times_and_then_says_so(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Any] = []
+
+    def moved(self: Any, entry: Any) -> Any:
+        looks.append(self)
+        raise rivetq.view.MovedError(entry.id)
+
+    with tools.look(closed) as found:
+        [job] = found.jobs("last")
+        monkeypatch.setattr(rivetq.view.ViewEngine, "_segment", moved)
+        with pytest.raises(StorageError, match=f"job {job.id}: its payload was moved {tools.LOOKS + 1} times"):
+            found.get(job.id)
+    assert len({id(each) for each in looks}) == len(looks) == tools.LOOKS + 1
+    assert [name for name in os.listdir(tempfile.gettempdir()) if name == os.path.basename(looks[0]._copy)] == []
+
+
+def test_a_listing_without_payloads_reads_none(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tools.look(closed) as found:
+        jobs = found.jobs("mail", limit=1000)
+        monkeypatch.setattr(rivetq.view, "read_payload", lambda *args: pytest.fail("a payload was read"))
+        bare = found.jobs("mail", limit=1000, payloads=False)
+        assert [attrs.evolve(job, payload=b"") for job in jobs] == bare
+        assert any(job.payload for job in jobs)
+        some = found.jobs("mail", state="ready", after=jobs[0].id, limit=2, payloads=False)
+        assert [job.id for job in some] == [job.id for job in jobs if job.state == "ready" and job.id > jobs[0].id][:2]
 
 
 def with_a_rotten_payload(directory: Path) -> int:

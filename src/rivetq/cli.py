@@ -21,6 +21,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -50,6 +51,7 @@ from . import tools
 from .logs import configure
 from .settings import FIELDS, Settings, load
 from .tasks import App
+from .texts import escaped, shown
 from .worker import Concurrency
 
 try:
@@ -58,6 +60,7 @@ try:
     from rich.live import Live
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:  # pragma: no cover  # the tests run where both are installed
     raise SystemExit(f"rivetq: the command line needs click and rich ({error}): pip install rivetq[cli]") from None
 
@@ -88,7 +91,7 @@ class _Group(click.Group):
             ctx.exit(INTERRUPTED)
 
     def _end(self, ctx: click.Context, error: BaseException, status: int) -> None:
-        click.echo(f"rivetq: {error}", err=True)
+        _complain(str(error))
         ctx.exit(status)
 
 
@@ -117,8 +120,9 @@ def _command(name: str | None = None) -> Callable[[Callable[..., int | None]], c
     def register(function: Callable[..., int | None]) -> click.Command:
         def run(as_json: bool, directory: str | None, config_file: str | None, **arguments: Any) -> None:
             context = click.get_current_context()
-            context.obj["path"] = directory or context.obj["path"]
-            context.obj["config"] = config_file or context.obj["config"]
+            # An empty one was given, and is refused as before the command: `-d "$UNSET"` is not the default.
+            context.obj["path"] = directory if directory is not None else context.obj["path"]
+            context.obj["config"] = config_file if config_file is not None else context.obj["config"]
             context.obj["json"] = as_json or context.obj["json"]
             context.exit(function(**arguments) or DONE)
 
@@ -150,8 +154,37 @@ def _plain(value: Any) -> Any:
     return value
 
 
+# What job writers wrote goes out without control characters, and never as markup of rich
+
+
+def _json_text(value: Any) -> str:
+    """JSON in the letters of all languages. What cannot be printed stands inside of strings only: there as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else _UNPRINTABLE.sub(_json_escape, text)
+
+
+_UNPRINTABLE = re.compile(r"[^ -~\w]")
+"""Candidates: of all that is neither ASCII nor a letter only some cannot be printed."""
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    letter = found[0]
+    if letter.isprintable():
+        return letter
+    return json.dumps(letter)[1:-1] if ord(letter) > 127 else f"\\u{ord(letter):04x}"
+
+
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(_plain(value), ensure_ascii=False))
+    click.echo(_json_text(_plain(value)))
+
+
+def _echo(text: str) -> None:
+    click.echo(escaped(text))
+
+
+def _complain(text: str) -> None:
+    """On standard error; the further lines of a message are indented."""
+    click.echo("rivetq: " + "\n  ".join(map(escaped, text.split("\n"))), err=True)
 
 
 def _job_json(job: Job, *, payload: bool = True) -> dict[str, Any]:
@@ -165,14 +198,20 @@ def _job_json(job: Job, *, payload: bool = True) -> dict[str, Any]:
     return found
 
 
+CELL_CHARS = 1000
+"""Of a task's name or an error in a table; `show` and JSON have all of it."""
 _TEXTS = {"queue", "state", "error", "task", "setting", "call", "value", "from", "about"}
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="left" if column in _TEXTS else "right")
+        table.add_column(column, justify="left" if column in _TEXTS else "right", overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*(Text(shown(cell, CELL_CHARS)) for cell in cells))
 
 
 def _print_table(table: Table) -> None:
@@ -247,7 +286,7 @@ def _stats_table(found: tools.Look) -> Table:
     for queue in [*found.queues(), None]:
         stats = _now(found, queue)
         age = "" if stats.oldest_age is None else f"{stats.oldest_age:.1f}"
-        table.add_row(queue if queue is not None else "(all)", *(str(getattr(stats, name)) for name in STATS), age)
+        _add(table, queue if queue is not None else "(all)", *(str(getattr(stats, name)) for name in STATS), age)
     return table
 
 
@@ -297,9 +336,10 @@ def queues() -> None:
         for name, config in configs.items():
             limit = config.rate_limit
             rate = "" if limit is None else f"{limit.per_second:g}/s, {limit.burst} at once, on {limit.on}"
-            table.add_row(
-                name, "yes" if config.paused else "", str(found.stats(name).ready), f"{config.visibility_timeout:g}",
-                str(config.max_jobs or ""), rate, str(config.retry.max_attempts or "no end"),
+            _add(
+                table, name, "yes" if config.paused else "", str(found.stats(name).ready),
+                f"{config.visibility_timeout:g}", str(config.max_jobs or ""), rate,
+                str(config.retry.max_attempts or "no end"),
             )  # fmt: skip
     _print_table(table)
 
@@ -312,9 +352,14 @@ def queues() -> None:
 def jobs(queue: str, state: str | None, after: int, limit: int) -> None:
     """Jobs of a queue, by id."""
     with _look() as found:
-        listed = found.jobs(queue, state=state, after=after, limit=limit)
+        # Payloads one at a time, and only if they are printed: a page of large ones does not fit into memory.
+        listed = found.jobs(queue, state=state, after=after, limit=limit, payloads=False)
         if _wants_json():
-            _print_json({"as_of": found.as_of, "record": found.record, "jobs": [_job_json(job) for job in listed]})
+            head = _json_text(_plain({"as_of": found.as_of, "record": found.record}))
+            click.echo(f'{head[:-1]}, "jobs": [', nl=False)
+            for n, job in enumerate(listed):
+                click.echo((", " if n else "") + _json_text(_listed_json(found, job)), nl=False)
+            click.echo("]}")
             return
         table = _table("id", "state", "priority", "attempts", "enqueued", "due", "task", "error")
         table.caption, table.caption_justify = _as_of(found), "left"
@@ -322,10 +367,19 @@ def jobs(queue: str, state: str | None, after: int, limit: int) -> None:
             when = job.enqueued_at.isoformat(timespec="seconds")
             due = "" if job.due_at is None else job.due_at.isoformat(timespec="seconds")
             task = job.headers.get("rivetq-task", "")
-            table.add_row(
-                str(job.id), str(job.state), str(job.priority), str(job.attempts), when, due, task, job.last_error or ""
-            )
+            _add(
+                table, str(job.id), str(job.state), str(job.priority), str(job.attempts), when, due, task,
+                job.last_error or "",
+            )  # fmt: skip
     _print_table(table)
+
+
+def _listed_json(found: tools.Look, job: Job) -> dict[str, Any]:
+    """With its payload; without, if the job ended since it was listed."""
+    whole = found.get(job.id)
+    if whole is None:
+        return _job_json(job, payload=False)
+    return _job_json(attrs.evolve(job, payload=whole.payload))
 
 
 @_command()
@@ -335,15 +389,15 @@ def show(job_id: int) -> int:
     with _look() as found:
         job = found.get(job_id)
         if job is None:
-            click.echo(f"rivetq: there is no job {job_id} ({_as_of(found)})", err=True)
+            _complain(f"there is no job {job_id} ({_as_of(found)})")
             return NO_JOB
         content = _job_json(job)
         if _wants_json():
             _print_json({"as_of": found.as_of, "record": found.record, "job": content})
             return DONE
         for name, value in content.items():
-            click.echo(f"{name:14} {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
-        click.echo(_as_of(found))
+            _echo(f"{name:14} {value if isinstance(value, str) else _json_text(value)}")
+        _echo(_as_of(found))
     return DONE
 
 
@@ -370,7 +424,7 @@ def _told(value: dict[str, Any], text: str) -> None:
     if _wants_json():
         _print_json(value)
     else:
-        click.echo(text)
+        _echo(text)
 
 
 @_command()
@@ -495,7 +549,7 @@ def cancel(job_id: int) -> int:
     with _opened() as broker:
         done = broker.cancel(job_id)
     if not done and not _wants_json():
-        click.echo(f"rivetq: job {job_id} is leased or gone", err=True)
+        _complain(f"job {job_id} is leased or gone")
         return NO_JOB
     _told({"id": job_id, "cancelled": done}, f"job {job_id} is removed")
     return DONE if done else NO_JOB
@@ -511,7 +565,7 @@ def verify() -> int:
         found = tools.verify(_settings().path, progress=progress)
     for problem in (found.log, found.index, found.mark):
         if problem is not None:
-            click.echo(f"rivetq: {problem.file}: {problem.what}", err=True)
+            _complain(f"{problem.file}: {problem.what}")
     _report(found, "whole" if found.is_whole else "damaged")
     return DONE if found.is_whole else DAMAGED if found.log else LOG_WHOLE
 
@@ -524,7 +578,7 @@ def _report(found: Any, word: str) -> None:
     click.echo(word)
     for name, value in values.items():
         if value is not None and not isinstance(value, dict | list):
-            click.echo(f"{name:12} {value}")
+            _echo(f"{name:12} {value}")
 
 
 @_command()
@@ -588,7 +642,7 @@ def bench(seconds: float, threads: int, size: int) -> None:
         return
     table = _table("jobs a second", "call")
     for name, rate in figures.items():
-        table.add_row(f"{rate:,.0f}", name)
+        _add(table, f"{rate:,.0f}", name)
     table.caption, table.caption_justify = f"fsync={settings.fsync}, {size} bytes a payload", "left"
     _print_table(table)
 
@@ -686,7 +740,7 @@ def load_app(name: str) -> App:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the second: there is no app in it, and that is no success
         if not isinstance(error, ImportError):  # a mistake in the module: where it is
             traceback.print_exc()
         raise UsageError(f"app: {module_name!r} cannot be imported: {type(error).__name__}: {error}") from error
@@ -709,7 +763,7 @@ def config() -> None:
         return
     table = _table("setting", "value", "from", "about")
     for name, field in FIELDS.items():
-        table.add_row(name, str(getattr(settings, name)), settings.origins[name], field.metadata["about"])
+        _add(table, name, str(getattr(settings, name)), settings.origins[name], field.metadata["about"])
     _print_table(table)
 
 

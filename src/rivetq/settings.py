@@ -256,7 +256,7 @@ def load(
 
     take(defaults or {}, lambda name: "the program's default")
     path = file if file is not None else variables.get(FILE_VARIABLE)
-    if path:
+    if path is not None:
         where = os.fspath(path)
         take(_read(where), lambda name: f"file: {where}")
     found = {name.removeprefix(PREFIX).lower(): text for name, text in variables.items() if name.startswith(PREFIX)}
@@ -286,6 +286,8 @@ def _checked(field: attrs.Attribute[Any], value: Any, name: str) -> Any:
 
 def _read(path: str) -> Mapping[str, Any]:
     """The table of a file."""
+    if not path:  # "$UNSET" on a command line: the defaults are not what was asked for
+        raise UsageError(f"file: the name of a file expected, got ''; to have none, leave {FILE_VARIABLE} unset")
     try:
         with open(path, "rb") as file:
             data = file.read()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import attrs
 
@@ -37,11 +37,14 @@ from .recovery import records, recover
 from .salvage import Salvage
 from .salvage import salvage as _salvage
 from .segment import segment_name
-from .view import ViewEngine, copy_index, served
+from .view import MovedError, ViewEngine, copy_index, served
 
 Path = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 """Called now and then with how many bytes of a log were read, and of how many; (0, 0): nobody knows."""
+T = TypeVar("T")
+LOOKS = 10
+"""So often a look begins anew because what it reads was moved meanwhile."""
 VERIFY_ROUNDS, VERIFY_PATIENCE_S, VERIFY_PAUSE_S = 3, 5.0, 0.05
 """An index that does not match is looked at so often, and for so long, while somebody writes it."""
 
@@ -174,14 +177,40 @@ def dump(path: Path, *, payloads: bool = False) -> Iterator[dict[str, Any]]:
 
 
 class Look:
-    """A directory as it is on disk, whoever has it open; see `look`. Its methods are those of `Broker`."""
+    """A directory as it is on disk, whoever has it open; see `look`. Its methods are those of `Broker`.
 
-    def __init__(self, engine: ViewEngine) -> None:
+    It shows one moment. Only if the owner moved a payload that is asked for, or its job ended, does it read the files
+    again, and goes on with a later moment, `as_of`: what one call returns is always of one moment.
+    """
+
+    def __init__(self, directory: str, engine: ViewEngine) -> None:
+        self._directory = directory
+        self._show(engine)
+
+    def _show(self, engine: ViewEngine) -> None:
         self._engine = engine
         self.as_of: datetime = engine.as_of
         """The moment of the last record that was read."""
         self.record: int = engine.record
         """Its number."""
+
+    def _with_payloads(self, read: Callable[[ViewEngine], T]) -> T:
+        """What is read of the engine, or of a later one if payloads were moved."""
+        for _ in range(LOOKS):
+            try:
+                return read(self._engine)
+            except MovedError:
+                with _readable(self._directory):
+                    later = ViewEngine(SystemDisk(), self._directory)
+                self._engine.close()
+                self._show(later)
+        try:
+            return read(self._engine)
+        except MovedError as error:
+            raise StorageError(
+                f"{self._directory}: job {error}: its payload was moved {LOOKS + 1} times while it was read; ask for "
+                f"fewer jobs at a time"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -207,15 +236,25 @@ class Look:
         """The configuration in force, with `paused`."""
         return self._engine.config(queue)
 
-    def jobs(self, queue: str, *, state: JobState | str | None = None, after: int = 0, limit: int = 100) -> list[Job]:
-        """See `Broker.jobs`."""
-        return self._engine.jobs(
-            queue, checked_state(state), checked_int(after, "after", 0), checked_int(limit, "limit", 1, 10_000)
-        )
+    def jobs(
+        self,
+        queue: str,
+        *,
+        state: JobState | str | None = None,
+        after: int = 0,
+        limit: int = 100,
+        payloads: bool = True,
+    ) -> list[Job]:
+        """See `Broker.jobs`. Without `payloads` none is read, and b"" stands in the place of each."""
+        page = checked_state(state), checked_int(after, "after", 0), checked_int(limit, "limit", 1, 10_000)
+        if not payloads:
+            return self._engine.listed(queue, *page)
+        return self._with_payloads(lambda engine: engine.jobs(queue, *page))
 
     def get(self, job_id: int) -> Job | None:
         """See `Broker.get`."""
-        return self._engine.get(checked_int(job_id, "job_id", 0))
+        number = checked_int(job_id, "job_id", 0)
+        return self._with_payloads(lambda engine: engine.get(number))
 
 
 def look(path: Path, *, progress: Progress | None = None) -> Look:
@@ -230,7 +269,7 @@ def look(path: Path, *, progress: Progress | None = None) -> Look:
     """
     directory = _directory(path)
     with _readable(directory):
-        return Look(ViewEngine(_disk(directory, progress), directory))
+        return Look(directory, ViewEngine(_disk(directory, progress), directory))
 
 
 def _disk(directory: str, progress: Progress | None, passes: int = 1) -> SystemDisk:

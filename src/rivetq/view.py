@@ -21,10 +21,16 @@ from .io import Disk
 from .live import LiveEngine
 from .log import read_payload
 from .machine import Machine
-from .model import moment
+from .model import Job, JobState, moment
 from .recovery import Recovered, beside_its_owner, recover, replay
 from .segment import SegmentFile, segment_name
 from .state import Place
+
+OPEN_FILES = 64
+
+
+class MovedError(Exception):
+    """The owner moved a payload, or the job ended, since the state was read: it is to be read anew."""
 
 
 class ViewEngine(LiveEngine):
@@ -58,15 +64,31 @@ class ViewEngine(LiveEngine):
 
         return beside_its_owner(directory, read)
 
-    def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        return [self._payload(entry) for entry in entries]
+    def listed(self, queue: str, state: JobState | None, after: int, limit: int) -> list[Job]:
+        """As `jobs`, with b"" in the place of each payload: none is read."""
+        return [Job(payload=b"", **view) for _, view in self._listing(queue, state, after, limit)]
 
-    def _payload(self, entry: Entry) -> bytes:
+    def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        """Raises MovedError."""
+        files: dict[int, SegmentFile] = {}
+        for entry in entries:  # first: the owner may drop a segment while the others are read
+            if entry.segment not in files and len(files) < OPEN_FILES:
+                files[entry.segment] = self._segment(entry)
+        return [self._payload(entry, files.get(entry.segment) or self._segment(entry)) for entry in entries]
+
+    def _segment(self, entry: Entry) -> SegmentFile:
         try:
-            file = SegmentFile.open(self._disk, os.path.join(self._log_path, segment_name(entry.segment)))
+            return SegmentFile.open(self._disk, os.path.join(self._log_path, segment_name(entry.segment)))
+        except FileNotFoundError as error:
+            raise MovedError(entry.id) from error
+        except OSError as error:
+            raise StorageError(f"job {entry.id}: its payload cannot be read: {error}") from error
+
+    def _payload(self, entry: Entry, file: SegmentFile) -> bytes:
+        try:
             return read_payload(file, entry.offset, entry.length, entry.crc)
         except OSError as error:
-            raise StorageError(f"job {entry.id}: its payload was moved since; look again") from error
+            raise StorageError(f"job {entry.id}: its payload cannot be read: {error}") from error
 
     def _tick(self) -> int:
         # Time stands still: what would be due or expired by now is the owner's to say.

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import attrs
 
@@ -141,12 +142,24 @@ def may_begin(delivery: Delivery) -> bool:
 
 def run_here(delivery: Delivery, app: App) -> None:
     """Run a sync handler in this thread; sets how it ended."""
-    started = time.perf_counter()
-    value = None  # a hook that swallows what the handler raised makes it done
+    started, own = time.perf_counter(), os.getpid()
+    failures: list[BaseException] = []  # the last one that came out of the handler or a hook
     try:
-        with running(delivery.job, app.around_hooks):
-            value = delivery.task.function(*delivery.args, **delivery.kwargs)
-        delivery.ending = _returned(value) if value is not None else ACK
+        with running(delivery.job):
+            if app.around_hooks:
+                with ExitStack() as stack:
+                    stack.push(_noted(failures))
+                    for hook in app.around_hooks:
+                        made: Any = hook(delivery.job)
+                        if not hasattr(made, "__aenter__") or hasattr(made, "__enter__"):
+                            stack.enter_context(made)
+                            stack.push(_noted(failures))
+                    value = _called(delivery, own)
+                if failures:
+                    raise failures[0]
+            else:
+                value = _called(delivery, own)
+        delivery.ending = ACK if value is None else _returned(value)
     except BaseException as error:
         delivery.error = error
         delivery.ending = ending_of(error)
@@ -154,22 +167,64 @@ def run_here(delivery: Delivery, app: App) -> None:
     delivery.seconds = time.perf_counter() - started
 
 
+def _called(delivery: Delivery, own: int) -> Any:
+    """What the handler returns, in this process: a copy of it that the handler forked does not come back."""
+    try:
+        value = delivery.task.function(*delivery.args, **delivery.kwargs)
+    except BaseException as error:
+        if os.getpid() != own:
+            _end_copy(delivery, error)
+        raise
+    if os.getpid() != own:
+        _end_copy(delivery, None)
+    return value
+
+
+def _end_copy(delivery: Delivery, error: BaseException | None) -> NoReturn:
+    """In what a handler forked, at its end: neither the job is its own, nor the hooks, nor what comes next here."""
+    status = 0
+    if isinstance(error, SystemExit):
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    elif error is not None:
+        with suppress(BaseException):
+            _log_failure(delivery, error)
+        status = 1
+    os._exit(status & 0xFF)
+
+
+def _noted(failures: list[BaseException]) -> Callable[..., None]:
+    """For around a hook: notes what comes out of what is inside, since the hook may swallow it.
+
+    The job failed all the same: it is acked if the handler returned, and no hook raised anything behind it.
+    """
+
+    def note(kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            failures[:] = [error]
+
+    return note
+
+
 async def run_async(delivery: Delivery, app: App) -> None:
     """Run an async handler in this event loop; sets how it ended. Raises nothing, whatever happens."""
     started = time.perf_counter()
     delivery.started_at = time.monotonic()
-    value = None  # as in run_here
+    failures: list[BaseException] = []  # the last one that came out of the handler or a hook
     try:
         with running(delivery.job):
             if app.around_hooks:
                 async with AsyncExitStack() as stack:
+                    stack.push(_noted(failures))
                     for hook in app.around_hooks:
                         made: Any = hook(delivery.job)
                         if hasattr(made, "__aenter__"):
                             await stack.enter_async_context(made)
                         else:
                             stack.enter_context(made)
+                        stack.push(_noted(failures))
                     value = await _limited(delivery)
+                if failures:
+                    raise failures[0]
             else:
                 value = await _limited(delivery)
         delivery.ending = ACK if value is None else _returned(value)
@@ -183,18 +238,32 @@ async def run_async(delivery: Delivery, app: App) -> None:
 
 async def _limited(delivery: Delivery) -> Any:
     """What the handler returns, within the time limit of its task."""
-    task, limit = delivery.task, delivery.task.time_limit
+    limit = delivery.task.time_limit
     if limit is None:
-        return await task.function(*delivery.args, **delivery.kwargs)
+        return await _awaited(delivery)
     timer = asyncio.timeout(limit)
     try:
         async with timer:
-            return await task.function(*delivery.args, **delivery.kwargs)
+            return await _awaited(delivery)
     except BaseException as error:
         if timer.expired():
             delivery.job.cancel(TIME_LIMIT)
             raise TimeLimitError(f"{TIME_LIMIT} ({limit:g} s)") from error
         raise
+
+
+async def _awaited(delivery: Delivery) -> Any:
+    """As `_called`."""
+    own = os.getpid()
+    try:
+        value = await delivery.task.function(*delivery.args, **delivery.kwargs)
+    except BaseException as error:
+        if os.getpid() != own:
+            _end_copy(delivery, error)
+        raise
+    if os.getpid() != own:
+        _end_copy(delivery, None)
+    return value
 
 
 def _log_failure(delivery: Delivery, error: BaseException) -> None:

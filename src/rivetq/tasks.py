@@ -27,7 +27,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
-    ExitStack,
     asynccontextmanager,
     contextmanager,
 )
@@ -222,19 +221,11 @@ def current_job() -> CurrentJob:
 
 
 @contextmanager
-def running(job: CurrentJob, around: Sequence[Callable[[CurrentJob], Any]] = ()) -> Iterator[None]:
-    """For workers: `job` is the current one in this block, with those of these hooks around it that are not async."""
+def running(job: CurrentJob) -> Iterator[None]:
+    """For workers: `job` is the current one in this block."""
     token = _current.set(job)
     try:
-        if around:
-            with ExitStack() as stack:
-                for hook in around:
-                    made = hook(job)
-                    if not hasattr(made, "__aenter__") or hasattr(made, "__enter__"):
-                        stack.enter_context(made)
-                yield
-        else:
-            yield
+        yield
     finally:
         _current.reset(token)
 

@@ -1,0 +1,235 @@
+"""Where handlers run: what hooks, forks, cancellations and the end of the program may not do to a job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import worker_tasks
+
+from rivetq import Job
+from rivetq.tasks import App, CurrentJob, Snooze
+from rivetq.worker import Worker
+
+PATIENCE_S = 30.0
+
+
+def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
+
+
+def job(app: App, job_id: int) -> Job:
+    found = app.broker.get(job_id)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    with App(":memory:") as app:
+        yield app
+
+
+@pytest.fixture
+def of_children() -> Iterator[App]:
+    """The app of the tasks that run in child processes, with an empty broker."""
+    worker_tasks.ends.clear()
+    with worker_tasks.app as app:
+        yield app
+
+
+# -- Hooks: the ack needs the handler's own return
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("how", ["error", "snooze", "exit"])
+def test_a_hook_that_swallows_what_the_handler_raised_makes_no_ack(app: App, kind: str, how: str) -> None:
+    raised: dict[str, BaseException] = {"error": ValueError("swallowed"), "snooze": Snooze(60), "exit": SystemExit(3)}
+
+    @app.around
+    def report(job: CurrentJob) -> Iterator[None]:
+        with contextlib.suppress(BaseException):
+            yield
+
+    @app.task(max_attempts=1)
+    def sync() -> None:
+        raise raised[how]
+
+    @app.task(max_attempts=1)
+    async def asynchronous() -> None:
+        raise raised[how]
+
+    job_id = (sync if kind == "sync" else asynchronous).enqueue()
+    expected = {
+        "error": ("dead", "ValueError: swallowed"),
+        "snooze": ("scheduled", None),
+        "exit": ("dead", "SystemExit: 3"),
+    }
+    with Worker(app):
+        until(lambda: job(app, job_id).state in ("dead", "scheduled"))
+    assert (job(app, job_id).state, job(app, job_id).last_error) == expected[how]
+
+
+def test_a_hook_in_a_child_that_swallows_what_the_handler_raised_makes_no_ack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"hooked_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        """
+import contextlib
+from rivetq.tasks import App
+app = App(":memory:")
+@app.around
+def report(job):
+    with contextlib.suppress(Exception):
+        yield
+@app.task(pool="process", max_attempts=1)
+def fails():
+    raise ValueError("swallowed")
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = importlib.import_module(name)
+    with found.app, Worker(found.app, concurrency=1):
+        job_id = found.fails.enqueue()
+        until(lambda: job(found.app, job_id).state == "dead")
+        assert job(found.app, job_id).last_error == "ValueError: swallowed"
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("when", ["enter", "exit"])
+def test_a_hook_that_swallows_what_another_hook_raised_makes_no_ack(app: App, kind: str, when: str) -> None:
+    """A hook that commits, say, inside of one that reports: no commit, no ack."""
+    ran = []
+
+    @app.around
+    def outer(job: CurrentJob) -> Iterator[None]:
+        with contextlib.suppress(ConnectionError):
+            yield
+
+    @app.around
+    def inner(job: CurrentJob) -> Iterator[None]:
+        if when == "enter":
+            raise ConnectionError("no database")
+        yield
+        raise ConnectionError("no database")
+
+    @app.task(max_attempts=1)
+    def sync() -> None:
+        ran.append(1)
+
+    @app.task(max_attempts=1)
+    async def asynchronous() -> None:
+        ran.append(1)
+
+    job_id = (sync if kind == "sync" else asynchronous).enqueue()
+    with Worker(app):
+        until(lambda: job(app, job_id).state == "dead")
+    assert "no database" in (job(app, job_id).last_error or "")
+    assert ran == ([] if when == "enter" else [1])
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_hook_may_turn_an_error_into_another_ending(app: App, kind: str) -> None:
+    @app.around
+    def outer(job: CurrentJob) -> Iterator[None]:
+        with contextlib.suppress(Snooze):
+            yield
+
+    @app.around
+    def later(job: CurrentJob) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionError:
+            raise Snooze(60) from None
+
+    @app.task
+    def sync() -> None:
+        raise ConnectionError
+
+    @app.task
+    async def asynchronous() -> None:
+        raise ConnectionError
+
+    job_id = (sync if kind == "sync" else asynchronous).enqueue()
+    with Worker(app):
+        until(lambda: job(app, job_id).state == "scheduled")
+    assert (job(app, job_id).attempts, job(app, job_id).last_error) == (0, None)
+
+
+def test_an_async_hook_that_swallows_makes_no_ack_of_a_handler_that_was_cancelled(app: App) -> None:
+    begun = threading.Event()
+
+    @app.around
+    async def hook(job: CurrentJob) -> AsyncIterator[None]:
+        with contextlib.suppress(asyncio.CancelledError):
+            yield
+
+    @app.task
+    async def task() -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    with Worker(app, grace=0):
+        job_id = task.enqueue()
+        assert begun.wait(PATIENCE_S)
+    assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
+
+
+# -- Forks
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize(("end", "status"), [("returns", 0), ("raises", 1), ("exits", 7)])
+def test_a_copy_that_a_handler_forked_ends_with_the_handler(app: App, kind: str, end: str, status: int) -> None:
+    pids: list[int] = []
+    left: list[int] = []
+
+    @app.around
+    def hook(job: CurrentJob) -> Iterator[None]:
+        yield
+        left.append(os.getpid())
+
+    def fork() -> None:
+        pid = os.fork()
+        if pid:
+            pids.append(pid)
+        elif end == "raises":
+            raise ValueError("in the copy")
+        elif end == "exits":
+            sys.exit(7)
+
+    @app.task
+    def sync() -> None:
+        fork()
+
+    @app.task
+    async def asynchronous() -> None:
+        fork()
+
+    with Worker(app, concurrency=1):
+        (sync if kind == "sync" else asynchronous).enqueue()
+        until(lambda: app.broker.stats().acked == 1)
+        [pid] = pids
+        ended: list[tuple[int, int]] = []
+        try:
+            until(lambda: ended.append(os.waitpid(pid, os.WNOHANG)) or ended[-1][0])
+        except AssertionError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+    assert os.waitstatus_to_exitcode(ended[-1][1]) == status
+    assert left == [os.getpid()]

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import worker_tasks
 
-from rivetq import Job
-from rivetq.tasks import App, CurrentJob, Snooze
-from rivetq.worker import Worker
+from rivetq import Job, QueueFullError
+from rivetq.tasks import App, CurrentJob, Snooze, current_job
+from rivetq.worker import Settled, Worker
 
 PATIENCE_S = 30.0
 
@@ -233,3 +233,112 @@ def test_a_copy_that_a_handler_forked_ends_with_the_handler(app: App, kind: str,
             raise
     assert os.waitstatus_to_exitcode(ended[-1][1]) == status
     assert left == [os.getpid()]
+
+
+# -- A `finish` under way
+
+
+def test_a_job_is_answered_for_when_a_commit_that_is_under_way_in_a_thread_is_over(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handler is cancelled meanwhile, and the commit is refused: what the worker tells is not an ack."""
+    committing, go = threading.Event(), threading.Event()
+    told: list[str] = []
+
+    @app.task(queue="next")
+    def following() -> None: ...
+
+    @app.task
+    async def load() -> None:
+        def step() -> None:
+            with current_job().finish() as tx:
+                following.options(transaction=tx).enqueue()
+                monkeypatch.setattr(app.broker, "_answer", refuse)
+
+        await asyncio.to_thread(step)
+
+    def refuse(operations: Any) -> None:
+        monkeypatch.undo()
+        committing.set()
+        go.wait(PATIENCE_S)
+        raise QueueFullError("next: full", queue="next", max_jobs=0)
+
+    with Worker(app, ["default"], on_settled=lambda settled: told.append(settled.ending)) as worker:
+        job_id = load.enqueue()
+        assert committing.wait(PATIENCE_S)
+        [delivery] = list(worker._held.values())
+        assert worker.cancel(job_id)
+        until(lambda: delivery.is_told and not worker._endings)
+        assert (told, worker.running) == ([], 1)
+        go.set()
+        until(lambda: told)
+    assert told == ["reject"]
+    assert (app.broker.get(job_id), app.broker.stats().cancelled, app.broker.stats().acked) == (None, 1, 0)
+
+
+def test_a_commit_under_way_in_a_thread_that_comes_through_makes_the_job_done(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the worker was stopped meanwhile, and its grace time is over."""
+    committing, go = threading.Event(), threading.Event()
+    told: list[str] = []
+    original = app.broker._answer
+
+    @app.task(max_attempts=1)
+    async def load() -> None:
+        def step() -> None:
+            with current_job().finish():
+                monkeypatch.setattr(app.broker, "_answer", slow)
+
+        await asyncio.to_thread(step)
+
+    def slow(operations: Any) -> None:
+        monkeypatch.undo()
+        committing.set()
+        go.wait(PATIENCE_S)
+        original(operations)
+
+    worker = Worker(app, on_settled=lambda settled: told.append(settled.ending), grace=0)
+    worker.start()
+    load.enqueue()
+    assert committing.wait(PATIENCE_S)
+    [delivery] = list(worker._held.values())
+    stopping = threading.Thread(target=worker.stop)
+    stopping.start()
+    until(lambda: delivery.is_told and not worker._settling)
+    assert not told
+    go.set()
+    stopping.join(PATIENCE_S)
+    assert told == ["ack"]
+    assert (app.broker.stats().acked, app.broker.stats().enqueued) == (1, 1)
+
+
+def test_of_two_threads_of_a_handler_one_finishes_its_job(app: App) -> None:
+    errors: list[BaseException] = []
+    inside = threading.Barrier(2)
+
+    @app.task
+    def task() -> None:
+        job = current_job()
+
+        def finish() -> None:
+            try:
+                with job.finish():
+                    inside.wait(PATIENCE_S)
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=finish) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert job.finished
+
+    told: list[Settled] = []
+    with Worker(app, on_settled=told.append):
+        task.enqueue()
+        until(lambda: told)
+    assert [each.ending for each in told] == ["ack"]
+    assert len(errors) == 1
+    assert app.broker.stats().acked == 1

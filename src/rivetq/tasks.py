@@ -124,6 +124,8 @@ class CurrentJob:
         self._app = app
         self.finished = False
         """It was acked, by `finish`."""
+        self.finishing = False  # the commit of that is under way: it may still fail
+        self._waiting: Callable[[], object] | None = None  # told when it is over
         self.stopping = False
         """The worker is shutting down: a handler that can end soon, or raise `Snooze`, should."""
         self.reason: str | None = None
@@ -184,16 +186,39 @@ class CurrentJob:
             UsageError: it was finished before; or it runs in a process pool, which has no broker.
             LeaseLostError: the lease was lost meanwhile, and nothing was enqueued.
         """
-        if self.finished:
-            raise UsageError(f"job {self.id}: it was finished before")
+        self._check_unfinished()
+        is_mine = False
         try:
             with self._app.broker.transaction() as tx:
                 tx.ack(self.lease)
                 yield tx
-                self.finished = True  # before the commit: nobody renews its lease from here on
+                with _finishes:  # another thread of the handler's may do the same
+                    self._check_unfinished()
+                    # Before the commit: from here on nobody renews its lease, and until it is over nobody answers.
+                    is_mine = self.finished = self.finishing = True
         except BaseException:
-            self.finished = False
+            if is_mine:
+                self.finished = False
             raise
+        finally:
+            if is_mine:
+                with _finishes:
+                    self.finishing = False
+                    waiting, self._waiting = self._waiting, None
+                if waiting is not None:
+                    waiting()
+
+    def _check_unfinished(self) -> None:
+        if self.finished:
+            raise UsageError(f"job {self.id}: it was finished before")
+
+    def when_finished(self, call: Callable[[], object]) -> None:
+        """For workers: call this when no commit of `finish` is under way; at once if none is."""
+        with _finishes:
+            if self.finishing:
+                self._waiting = call
+                return
+        call()
 
     def cancel(self, reason: str) -> None:
         """For workers: tell the handler. The first reason stays."""
@@ -204,6 +229,8 @@ class CurrentJob:
             event.set()
 
 
+_finishes = threading.Lock()
+"""Guards, of all jobs, whether a `finish` is under way and who waits for its end: it is held for a moment only."""
 _current: ContextVar[CurrentJob] = ContextVar("rivetq_current_job")
 
 

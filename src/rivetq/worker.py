@@ -551,25 +551,34 @@ class Worker:
     # Settling
 
     def _settle(self) -> None:
+        unclear: list[Delivery] = []  # of which `finish` is under way elsewhere: it says what becomes of the job
         while True:
             self._poked.wait()
             self._poked.clear()
             settling = self._settling  # first: what came before the end is answered
-            while self._endings:
-                self._answer([self._endings.popleft() for _ in range(len(self._endings))])
-            if not settling:
+            while self._endings or unclear:
+                ended = [*unclear, *(self._endings.popleft() for _ in range(len(self._endings)))]
+                unclear = [delivery for delivery in ended if delivery.job.finishing]
+                if len(unclear) == len(ended):
+                    break
+                self._answer([delivery for delivery in ended if delivery not in unclear] if unclear else ended)
+            for delivery in unclear:
+                delivery.job.when_finished(self._poked.set)
+            if not settling and not unclear:
                 return
 
     def _answer(self, batch: list[Delivery]) -> None:
         """Answer all of them in one commit; what was lost meanwhile is left out."""
+        # Each once: at a stop a job may be given back while its handler ends, and it comes here twice.
+        batch = [delivery for delivery in dict.fromkeys(batch) if not delivery.is_answered]
         with self._changed:  # first, so that the next jobs are leased while this waits for the disk
             for delivery in batch:
                 self._rooms[_kind(delivery.task)].ran(delivery.seconds)
             if self._stopping or any(room.is_wanting() for room in self._rooms.values()):
                 self._changed.notify_all()
-        # Each once, and as it has ended by now: at a stop a job may be given back while its handler ends.
+        # As each has ended by now: it may be that its handler did after the job was given back.
         endings = {each: _ending(each) for each in batch if each.lease.token in self._held}
-        lost = [delivery for delivery in dict.fromkeys(batch) if delivery not in endings]
+        lost = [delivery for delivery in batch if delivery not in endings]
         left = {delivery: ending for delivery, ending in endings.items() if not delivery.job.finished}
         while left:
             try:
@@ -585,7 +594,8 @@ class Worker:
                 if not self._settling:  # its leases expire
                     break
                 time.sleep(RETRY_S)
-        for delivery in endings:
+        for delivery in batch:
+            delivery.is_answered = True
             self._held.pop(delivery.lease.token, None)
         for delivery, ending in endings.items():
             if delivery.job.reason == CANCELLED and ending.verb == "reject":

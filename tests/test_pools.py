@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import worker_tasks
 
-from rivetq import Job, QueueFullError
+from rivetq import Broker, Job, QueueFullError, RetryPolicy, children, pools
 from rivetq.tasks import App, CurrentJob, Snooze, current_job
 from rivetq.worker import Settled, Worker
 
@@ -342,3 +343,171 @@ def test_of_two_threads_of_a_handler_one_finishes_its_job(app: App) -> None:
     assert [each.ending for each in told] == ["ack"]
     assert len(errors) == 1
     assert app.broker.stats().acked == 1
+
+
+# -- The program ends
+
+
+def program(tmp_path: Path, end: str) -> str:
+    """What is left in the directory of a program that begins a worker, stops it by `atexit`, and ends."""
+    (tmp_path / "shop.py").write_text(
+        f"""
+import asyncio, atexit, sys, threading, time
+from rivetq.tasks import App
+from rivetq.worker import Worker
+app = App("data")
+begun = threading.Semaphore(0)
+main = threading.main_thread()
+@app.task(queue="loop", max_attempts=1)
+async def copies():
+    await asyncio.to_thread(begun.release)
+    while main.is_alive():
+        await asyncio.sleep(0.001)
+    for _ in range(5):
+        await asyncio.to_thread(time.sleep, 0.01)
+@app.task(queue="loop", max_attempts=1)
+async def begins_late():
+    begun.release()
+    while main.is_alive():
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+    await asyncio.to_thread(lambda: None)
+    await later.aenqueue()
+@app.task(queue="thread", max_attempts=1)
+def runs():
+    begun.release()
+    while main.is_alive():
+        time.sleep(0.001)
+    time.sleep(0.05)
+    later.enqueue()
+@app.task(queue="thread", max_attempts=1)
+def later():
+    print("began after the end")
+if __name__ == "__main__":
+    worker = Worker(app, grace=20, concurrency={{"threads": 4, "tasks": 100}})
+    worker.start()
+    atexit.register(worker.stop)
+    copies.enqueue_many([()] * 3)
+    begins_late.enqueue_many([()] * 3)
+    runs.enqueue()
+    for _ in range(7):
+        begun.acquire()
+    {end}
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "shop.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    return done.stdout
+
+
+def test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time(tmp_path: Path) -> None:
+    assert program(tmp_path, "sys.exit(3)") == ""
+    with Broker(tmp_path / "data", release_on_open=False) as broker:
+        stats = broker.stats()
+        assert (stats.acked, stats.dead, stats.leased, stats.ready) == (7, 0, 0, 4)
+        assert {job.attempts for job in broker.jobs("thread")} == {0}
+
+
+def test_a_worker_goes_on_while_another_thread_serves(tmp_path: Path) -> None:
+    """Python waits for threads that are no daemons: until then the program lives, though its main thread has ended."""
+    end = """
+    import os
+    def serve():
+        while app.broker.stats().acked < 11:
+            time.sleep(0.01)
+        worker.stop()
+        app.close()
+        sys.stdout.flush()
+        os._exit(3)
+    threading.Thread(target=serve).start()
+"""
+    assert program(tmp_path, end).count("began after the end") == 4
+    with Broker(tmp_path / "data", release_on_open=False) as broker:
+        assert (broker.stats().acked, broker.stats().dead) == (11, 0)
+
+
+@pytest.mark.parametrize("kind", ["thread", "loop", "process"])
+def test_no_job_begins_in_a_program_that_ends(of_children: App, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    for where in (pools, children):
+        monkeypatch.setattr(where, "program_ends", lambda: True)
+    app = App(of_children.broker)
+    ran: list[str] = []
+
+    @app.task(queue="thread")
+    def thread() -> None:
+        ran.append("thread")
+
+    @app.task(queue="loop")
+    async def loop() -> None:
+        ran.append("loop")
+
+    process = app.task(name="process", queue="process", pool="process")(worker_tasks.pause)
+    task: Any = {"thread": thread, "loop": loop, "process": process}[kind]
+    with Worker(app, [kind], concurrency=2) as worker:
+        ids = [task.enqueue(*([0] if kind == "process" else [])) for _ in range(3)]
+        until(lambda: worker.running)
+    assert not ran
+    assert {(job(app, job_id).state, job(app, job_id).attempts) for job_id in ids} == {("ready", 0)}
+
+
+# -- The threads of the event loop
+
+
+def test_the_threads_of_a_loop_are_an_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = pools.LoopThreads(2)
+    threads.start()
+    both, alone = threading.Barrier(2), threading.Event()
+    calls = [threads.submit(both.wait, PATIENCE_S) for _ in range(2)]
+    assert sorted(call.result(PATIENCE_S) for call in calls) == [0, 1]
+    held = [threads.submit(alone.wait, PATIENCE_S) for _ in range(2)]
+    waits = threads.submit(pow, 2, exp=3)  # there are two threads, and both are busy
+    assert not waits.done()
+    cancelled = threads.submit(pow, 1, 1)
+    assert cancelled.cancel()
+    alone.set()
+    assert waits.result(PATIENCE_S) == 8
+    assert all(call.result(PATIENCE_S) for call in held)
+    with pytest.raises(ZeroDivisionError):
+        threads.submit(divmod, 1, 0).result(PATIENCE_S)
+    names = [each.name for each in threading.enumerate() if each.name.startswith("rivetq-loop-")]
+    assert len(names) == 2
+    threads.shutdown()
+    with pytest.raises(RuntimeError, match="shutdown"):
+        threads.submit(pow, 1, 1)
+    until(lambda: not [each for each in threading.enumerate() if each.name.startswith("rivetq-loop-")])
+
+
+def test_a_loop_that_can_start_no_other_thread_gets_along_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while Python ends the process."""
+    threads, go = pools.LoopThreads(4), threading.Event()
+    threads.start()
+    held = threads.submit(go.wait, PATIENCE_S)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        waits = threads.submit(pow, 2, 3)
+    go.set()
+    assert held.result(PATIENCE_S)
+    assert waits.result(PATIENCE_S) == 8
+    threads.shutdown()
+
+
+def test_a_retry_policy_is_kept_by_a_job_whose_hook_swallows(app: App) -> None:
+    @app.around
+    def report(job: CurrentJob) -> Iterator[None]:
+        with contextlib.suppress(ValueError):
+            yield
+
+    @app.task(retry=RetryPolicy(max_attempts=3, base=0))
+    def fails() -> None:
+        raise ValueError
+
+    job_id = fails.enqueue()
+    with Worker(app):
+        until(lambda: job(app, job_id).state == "dead")
+    assert job(app, job_id).attempts == 3

@@ -29,7 +29,20 @@ from weakref import WeakSet
 from rivetq import Lease, RivetQError, UsageError
 
 from . import logs
-from .pools import TIME_LIMIT, Delivery, Done, Ending, drained, ending_of, fields, may_begin, run_here, stopped, text_of
+from .pools import (
+    TIME_LIMIT,
+    Delivery,
+    Done,
+    Ending,
+    drained,
+    ending_of,
+    fields,
+    may_begin,
+    program_ends,
+    run_here,
+    stopped,
+    text_of,
+)
 from .tasks import App, Task
 
 logger = logging.getLogger("rivetq.worker")
@@ -96,6 +109,9 @@ class ProcessPool:
     def _run(self) -> None:
         child: _Child | None = None
         while (delivery := self._waiting.get()) is not None:
+            if program_ends():
+                self._waiting.put(delivery)  # for `take_back`
+                break
             delivery.started_at = time.monotonic()
             if not may_begin(delivery):
                 self._done(delivery)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, suppress
 from functools import partial
 from typing import Any, Literal, NoReturn, Protocol
@@ -30,6 +31,8 @@ logger = logging.getLogger("rivetq.worker")
 
 TIME_LIMIT = "time limit exceeded"
 SHUTDOWN = "the worker is shutting down"
+LOOP_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""For what handlers give to `asyncio.to_thread`: as many as Python's own executors have."""
 
 
 class TimeLimitError(TimeoutError):
@@ -312,6 +315,9 @@ class ThreadPool:
     def _run(self) -> None:
         app, get, done = self._app, self._waiting.get, self._done
         while (delivery := get()) is not None:
+            if program_ends():
+                self._waiting.put(delivery)  # for `take_back`
+                return
             delivery.started_at = time.monotonic()
             try:
                 if may_begin(delivery):
@@ -319,6 +325,16 @@ class ThreadPool:
             except BaseException as error:  # an outcome of a class of its own that cannot be read, a log filter
                 delivery.ending = delivery.ending or Ending("nack", f"{type(error).__name__}: the end cannot be told")
             done(delivery)
+
+
+def program_ends() -> bool:
+    """Python ends this process: the main thread has ended, and so have the others that it waits for.
+
+    No job begins any more then: the executors are shut, threads cannot be started, and a worker that is stopped is
+    stopped by an `atexit` function. A program goes on, though, as long as a thread that is no daemon does.
+    """
+    main = threading.main_thread()
+    return not main.is_alive() and all(each.daemon or each is main for each in threading.enumerate())
 
 
 def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
@@ -333,6 +349,71 @@ def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
             found.append(delivery)
 
 
+class LoopThreads(ThreadPoolExecutor):
+    """The threads of an event loop's `run_in_executor`, `asyncio.to_thread` and `getaddrinfo`.
+
+    Python shuts all executors of its own before it calls `atexit` functions. A worker may be stopped in one of these,
+    and handlers then still have their grace time: these threads go on until the process is gone. They are daemons, as
+    the threads of handlers are.
+    """
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)  # of which nothing is used: an event loop insists on the class
+        self._slots = slots
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._guard = threading.Lock()  # guards the following three
+        self._begun = 0
+        self._waiting = 0  # threads without a call; below 0: calls without a thread
+        self._is_shut = False
+
+    def start(self) -> None:
+        """Begin with one thread: while Python ends the process, no other can be started."""
+        with self._guard:
+            self._start_one()
+
+    def _start_one(self) -> None:
+        # Caller holds self._guard.
+        threading.Thread(target=self._run, name=f"rivetq-loop-{self._begun}", daemon=True).start()
+        self._begun += 1
+        self._waiting += 1
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `Executor.submit`."""
+        future: Future[Any] = Future()
+        with self._guard:
+            if self._is_shut:
+                raise RuntimeError("cannot schedule new futures after shutdown")
+            if self._waiting <= 0 and self._begun < self._slots:
+                try:
+                    self._start_one()
+                except RuntimeError:
+                    if not self._begun:
+                        raise
+            self._waiting -= 1
+            self._calls.put((future, partial(call, *args, **kwargs)))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the threads end behind the calls that were made. It waits for none: see the class."""
+        with self._guard:
+            if not self._is_shut:
+                self._is_shut = True
+                for _ in range(self._begun):
+                    self._calls.put(None)
+
+    def _run(self) -> None:
+        while (made := self._calls.get()) is not None:
+            future, call = made
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            del future, call, made  # what they refer to is not kept while this waits
+            with self._guard:
+                self._waiting += 1
+
+
 class LoopPool:
     """Async handlers, as tasks of one event loop in a thread of its own."""
 
@@ -341,6 +422,8 @@ class LoopPool:
         self._app = app
         self._done = done
         self._loop = asyncio.new_event_loop()
+        self._threads = LoopThreads(LOOP_THREADS)
+        self._loop.set_default_executor(self._threads)
         self._thread = threading.Thread(target=self._run_loop, name="rivetq-worker-loop", daemon=True)
         self._waiting: deque[Delivery] = deque()
         self._tasks: dict[Delivery, asyncio.Task[None]] = {}
@@ -348,7 +431,13 @@ class LoopPool:
         self._last: asyncio.Task[None] | None = None  # waits for handlers that swallow their cancellation
 
     def start(self) -> None:
-        self._thread.start()
+        try:
+            self._threads.start()
+            self._thread.start()
+        except BaseException:
+            with suppress(RuntimeError):  # it runs: then `stop` ends it
+                self._loop.close()
+            raise
 
     def submit(self, deliveries: Sequence[Delivery]) -> None:
         self._waiting.extend(deliveries)
@@ -411,7 +500,7 @@ class LoopPool:
     def _begin(self) -> None:
         """Start as many as there is room for."""
         tasks, waiting = self._tasks, self._waiting
-        while waiting and len(tasks) < self.slots:
+        while waiting and len(tasks) < self.slots and not program_ends():
             try:
                 delivery = waiting.popleft()
             except IndexError:  # they were taken back meanwhile

@@ -19,6 +19,7 @@ import pytest
 import worker_tasks
 
 from rivetq import Broker, Job, QueueFullError, RetryPolicy, children, pools
+from rivetq.children import ProcessPool
 from rivetq.tasks import App, CurrentJob, Snooze, current_job
 from rivetq.worker import Settled, Worker
 
@@ -343,6 +344,145 @@ def test_of_two_threads_of_a_handler_one_finishes_its_job(app: App) -> None:
     assert [each.ending for each in told] == ["ack"]
     assert len(errors) == 1
     assert app.broker.stats().acked == 1
+
+
+# -- Children: the process of a job dies for that job only
+
+
+def delivery_of(app: App, task: Any, *args: Any) -> pools.Delivery:
+    task.enqueue(*args)
+    lease = app.broker.lease(task.opts.queue)
+    assert lease is not None
+    return pools.Delivery(lease, task, list(args), {})
+
+
+@contextlib.contextmanager
+def one_child(app: App) -> Iterator[tuple[ProcessPool, list[pools.Delivery]]]:
+    done: list[pools.Delivery] = []
+    pool = ProcessPool(app, 1, done.append)
+    pool.start()
+    try:
+        yield pool, done
+    finally:
+        pool.stop(PATIENCE_S)
+
+
+def test_a_child_that_was_killed_gets_no_other_job_while_it_dies(
+    of_children: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kill is imagined here, so that the child takes its time to die."""
+    pids: list[int] = []
+    original = children._Child.run
+
+    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+        assert self._process.pid is not None
+        pids.append(self._process.pid)
+        ending = original(self, delivery)
+        if len(pids) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(self._process, "kill", lambda: None)
+                self.kill()
+        return ending
+
+    monkeypatch.setattr(children._Child, "run", run)
+    with one_child(of_children) as (pool, done):
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0) for _ in range(2)])
+        until(lambda: len(done) == 2)
+    assert len(set(pids)) == 2
+
+
+@pytest.mark.parametrize("dies", ["before it is sent", "before it is taken"])
+def test_a_job_that_meets_a_child_that_just_died_begins_in_another(
+    of_children: App, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """It is killed when it had nothing to do, and behind the question whether it lives; or with the job in its pipe."""
+    pids: list[int] = []
+    original = children._Child.run
+
+    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+        pid, pipe = self._process.pid, self._pipe
+        assert pid is not None
+        pids.append(pid)
+        if len(pids) == 2:
+            send = pipe.send
+
+            def send_and_kill(content: Any) -> None:
+                send(content)
+                os.kill(pid, signal.SIGKILL)
+
+            if dies == "before it is sent":
+                os.kill(pid, signal.SIGKILL)
+                self._process.join(PATIENCE_S)
+            else:
+                os.kill(pid, signal.SIGSTOP)
+                monkeypatch.setattr(pipe, "send", send_and_kill)
+        return original(self, delivery)
+
+    monkeypatch.setattr(children._Child, "run", run)
+    with one_child(of_children) as (pool, done):
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0) for _ in range(2)])
+        until(lambda: len(done) == 2)
+    assert [delivery.ending for delivery in done] == [pools.ACK, pools.ACK]
+    assert (pids[0] == pids[1], pids[1] == pids[2]) == (True, False)
+
+
+def test_a_job_is_sent_to_a_living_child(of_children: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that died while it had nothing to do is seen before, not by what it does to the job."""
+    alive: list[bool] = []
+    original = children._Child.run
+
+    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+        alive.append(self._process.is_alive())
+        return original(self, delivery)
+
+    monkeypatch.setattr(children._Child, "run", run)
+    found: list[children._Child] = []
+    with one_child(of_children) as (pool, done):
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0)])
+        until(lambda: found.extend(pool._running.values()) or (found and done))
+        found[0]._process.kill()
+        found[0]._process.join(PATIENCE_S)
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0)])
+        until(lambda: len(done) == 2)
+    assert alive == [True, True]
+
+
+def test_a_job_whose_children_die_before_they_take_it_fails(of_children: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children._Child, "run", lambda self, delivery: None)
+    with one_child(of_children) as (pool, done):
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0)])
+        until(lambda: done)
+    ending = done[0].ending
+    assert ending is not None
+    assert (ending.verb, str(ending.error).partition(":")[0]) == ("nack", "ChildDied")
+
+
+def test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone(
+    of_children: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds the child of its job, and that child has the next one before it is killed."""
+    held, go = threading.Event(), threading.Event()
+    original = children._Child.kill
+
+    def kill(self: children._Child) -> None:
+        held.set()
+        go.wait(0.5)  # for the next job, which must not come
+        original(self)
+
+    with one_child(of_children) as (pool, done):
+        first, second = (delivery_of(of_children, worker_tasks.sleep, each) for each in (0.1, 0.2))
+        pool.submit([first])
+        until(lambda: pool._running)
+        monkeypatch.setattr(children._Child, "kill", kill)
+        first.job.cancel("cancelled")
+        cancelling = threading.Thread(target=pool.cancel, args=(first,))
+        cancelling.start()
+        assert held.wait(PATIENCE_S)
+        pool.submit([second])
+        threading.Thread(target=lambda: (until(lambda: second in pool._running), go.set()), daemon=True).start()
+        until(lambda: len(done) == 2)
+        cancelling.join(PATIENCE_S)
+    assert second.ending == pools.ACK
 
 
 # -- The program ends

@@ -77,30 +77,33 @@ class ProcessPool:
         self._max_memory = max_memory
         self._waiting: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self._running: dict[Delivery, _Child] = {}
+        self._lock = threading.Lock()  # guards the above, so that a child is killed for the job that it runs
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         for number in range(self.slots):
             thread = threading.Thread(target=self._run, name=f"rivetq-child-{number}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def submit(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
             self._waiting.put(delivery)
 
     def cancel(self, delivery: Delivery) -> None:
-        child = self._running.get(delivery)
-        if child is not None:
-            child.kill()
+        with self._lock:
+            child = self._running.get(delivery)
+            if child is not None:
+                child.kill()
 
     def take_back(self) -> list[Delivery]:
         return drained(self._waiting)
 
     def stop(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        for child in list(self._running.values()):
-            child.kill()
+        with self._lock:
+            for child in self._running.values():
+                child.kill()
         for _ in range(self.slots):
             self._waiting.put(None)
         for thread in self._threads:
@@ -117,18 +120,16 @@ class ProcessPool:
                 self._done(delivery)
                 continue
             try:
-                if child is None or not child.is_alive():
+                ending = None if child is None else self._run_in(child, delivery)
+                if ending is None:  # it has died, or it was dying when it was sent the job
                     child = _Child(self._app)
-                self._running[delivery] = child
-                if delivery.job.cancelled:  # told before it could be killed
-                    child.kill()
-                delivery.ending = child.run(delivery)
+                    ending = self._run_in(child, delivery) or child.died(delivery)
+                delivery.ending = ending
             except BaseException as error:
                 if child is not None:  # what is in its pipe now nobody can tell
                     child.kill()
                 logger.exception("job %s: the process pool failed", delivery.lease.id, extra=fields(delivery))
                 delivery.ending = Ending("nack", f"{type(error).__name__}: {error}")
-            self._running.pop(delivery, None)
             delivery.seconds = time.monotonic() - delivery.started_at
             self._done(delivery)  # first: a child may take its time to end
             if child is not None and child.is_spent(self._max_jobs, self._max_memory):
@@ -136,6 +137,20 @@ class ProcessPool:
                 child = None
         if child is not None:
             child.end()
+
+    def _run_in(self, child: _Child, delivery: Delivery) -> Ending | None:
+        """How the job ended in this child; None if it did not begin there, since the child is dead."""
+        if not child.is_alive():
+            return None
+        with self._lock:
+            self._running[delivery] = child
+        try:
+            if delivery.job.cancelled:  # told before it could be killed
+                child.kill()
+            return child.run(delivery)
+        finally:
+            with self._lock:
+                del self._running[delivery]
 
 
 class _Child:
@@ -160,11 +175,12 @@ class _Child:
         _children.add(self)
         theirs.close()
         self._is_up = False
+        self._is_killed = False
         self._jobs = 0
         self._memory = 0
 
     def is_alive(self) -> bool:
-        return self._process.is_alive()
+        return not self._is_killed and self._process.is_alive()  # one that was killed may take a moment to die
 
     def is_spent(self, max_jobs: int | None, max_memory: int | None) -> bool:
         return (
@@ -174,6 +190,7 @@ class _Child:
         )
 
     def kill(self) -> None:
+        self._is_killed = True
         self._process.kill()
 
     def end(self) -> None:
@@ -184,18 +201,19 @@ class _Child:
             self._process.kill()
             self._process.join(END_S)
 
-    def run(self, delivery: Delivery) -> Ending:
+    def run(self, delivery: Delivery) -> Ending | None:
+        """How the job ended; None if the child died before it took the job out of its pipe."""
         job = delivery.job
         limit = delivery.task.time_limit
         # The limit is the handler's, so it counts from its begin; before that there is one for the child's start.
         allowed = START_S if limit is not None else None
         until = None if allowed is None else time.monotonic() + allowed
         try:
-            is_sent = False
+            is_sent = is_taken = False
             while True:
                 if self._is_up and not is_sent:  # not before: to what does not read, much would be sent for ever
-                    self._pipe.send((delivery.task, delivery.lease))
                     is_sent = True
+                    self._pipe.send((delivery.task, delivery.lease))
                 left = None if until is None else max(0, until - time.monotonic())
                 # A look at the process now and then: what a handler forked may hold the pipe open after its end.
                 if left == 0 or not self._pipe.poll(LOOK_S if left is None else min(left, LOOK_S)):
@@ -210,6 +228,7 @@ class _Child:
                 if kind == "up":
                     self._is_up = True
                     continue
+                is_taken = is_sent
                 if kind == "log":
                     with suppress(Exception):  # a filter of the program's, say: not the job's fault
                         logs.take(content)
@@ -230,23 +249,31 @@ class _Child:
                 if token != delivery.lease.token or not isinstance(ending, Ending):
                     raise RuntimeError("the child told the end of another job: did a handler fork and return twice?")
                 return ending
-        except (EOFError, OSError):
+        except (EOFError, OSError) as trouble:
             end = time.monotonic() + END_S
-            while self.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
+            while self._process.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
                 time.sleep(0.005)
             if job.reason == TIME_LIMIT:
                 error = f"TimeLimitError: {TIME_LIMIT} ({allowed:g} s), its process was killed"
-            elif job.reason is not None:
+                logger.warning("job %s: %s", delivery.lease.id, error, extra=fields(delivery))
+                return Ending("nack", error)
+            if job.reason is not None:
                 return stopped(delivery)
-            else:
-                error = f"ChildDied: the process of the job ended with exit code {self._process.exitcode}"
-                if not self._is_up:
-                    error += (
-                        " before it was ready: it cannot import the program, see its standard error (does a module "
-                        "open a broker when it is imported? give the App a path)"
-                    )
-            logger.warning("job %s: %s", delivery.lease.id, error, extra=fields(delivery))
-            return Ending("nack", error)
+            # The job is still in the pipe if it cannot be sent, or, so Linux says, if the connection is "reset".
+            if is_sent and not is_taken and isinstance(trouble, BrokenPipeError | ConnectionResetError):
+                return None
+            return self.died(delivery)
+
+    def died(self, delivery: Delivery) -> Ending:
+        """Of a job whose child ended without a word."""
+        error = f"ChildDied: the process of the job ended with exit code {self._process.exitcode}"
+        if not self._is_up:
+            error += (
+                " before it was ready: it cannot import the program, see its standard error (does a module "
+                "open a broker when it is imported? give the App a path)"
+            )
+        logger.warning("job %s: %s", delivery.lease.id, error, extra=fields(delivery))
+        return Ending("nack", error)
 
     def _put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> tuple[bool, Any]:
         try:

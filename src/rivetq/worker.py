@@ -204,7 +204,7 @@ class Worker:
         self._limits: list[tuple[float, int, Delivery]] = []  # heap of time limits in the thread pool
         self._limits_lock = threading.Lock()
         self._numbers = itertools.count()
-        self._threads: list[threading.Thread] = []
+        self._threads: dict[str, threading.Thread] = {}
         self._scheduler: Scheduler | None = None
 
     # Beginning and ending
@@ -248,12 +248,14 @@ class Worker:
             if self.app.schedules or SCHEDULES in names:  # or those that the program had
                 self._scheduler = Scheduler(self._broker, self.app.schedules)
             self._started = True
-            self.app.workers.add(self)
             try:
+                self.app.workers.add(self)
                 self._begin(names)
             except BaseException:
-                self._leave()
+                self._end_all(time.monotonic(), 0.0)
                 raise
+            if self._ended.is_set():  # a signal handler stopped it: also what began behind that
+                self._end_all(time.monotonic(), 0.0)
 
     def _begin(self, names: list[str]) -> None:
         for name in list(self.app.queues):
@@ -263,12 +265,13 @@ class Worker:
                 self.follow(name)
         for kind in {_kind(task) for task in list(self.app.tasks.values())} or {"thread"}:
             self._add_room(kind)
-        targets = {"fetch": self._fetch, "settle": self._settle, "renew": self._renew}
+        targets = {"settle": self._settle, "renew": self._renew}
         if self._scheduler is not None:
             targets["schedule"] = self._scheduler.run
+        targets["fetch"] = self._fetch  # the last one: if another cannot be started, no job has been leased
         for name, target in targets.items():
             thread = threading.Thread(target=self._guarded, args=(target,), name=f"rivetq-{name}", daemon=True)
-            self._threads.append(thread)
+            self._threads[name] = thread
             thread.start()
 
     def _leave(self) -> None:
@@ -296,48 +299,56 @@ class Worker:
         with self._stop_lock:
             if not self._started or self._ended.is_set():
                 return
-            begun = self._signalled_at or time.monotonic()
             if grace is not None:
                 self.grace = seconds_of(grace, "grace")
-            with self._changed:
-                self._stopping = True
-                self._changed.notify_all()
-            if self._scheduler is not None:
-                self._scheduler.stop()
-            for thread in self._threads[:1]:  # the fetcher; none if not even that could be started
-                thread.join()
-            for room in self._rooms.values():
-                for delivery in room.pool.take_back():
-                    self._end(delivery)
-            for delivery in list(self._held.values()):
-                delivery.job.stopping = True
-            self._wait_for_handlers(begun)
-            left = [delivery for delivery in list(self._held.values()) if not delivery.is_told]
-            for delivery in left:
-                if delivery.ending is None:
-                    self._tell_handler(delivery, SHUTDOWN)
-            # What can be ended is; what comes behind it needs a moment of the grace time as well.
-            now = time.monotonic()
-            until = now + 0.8 * min(_margin(self.grace), begun + self.grace - now)
-            for room in self._rooms.values():
-                room.pool.stop(max(LEAST_S, until - time.monotonic()))
-            for delivery in left:
-                if not delivery.is_told:  # a thread that goes on; what it ends with nobody asks any more
-                    self._end(delivery)
-            self._settling = False
-            self._poked.set()
-            self._renewer_poked.set()
-            for thread in self._threads:
-                thread.join()
-            self._leave()
-            self._ended.set()
-            self._wanted.set()
+            self._end_all(self._signalled_at or time.monotonic(), self.grace)
 
-    def _wait_for_handlers(self, begun: float) -> None:
+    def _end_all(self, begun: float, grace: float) -> None:
+        """Whatever of it has begun. The grace time counts from `begun`."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        self._join("fetch")
+        for room in self._rooms.values():
+            for delivery in room.pool.take_back():
+                self._end(delivery)
+        for delivery in list(self._held.values()):
+            delivery.job.stopping = True
+        self._wait_for_handlers(begun, grace)
+        left = [delivery for delivery in list(self._held.values()) if not delivery.is_told]
+        for delivery in left:
+            if delivery.ending is None:
+                self._tell_handler(delivery, SHUTDOWN)
+        # What can be ended is; what comes behind it needs a moment of the grace time as well.
+        now = time.monotonic()
+        until = now + 0.8 * min(_margin(grace), begun + grace - now)
+        for room in self._rooms.values():
+            room.pool.stop(max(LEAST_S, until - time.monotonic()))
+        for delivery in left:
+            if not delivery.is_told:  # a thread that goes on; what it ends with nobody asks any more
+                self._end(delivery)
+        self._settling = False
+        self._poked.set()
+        self._renewer_poked.set()
+        for name in list(self._threads):
+            self._join(name)
+        self._leave()
+        self._ended.set()
+        self._wanted.set()
+
+    def _join(self, name: str) -> None:
+        thread = self._threads.get(name)
+        # This one: a listener stops the worker. And one that could not be started has no number.
+        if thread is not None and thread is not threading.current_thread() and thread.ident is not None:
+            thread.join()
+
+    def _wait_for_handlers(self, begun: float, most: float) -> None:
         """Until nothing runs or the grace time is over; a signal may shorten it."""
         with self._changed:
             while any(room.jobs for room in self._rooms.values()) and self.failure is None:
-                grace = self.grace if self._signals < 2 else 0.0
+                grace = most if self._signals < 2 else 0.0
                 left = begun + grace - _margin(grace) - time.monotonic()
                 if left <= 0:
                     return
@@ -528,10 +539,10 @@ class Worker:
             pool = ProcessPool(self.app, many.processes, done, **self._child_limits)
         else:
             pool = ThreadPool(self.app, many.threads, done)
-        pool.start()
         with self._changed:
             self._rooms[kind] = _Room(pool, self._prefetch)
             self._grouped = None
+        pool.start()  # behind that: what has begun of it when it cannot begin more is known to `stop`
 
     # What pools tell
 

@@ -26,7 +26,7 @@ pytest.importorskip("prometheus_client", reason="the extra metrics is not instal
 import prometheus_client
 from prometheus_client.parser import text_string_to_metric_families
 
-from rivetq.metrics import BrokerCollector, JobDurations, serve
+from rivetq.metrics import DURATION_BUCKETS, BrokerCollector, JobDurations, serve
 
 DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
 PATIENCE_S = 30.0
@@ -317,6 +317,60 @@ def settled_once(worker: Worker) -> threading.Event:
     told = threading.Event()
     worker.on_settled.append(lambda settled: told.set())
     return told
+
+
+@pytest.mark.parametrize("most", [0, 3])
+def test_durations_of_queues_beyond_the_limit_are_counted_together(most: int) -> None:
+    registry = prometheus_client.CollectorRegistry()
+    durations = JobDurations(registry, max_queues=most)
+    series = []
+    for turn in range(2):
+        for n in range(1000):
+            durations(Settled(f"tenant-{n}", "send", "ack", 1.0))
+        durations(Settled("other", "send", "ack", 1.0))
+        series.append(sum(len(family.samples) for family in registry.collect()))
+        for n in range(most):
+            assert durations_of(registry, f"tenant-{n}") == turn + 1
+        assert durations_of(registry, "other") == (turn + 1) * (1001 - most)
+    assert series[0] == series[1] == (most + 1) * (len(DURATION_BUCKETS) + 4)
+
+
+def test_named_queues_have_durations_of_their_own_and_all_others_together() -> None:
+    registry = prometheus_client.CollectorRegistry()
+    durations = JobDurations(registry, queues=["b", "other"], max_queues=5)
+    for queue in ("a", "b", "c", "other"):
+        durations(Settled(queue, "send", "ack", 1.0))
+    assert (durations_of(registry, "b"), durations_of(registry, "other")) == (1, 3)
+    with pytest.raises(UsageError, match="max_queues"):
+        JobDurations(None, max_queues=-1)
+    with pytest.raises(UsageError, match="several names"):
+        JobDurations(None, queues="mail")
+
+
+def durations_of(registry: prometheus_client.CollectorRegistry, queue: str) -> float | None:
+    labels = {"queue": queue, "task": "send", "ending": "ack"}
+    return registry.get_sample_value("rivetq_job_duration_seconds_count", labels)
+
+
+def test_a_server_bounds_the_queues_of_both(broker: Broker) -> None:
+    app = App(broker)
+
+    @app.task(queue="b", name="send")
+    def send() -> None: ...
+
+    worker, registry = Worker(app), prometheus_client.CollectorRegistry()
+    with serve(broker, 0, workers=[worker], registry=registry, queues=iter(["b"])):
+        [durations] = worker.on_settled
+        for queue in ("a", "b"):
+            durations(Settled(queue, "send", "ack", 1.0))
+            broker.enqueue(queue, b"")
+        assert (durations_of(registry, "a"), durations_of(registry, "b"), durations_of(registry, "other")) == (
+            None,
+            1,
+            1,
+        )
+        assert registry.get_sample_value("rivetq_jobs_enqueued_total", {"queue": "other"}) == 1
+        assert registry.get_sample_value("rivetq_jobs_enqueued_total", {"queue": "b"}) == 1
 
 
 def test_a_served_worker_shows_its_jobs_and_the_server_takes_back_all_that_it_added() -> None:

@@ -70,6 +70,34 @@ class _Counts(NamedTuple):
         return value
 
 
+class _Labels:
+    """Which queues have a label of their own: the named ones, or the first so many that came."""
+
+    def __init__(self, queues: Iterable[str] | None, max_queues: int) -> None:
+        if isinstance(queues, str):
+            raise UsageError(f"queues: several names expected, got the str {queues!r}")
+        if not isinstance(max_queues, int) or isinstance(max_queues, bool) or max_queues < 0:
+            raise UsageError(f"max_queues: an int of at least 0 expected, got {max_queues!r}")
+        self._lock = threading.Lock()  # guards the next: a server scrapes in many threads
+        self._own = dict.fromkeys(queues or ())  # an ordered set; nothing is ever taken out
+        self._own.pop(OTHER, None)
+        self._most = len(self._own) if queues is not None else max_queues
+
+    def of(self, queue: str) -> str:
+        """The label of a queue; one that has none yet gets it, if there is room."""
+        if queue in self._own:
+            return queue
+        with self._lock:
+            if len(self._own) < self._most and queue != OTHER:
+                self._own[queue] = None
+            return queue if queue in self._own else OTHER
+
+    def own(self) -> list[str]:
+        """Those that have one."""
+        with self._lock:
+            return list(self._own)
+
+
 class BrokerCollector(Collector):
     """A broker's counters, gauges and histograms, looked up at each scrape. It costs nothing in between.
 
@@ -103,16 +131,9 @@ class BrokerCollector(Collector):
     ) -> None:
         if not isinstance(broker, Broker):
             raise UsageError(f"broker: a Broker expected, got {type(broker).__name__}")
-        if isinstance(queues, str):
-            raise UsageError(f"queues: several names expected, got the str {queues!r}")
-        if not isinstance(max_queues, int) or isinstance(max_queues, bool) or max_queues < 0:
-            raise UsageError(f"max_queues: an int of at least 0 expected, got {max_queues!r}")
         self._broker = broker
         self._workers = list(workers)
-        self._lock = threading.Lock()  # guards the next: a server scrapes in many threads
-        self._labelled = dict.fromkeys(queues or ())  # an ordered set
-        self._labelled.pop(OTHER, None)
-        self._most = len(self._labelled) if queues is not None else max_queues
+        self._labels = _Labels(queues, max_queues)
 
     def describe(self) -> Iterable[Metric]:
         """The metrics without values: a registry knows by it which names are taken."""
@@ -154,14 +175,11 @@ class BrokerCollector(Collector):
 
     def _by_label(self) -> dict[str, _Counts]:
         names = self._broker.queues()
-        with self._lock:
-            for name in names:
-                if len(self._labelled) < self._most and name != OTHER:
-                    self._labelled[name] = None
-            labelled = dict(self._labelled)
-        found = {name: self._look(name) for name in labelled}
+        for name in names:
+            self._labels.of(name)
+        found = {name: self._look(name) for name in self._labels.own()}
         # Not the total less those above: two looks are two moments, and the difference could go down.
-        rest = [self._look(name) for name in names if name not in labelled]
+        rest = [self._look(name) for name in names if name not in found]
         if rest:
             found[OTHER] = _sum(rest)
         return found
@@ -174,15 +192,19 @@ class JobDurations:
     """How long handlers run: the histogram ``rivetq_job_duration_seconds`` by queue, task and ending.
 
     For `Worker.on_settled`, of one worker or of several: ``worker.on_settled.append(JobDurations())``. The endings are
-    those of `Settled`. Its labels are the queues that the workers lease from and the tasks of their apps, so their
-    number is bounded by the program.
+    those of `Settled`. Its labels are the tasks of the workers' apps, which the program bounds, and queues, which
+    whoever puts in jobs may choose: the first `max_queues` that a job ran of have a label of their own, as long as it
+    lives; the jobs of all others, and of a queue of that very name, are counted under ``queue="other"``.
 
     Args:
         registry: that exposes it; None: none, register `histogram` yourself.
         buckets: upper bounds in seconds.
+        queues: those with a label of their own. None: the first `max_queues`.
+        max_queues: at least 0; of no meaning with `queues`.
 
     Raises:
         ValueError: the registry has one already, or the buckets are not in order.
+        UsageError: an argument is wrong.
     """
 
     def __init__(
@@ -190,7 +212,10 @@ class JobDurations:
         registry: prometheus_client.CollectorRegistry | None = prometheus_client.REGISTRY,
         *,
         buckets: Sequence[float] = DURATION_BUCKETS,
+        queues: Iterable[str] | None = None,
+        max_queues: int = MAX_QUEUES,
     ) -> None:
+        self._labels = _Labels(queues, max_queues)
         self.histogram = prometheus_client.Histogram(
             "rivetq_job_duration_seconds",
             "Time that handlers ran.",
@@ -201,7 +226,7 @@ class JobDurations:
 
     def __call__(self, settled: Settled) -> None:
         """Count one job."""
-        self.histogram.labels(settled.queue, settled.task, settled.ending).observe(settled.seconds)
+        self.histogram.labels(self._labels.of(settled.queue), settled.task, settled.ending).observe(settled.seconds)
 
 
 class MetricsServer:
@@ -253,13 +278,14 @@ def serve(
         address: to listen on. The default is reached from this machine only; "0.0.0.0" from everywhere.
         registry: to which the metrics are added and which is served, `prometheus_client.REGISTRY` say, with what else
             the program exposes. None: one of its own, with memory, processor time and open files of the process.
-        queues, max_queues: see `BrokerCollector`.
+        queues, max_queues: see `BrokerCollector` and `JobDurations`.
 
     Raises:
         OSError: the port is taken, or the address is none of this machine.
         UsageError, ValueError: an argument is wrong, or the registry has such metrics already.
     """
     broker = source.broker if isinstance(source, App) else source
+    queues = queues if queues is None or isinstance(queues, str) else list(queues)  # it is read twice
     collector = BrokerCollector(broker, workers, queues=queues, max_queues=max_queues)
     if registry is None:
         registry = prometheus_client.CollectorRegistry()
@@ -269,7 +295,7 @@ def serve(
         registry.register(collector)
         undo.append(partial(registry.unregister, collector))
         if workers:
-            durations = JobDurations(registry)
+            durations = JobDurations(registry, queues=queues, max_queues=max_queues)
             undo.append(partial(registry.unregister, durations.histogram))
             for worker in workers:
                 worker.on_settled.append(durations)

@@ -15,7 +15,7 @@ from inside import inside
 from rivetq import Broker, BrokerClosedError, BrokerFailedError, LeaseLostError, UsageError
 from rivetq.aio import THREADS, AsyncBroker, _Answer, _Mailbox
 
-PATIENCE_S = 30.0
+PATIENCE_S = 20.0
 
 
 def test_calls_at_the_same_time_share_their_syncs_and_one_thread(tmp_path: Path) -> None:
@@ -333,6 +333,134 @@ def test_an_opening_that_is_cancelled_frees_the_directory(tmp_path: Path, monkey
             thread.join(20)
     with Broker(tmp_path / "data") as broker:
         assert broker.stats().enqueued == 0
+
+
+def test_an_opening_that_is_cancelled_when_it_is_through_frees_the_directory_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_thread(self: AsyncBroker, call: Any) -> Any:
+        call()
+        return asyncio.get_running_loop().create_future()  # it is open, and the loop has not heard of it yet
+
+    async def main() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(AsyncBroker, "_in_thread", in_thread)
+            opening = asyncio.create_task(AsyncBroker.open(tmp_path / "data"))
+            await asyncio.sleep(0)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+
+    asyncio.run(main())
+    for thread in threading.enumerate():
+        if thread.name == "rivetq-close":
+            thread.join(PATIENCE_S)
+    Broker(tmp_path / "data").close()
+
+
+def test_no_thread_outlives_a_close_and_none_begins_behind_it() -> None:
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("rivetq-aio")]
+
+    async def main() -> None:
+        broker = await AsyncBroker.open(":memory:")
+        await broker.stats()
+        assert threads()
+        await broker.close()
+        for thread in threads():
+            await asyncio.to_thread(thread.join, PATIENCE_S)
+        with pytest.raises(BrokerClosedError):
+            await broker.stats()
+        assert threads() == []
+
+    asyncio.run(main())
+
+
+def test_a_lease_that_got_its_job_leaves_no_timer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        loop, timers = asyncio.get_running_loop(), list[asyncio.TimerHandle]()
+        call_later = loop.call_later
+
+        def recording(*args: Any) -> asyncio.TimerHandle:
+            timers.append(call_later(*args))
+            return timers[-1]
+
+        async with AsyncBroker(":memory:") as broker:
+            with monkeypatch.context() as patched:
+                patched.setattr(loop, "call_later", recording)
+                waiting = asyncio.create_task(broker.lease("q", wait=3600))
+                await asyncio.sleep(0)
+                await broker.enqueue("q", b"")
+                assert await waiting is not None
+                cancelled = asyncio.create_task(broker.lease("q", wait=3600))
+                await asyncio.sleep(0)
+                cancelled.cancel()
+                await asyncio.wait([cancelled])
+            assert [timer.cancelled() for timer in timers] == [True, True]
+
+    asyncio.run(main())
+
+
+# -- The way of an answer into the loop
+
+
+class _Loop:
+    """Of an event loop what a mailbox asks for; it calls when it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def create_future(self) -> asyncio.Future[Any]:
+        loop = asyncio.new_event_loop()
+        loop.close()  # it calls nothing: nobody awaits this one
+        return loop.create_future()
+
+    def call_soon_threadsafe(self, call: Any) -> None:
+        self.calls.append(call)
+
+
+def test_an_answer_that_comes_while_the_loop_looks_is_not_left_lying() -> None:
+    loop: Any = _Loop()
+    mailbox = _Mailbox(loop)
+    first, second = _Answer(mailbox), _Answer(mailbox)
+
+    def tell(answer: _Answer) -> None:  # as an engine does, in a thread of its own
+        thread = threading.Thread(target=answer.tell, args=("told", None))
+        thread.start()
+        thread.join(PATIENCE_S)
+
+    deliver = mailbox._deliver
+
+    def deliver_and_be_told() -> None:
+        deliver()
+        mailbox._deliver = deliver  # type: ignore[method-assign]
+        tell(second)  # the loop has looked, and has not gone on yet
+
+    tell(first)
+    mailbox._deliver = deliver_and_be_told  # type: ignore[method-assign]
+    while loop.calls:
+        loop.calls.pop(0)()
+    assert (first.future.done(), second.future.done()) == (True, True)
+
+
+def test_an_error_that_nobody_waits_for_is_not_given_back() -> None:
+    loop: Any = _Loop()
+    given_back: list[Any] = []
+    answer = _Answer(_Mailbox(loop), given_back.append)
+    answer.drop()
+    answer.tell(None, BrokerClosedError("the broker is closed"))  # in a thread that others wait for: it must not raise
+    assert given_back == []
+
+
+def test_what_cannot_be_given_back_any_more_disturbs_nobody() -> None:
+    with Broker(":memory:") as broker:
+        broker.enqueue("q", b"")
+        lease = broker.lease("q")
+        assert lease is not None
+        lease.ack()
+        AsyncBroker(broker)._give_back([lease])
+        broker.close()
+        AsyncBroker(broker)._give_back([lease])
 
 
 def test_a_transaction_is_all_or_nothing_and_a_lost_fence_says_so() -> None:

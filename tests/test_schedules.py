@@ -21,7 +21,7 @@ import pytest
 from cronsim import CronSim
 
 from rivetq import Broker, DiskFullError, RateLimit, UsageError
-from rivetq.schedules import SCHEDULES, TICK_HEADER, Cron, Scheduler, every, spec_of
+from rivetq.schedules import SCHEDULES, TICK_HEADER, TICKS, Cron, Scheduler, every, spec_of
 from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
 from rivetq.worker import Worker
@@ -330,6 +330,13 @@ def test_very_many_missed_ticks_come_in_several_transactions(broker: Broker, clo
     assert fired(broker) == [START + timedelta(seconds=n) for n in range(1, 1001)]
 
 
+def test_one_transaction_has_a_hundred_ticks_at_most_and_waits_for_the_next(broker: Broker) -> None:
+    schedule = make_app(broker, every(1), misfire="all").schedules["tick"]
+    ticks, following = schedule.due(START, START + timedelta(days=1))
+    assert ticks == [START + timedelta(seconds=n) for n in range(TICKS)]
+    assert following == START + timedelta(seconds=TICKS)
+
+
 def test_a_full_queue_holds_the_schedule_up_and_loses_no_tick(broker: Broker, clock: ManualClock) -> None:
     app = make_app(broker, misfire="all")
     broker.configure_queue("q", max_jobs=2)
@@ -426,6 +433,65 @@ def test_a_schedule_that_is_changed_and_changed_back_before_its_tick_has_its_rec
     assert len(broker.jobs(SCHEDULES)) == 1
     live(app, 60)
     assert len(fired(broker)) == 1
+
+
+def test_a_record_that_was_held_while_its_schedule_was_changed_fires_nothing(
+    broker: Broker, clock: ManualClock
+) -> None:
+    Scheduler(broker, make_app(broker, "* * * * *").schedules).reconcile()
+    clock.advance(60)
+    held = broker.lease(SCHEDULES)  # another process fires it, and dies of it
+    assert held is not None
+    scheduler = Scheduler(broker, make_app(broker, "0 * * * *").schedules)
+    scheduler.reconcile()
+    assert len(broker.jobs(SCHEDULES)) == 2  # a leased job cannot be cancelled
+    held.release()
+    scheduler.step()
+    assert fired(broker) == []
+    assert len(broker.jobs(SCHEDULES)) == 1
+
+
+def test_a_record_outlives_any_number_of_deaths_of_who_fires_it(broker: Broker, clock: ManualClock) -> None:
+    app = make_app(broker)
+    Scheduler(broker, app.schedules).reconcile()
+    clock.advance(60)
+    for _ in range(30):
+        lease = broker.lease(SCHEDULES)
+        assert lease is not None
+        lease.nack(delay=0)
+    live(app, 60)
+    assert len(fired(broker)) == 2
+
+
+def test_a_record_that_somebody_rejected_comes_back_with_the_next_start(broker: Broker, clock: ManualClock) -> None:
+    app = make_app(broker)
+    Scheduler(broker, app.schedules).reconcile()
+    clock.advance(60)
+    lease = broker.lease(SCHEDULES)  # by a consumer that follows all queues, say
+    assert lease is not None
+    lease.reject(error="no job of mine")
+    live(app, 60)
+    assert len(fired(broker)) == 2
+    assert [job.state for job in broker.jobs(SCHEDULES)] == ["scheduled"]
+
+
+def test_of_two_records_of_a_schedule_one_is_left(broker: Broker) -> None:
+    app = make_app(broker)
+    Scheduler(broker, app.schedules).reconcile()
+    [record] = broker.jobs(SCHEDULES)
+    broker.enqueue(SCHEDULES, {**record.json(), "tick_ms": record.json()["tick_ms"] + 60_000})
+    Scheduler(broker, app.schedules).reconcile()
+    assert len(broker.jobs(SCHEDULES)) == 1
+
+
+def test_a_start_finds_the_records_of_more_schedules_than_one_page_has(broker: Broker, clock: ManualClock) -> None:
+    app = App(broker)
+    for n in range(1001):
+        app.periodic(every(60), name=f"schedule {n}")(app.task(name=f"task {n}")(lambda: None))
+    for _ in range(2):
+        Scheduler(broker, app.schedules).reconcile()
+        assert len(broker.jobs(SCHEDULES, limit=10_000)) == 1001
+        clock.advance(3600)
 
 
 def test_what_is_no_record_ends_and_disturbs_nobody(broker: Broker) -> None:

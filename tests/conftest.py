@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As under `nohup make test &`. The programs that tests start would inherit it, and Ctrl-C is what they test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["typed", "worker_child.py"]
 """Programs for type checkers, and one that is run with arguments."""

@@ -605,7 +605,9 @@ def test_close_amid_calls_ends_them_all_and_leaves_nothing_behind(tmp_path: Path
         return
     assert not open_files(tmp_path)
     with opened(tmp_path, fsync) as broker:
-        present = {job.id for job in broker.jobs("put", limit=10_000)}
+        present: set[int] = set()
+        while page := broker.jobs("put", after=max(present, default=0), limit=10_000):
+            present |= {job.id for job in page}
         assert set(answered) <= present, "what was answered before the end is lost"
         assert broker.stats("q").ready == 50
         inside(broker).audit()

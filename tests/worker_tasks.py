@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 from rivetq import RivetQError
@@ -73,12 +74,15 @@ def hang() -> None:
     hold_the_interpreter(60)
 
 
-@app.task(queue="children", pool="process", time_limit=0.5)
-def hang_with_a_grandchild() -> None:
-    if os.fork() == 0:
-        time.sleep(3)
-        os._exit(0)
+@app.task(queue="children", pool="process", time_limit=1, max_attempts=1)
+def hang_with_a_grandchild(pid_file: str) -> None:
+    """What it forks outlives it, and any patience of a test."""
+    pid = os.fork()
+    if pid:
+        Path(pid_file).write_text(str(pid))
     time.sleep(60)
+    if not pid:
+        os._exit(0)
 
 
 @app.task(queue="children", pool="process", max_attempts=1)
@@ -189,7 +193,6 @@ def end_a_fork() -> None:
     """What it forks is told to end, as a pool of multiprocessing tells its workers, and ends."""
     forked = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     forked.start()
-    time.sleep(0.1)
     forked.terminate()
     forked.join(20)
     told.options(queue="new to the parent").enqueue(f"exit code {forked.exitcode}")

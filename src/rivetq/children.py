@@ -307,7 +307,7 @@ def _child_main(pipe: Connection, levels: Mapping[str, int]) -> None:
         # Not SIG_IGN, which programs that a handler starts would inherit; and no system call is broken off for it.
         signal.signal(number, lambda number, frame: None)
         signal.siginterrupt(number, False)
-    os.register_at_fork(after_in_child=partial(_leave_pool, pipe))
+    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=partial(_leave_pool, pipe))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS_SIGNALS)
     threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()
     remote = _Remote(pipe)
@@ -318,11 +318,24 @@ def _child_main(pipe: Connection, levels: Mapping[str, int]) -> None:
             _run_next(pipe, remote)
 
 
+_forking = threading.local()
+
+
+def _hold_signals() -> None:
+    """Before a handler forks: told to end in its first moment, what it forks would take no notice, as this process."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
+
+
+def _let_signals() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
 def _leave_pool(pipe: Connection) -> None:
     """In what a handler forked: it would hold the pipe open, and not end when it is told to."""
     pipe.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _let_signals()
 
 
 def _run_next(pipe: Connection, remote: _Remote) -> None:

@@ -9,15 +9,18 @@ import inspect
 import pickle
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rivetq import Broker, BrokerLockedError, DuplicateJobError, RetryPolicy, UsageError
-from rivetq.tasks import App, Reject, current_job, every
+from rivetq import Broker, BrokerClosedError, BrokerLockedError, DuplicateJobError, RetryPolicy, UsageError
+from rivetq.tasks import TASK_HEADER, App, Reject, current_job, every
+from rivetq.typedjson import TypedJson
+from rivetq.worker import Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,8 +372,113 @@ def test_the_broker_of_a_path_is_opened_at_its_first_use_and_closed_with_the_app
     app.close()
     app.close()
     Broker(tmp_path / "data").close()
-    assert app.broker.stats().enqueued == 0  # open again
+
+
+@pytest.mark.parametrize("was_open", [True, False])
+def test_an_app_that_was_closed_does_not_open_again_by_itself(tmp_path: Path, was_open: bool) -> None:
+    """Or a handler that was left behind would take the directory, which nobody then gives back."""
+    app = App(tmp_path / "data", fsync="never")
+
+    @app.task
+    def task() -> None: ...
+
+    if was_open:
+        task.enqueue()
     app.close()
+    uses: list[Callable[[], Any]] = [
+        lambda: app.broker,
+        task.enqueue,
+        lambda: asyncio.run(task.aenqueue()),
+        lambda: app.cancel(1),
+        Worker(app).start,
+    ]
+    for use in uses:
+        with pytest.raises(BrokerClosedError, match="use"):
+            use()
+    assert (tmp_path / "data").exists() == was_open
+    with app.testing():
+        task.enqueue()
+    with pytest.raises(BrokerClosedError):
+        task.enqueue()
+
+
+@pytest.mark.parametrize("way", ["use", "with", "use another"])
+def test_an_app_that_was_closed_opens_again_where_the_program_says_so(tmp_path: Path, way: str) -> None:
+    app = App(tmp_path / "data", fsync="never")
+
+    @app.task
+    def task() -> None: ...
+
+    task.enqueue()
+    app.close()
+    if way == "with":
+        with app:
+            assert task.enqueue() == 2
+    else:
+        app.use(*[tmp_path / "other"] if way == "use another" else [])
+        assert task.enqueue() == (1 if way == "use another" else 2)
+    app.close()
+    with pytest.raises(BrokerClosedError):
+        task.enqueue()
+
+
+class Lock:
+    """Tells when somebody asks for it who has to wait."""
+
+    def __init__(self) -> None:
+        self.own = threading.RLock()
+        self.asked = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self.own.acquire(blocking=False):
+            self.asked.set()
+            self.own.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.own.release()
+
+
+def test_a_thread_that_comes_while_another_registers_classes_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    app, lock, enqueued = App(":memory:"), Lock(), list[int]()
+    app._lock = lock  # type: ignore[assignment]  # as far as it is used
+    over = threading.Event()
+
+    def enqueue() -> None:
+        try:
+            enqueued.append(task.enqueue(Mail("a", datetime.now(UTC))))
+        finally:
+            over.set()
+
+    def register(annotations: Any) -> None:
+        if not threads:
+            threads.append(threading.Thread(target=enqueue))
+            threads[0].start()
+            while not (lock.asked.is_set() or over.is_set()):
+                time.sleep(0.001)
+        original(annotations)
+
+    threads: list[threading.Thread] = []
+    assert isinstance(app.codec, TypedJson)
+    original = app.codec.register_annotations
+    monkeypatch.setattr(app.codec, "register_annotations", register)
+
+    @app.task
+    def task(mail: Mail) -> None: ...
+
+    with app:
+        task.enqueue(Mail("b", datetime.now(UTC)))
+        threads[0].join(30)
+        assert enqueued == [2]
+
+
+def test_no_header_of_a_call_renames_its_task(app: App) -> None:
+    @app.task
+    def task() -> None: ...
+
+    job_id = task.options(headers={TASK_HEADER: "other", "trace": "1"}).enqueue()
+    lease = app.broker.lease("default")
+    assert lease is not None
+    assert (lease.id, dict(lease.headers)) == (job_id, {TASK_HEADER: "task", "trace": "1"})
 
 
 def test_a_broker_that_was_given_open_stays_open() -> None:

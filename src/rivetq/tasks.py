@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Se
 
 import attrs
 
-from rivetq import Broker, Duration, Lease, RetryPolicy, Transaction, UsageError
+from rivetq import Broker, BrokerClosedError, Duration, Lease, RetryPolicy, Transaction, UsageError
 
 from .schedules import SCHEDULES, TICK_HEADER, Every, Misfire, Schedule, key, spec_of
 from .schedules import every as every  # so that an app's module imports from here alone
@@ -588,6 +588,7 @@ class App:
         self._options = options
         self._lock = threading.RLock()  # guards the opening of the broker
         self._broker: Broker | None = broker if isinstance(broker, Broker) else None
+        self._is_closed = False  # so that what outlives the app, a handler say, does not open the directory again
         self._async: Any = None
         self._remote: Remote | None = None
         self._runner: Callable[[int], None] | None = None  # in tests: runs a job when it is enqueued
@@ -599,7 +600,7 @@ class App:
 
     @property
     def broker(self) -> Broker:
-        """The broker, opened now if it was not. Raises what `Broker` raises."""
+        """The broker, opened now if it was not. Raises what `Broker` raises, and BrokerClosedError behind `close`."""
         if self._remote is not None:
             raise UsageError(
                 "the broker belongs to the worker's own process; in a process pool a handler can enqueue tasks, and "
@@ -610,27 +611,44 @@ class App:
             with self._lock:
                 if self._broker is None:
                     assert not isinstance(self._path, Broker)
+                    if self._is_closed:
+                        raise BrokerClosedError(
+                            f"{self!r} was closed and does not open again by itself; `with app:` or app.use() lets it"
+                        )
                     self._broker = Broker(self._path, **self._options)
                 found = self._broker
         return found
 
     def use(self, path: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        """Another directory or other options of `Broker`, for an app that is not open yet; the others stay."""
+        """Another directory or other options of `Broker`, for an app that is not open; the others stay.
+
+        An app that was closed may open again behind that, also if nothing is given here.
+        """
         with self._lock:
             if self._broker is not None:
                 raise UsageError("use: the app's broker is open already")
             _check_options(options)
             self._path = self._path if path is None else path
             self._options = {**self._options, **options}
+            self._is_closed = False
 
     def close(self) -> None:
-        """Close the broker, unless it was given open. May be repeated; the next use of a path opens it again."""
+        """Close the broker, unless it was given open. May be repeated.
+
+        What comes later, from a handler that was left behind say, gets BrokerClosedError, and the directory stays free,
+        until `use` or a `with` block of the app lets it open again.
+        """
         with self._lock:
-            if self._broker is not None and not isinstance(self._path, Broker):
+            if isinstance(self._path, Broker):
+                return
+            self._is_closed = True
+            if self._broker is not None:
                 self._broker.close()
                 self._broker = self._async = None
 
     def __enter__(self) -> Self:
+        with self._lock:
+            self._is_closed = False
         return self
 
     def __exit__(

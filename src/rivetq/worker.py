@@ -213,7 +213,7 @@ class Worker:
         """Work until SIGTERM or SIGINT, or until a limit is reached; the exit status for a supervisor.
 
         0: it ended in order, all jobs are done or given back; 1: the broker failed, see `failure`. A second signal ends
-        the grace time. The app is closed.
+        the grace time. The app is closed, and does not open again by itself (see `App.close`).
         """
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("run: signals come to the main thread only; in another use start() and stop()")
@@ -229,7 +229,8 @@ class Worker:
             self.stop()
             logger.info("stopped after %s jobs", self._jobs)
         finally:
-            self.app.close()
+            if hasattr(self, "_broker"):  # a directory that could not be opened may be tried again
+                self.app.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
         return 0 if self.failure is None else 1

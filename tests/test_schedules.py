@@ -494,6 +494,38 @@ def test_a_start_finds_the_records_of_more_schedules_than_one_page_has(broker: B
         clock.advance(3600)
 
 
+def test_a_changed_schedule_with_the_same_next_tick_has_a_record_of_its_own(broker: Broker) -> None:
+    for when in ("0 12 * * *", "0 12 1 * *"):
+        app = make_app(broker, when)
+        Scheduler(broker, app.schedules).reconcile()
+    assert [job.json()["spec"] for job in broker.jobs(SCHEDULES)] == ["0 12 1 * * UTC"]
+    live(app, 40 * 86_400)
+    assert fired(broker) == [utc("2026-01-01T12:00"), utc("2026-02-01T12:00")]
+
+
+def test_a_wall_clock_that_is_set_forward_makes_a_tick_five_minutes_late_at_most(
+    broker: Broker, clock: ManualClock
+) -> None:
+    scheduler = Scheduler(broker, make_app(broker, "0 12 * * *").schedules)
+    scheduler.reconcile()
+    for _ in range(3):  # the record that a start makes, and those that a firing makes
+        clock.step_wall(86_400)
+        clock.advance(300)
+        scheduler.step()
+    assert fired(broker) == [utc(f"2026-01-0{day}T12:00") for day in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("late_s", "jobs"), [(59.999, 1), (60, 1), (60.001, 0)])
+def test_a_tick_is_in_time_up_to_the_very_end_of_its_grace(
+    broker: Broker, clock: ManualClock, late_s: float, jobs: int
+) -> None:
+    scheduler = Scheduler(broker, make_app(broker, "0 * * * *", misfire="skip", grace=60).schedules)
+    scheduler.reconcile()
+    clock.advance(3570 + late_s)
+    scheduler.step()
+    assert len(fired(broker)) == jobs
+
+
 def test_what_is_no_record_ends_and_disturbs_nobody(broker: Broker) -> None:
     broker.enqueue(SCHEDULES, b"\xff")
     broker.enqueue(SCHEDULES, {"schedule": [], "spec": "x", "tick_ms": 0})
@@ -564,6 +596,50 @@ def test_a_full_disk_ends_no_scheduler_and_keeps_it_from_no_stop(
     before = time.monotonic()
     stopped.run()
     assert time.monotonic() - before < 15
+
+
+@pytest.mark.parametrize("verb", ["configure_queue", "enqueue"])
+def test_a_disk_that_is_full_at_the_start_is_waited_out_and_holds_up_no_stop(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    original, tries, is_full, tried = getattr(broker, verb), iter(range(10**6)), threading.Event(), threading.Event()
+
+    def full(*args: Any, **options: Any) -> Any:
+        if is_full.is_set() or next(tries) < 2:
+            tried.set()
+            raise DiskFullError("full", path="d")
+        return original(*args, **options)
+
+    monkeypatch.setattr(broker, verb, full)
+    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 0.01)
+    app = App(broker)
+    fired_ = threading.Event()
+
+    @app.periodic(every(0.1))
+    @app.task
+    def tick() -> None:
+        fired_.set()
+
+    clock = broker.clock
+    assert isinstance(clock, ManualClock)
+    with Worker(app) as worker:
+        while not broker.jobs(SCHEDULES):
+            assert worker.failure is None
+            time.sleep(0.001)
+        clock.advance(1)
+        assert fired_.wait(30)
+    is_full.set()
+    tried.clear()
+    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 60.0)
+    other = App(broker)
+    other.periodic(every(5))(other.task(name="other")(lambda: None))
+    waits = Worker(other)
+    waits.start()
+    assert tried.wait(30)
+    before = time.monotonic()
+    waits.stop()
+    assert time.monotonic() - before < 30
+    assert waits.failure is None
 
 
 # -- In a program

@@ -246,6 +246,27 @@ def test_the_time_goes_on_in_large_steps_after_the_wall_clock_was_set() -> None:
         assert testing.enqueued(report)
 
 
+def test_a_year_of_a_yearly_schedule_is_a_few_steps() -> None:
+    with App(":memory:") as other:
+        other.periodic("0 0 1 1 *")(other.task(name="yearly")(lambda: None))
+        with other.testing() as testing:
+            advances: list[float] = []
+            advance = testing.clock.advance
+            testing.clock.advance = lambda seconds: (advances.append(seconds), advance(seconds))[1]  # type: ignore[method-assign, assignment, func-returns-value]  # counts the steps
+            testing.advance(3 * 366 * 86_400)
+            assert len(testing.enqueued(other.tasks["yearly"])) == 3
+            assert len(advances) < 10
+
+
+def test_a_schedule_that_is_gone_ends_while_the_time_goes_on() -> None:
+    with App(":memory:") as other:
+        other.periodic("0 0 1 1 *")(other.task(name="yearly")(lambda: None))
+        with other.testing() as testing:
+            other.schedules.clear()
+            testing.advance(1000)
+            assert not testing.broker.jobs("rivetq.schedules")
+
+
 def test_a_handler_that_lets_the_time_pass_loses_its_lease_and_no_more() -> None:
     with App(":memory:") as other:
 

@@ -275,7 +275,13 @@ class Scheduler:
     def run(self) -> None:
         """Until `stop`, or until the broker fails or is closed, which it raises."""
         try:
-            self.reconcile()
+            while True:
+                try:
+                    self.reconcile()
+                    break
+                except CapacityError as full:
+                    if self._pause(full):
+                        return
             self._run()
         finally:
             self.close()
@@ -316,7 +322,7 @@ class Scheduler:
 
     def _pause(self, error: BaseException) -> bool:
         """Before it is tried again, since that passes; whether to stop instead."""
-        logger.warning("no space to fire schedules; again in %s s: %s", AGAIN_S, error)
+        logger.warning("no room to fire schedules; again in %s s: %s", AGAIN_S, error)
         with suppress(queue.Empty):
             return self._inbox.get(timeout=AGAIN_S) is None
         return False
@@ -330,6 +336,21 @@ class Scheduler:
         while leases := self._broker.lease_many(SCHEDULES, TICKS):
             for lease in leases:
                 self.fire(lease)
+
+    def moments_ms(self) -> list[int]:
+        """When there is something to fire or to end, by the wall clock; a record that only looks at it is left out.
+
+        For tests, in which the clock is set by hand and a year may pass at once.
+        """
+        now_ms, moments = self._broker.clock.wall_ms(), list[int]()
+        for job in self._broker.jobs(SCHEDULES, limit=10_000):
+            content = _content(job.payload)
+            known = None if content is None else self._known(content["schedule"])
+            if known is not None and content["spec"] == known.spec.text and content["tick_ms"] > now_ms:
+                moments.append(content["tick_ms"])
+            elif job.due_at is not None:
+                moments.append(_ms(job.due_at))
+        return moments
 
     def reconcile(self) -> None:
         """One record for each schedule, as the program has it now; those of others stay until they are due."""

@@ -116,8 +116,7 @@ class TestingApp:
         """Let time pass, and schedules enqueue what they are due for, tick by tick. Runs no task: see `drain`."""
         end_ms = self.clock.wall_ms() + _ms(seconds)
         while (left_ms := end_ms - self.clock.wall_ms()) > 0:
-            due = [job.due_at for job in self.broker.jobs(SCHEDULES, limit=10_000) if job.due_at is not None]
-            next_ms = min((round(at.timestamp() * 1000) for at in due), default=end_ms)
+            next_ms = min(self._scheduler.moments_ms(), default=end_ms)
             step_ms = next_ms - self.clock.wall_ms()
             if step_ms <= 0:  # the wall clock was set, and says nothing about when the record comes
                 step_ms = 1000

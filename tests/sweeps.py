@@ -187,7 +187,13 @@ def _reopening(sweep: Sweep, number: int, fsync: str) -> None:
     life.end()
     life.disk.mend()
     again = Life(directory, same_moment(life.clock), fsync, life.disk)
-    life.disk.before = lambda n: sweep._cut(life, f"{what}, power cut before operation {n}", ("none", "all", "each"))
+
+    def cut(operation: int) -> None:
+        for lsn, body in again.bodies.items():  # what the opening's sweep has written by now
+            life.bodies.setdefault(lsn, body)
+        sweep._cut(life, f"{what}, power cut before operation {operation}", ("none", "all", "each"))
+
+    life.disk.before = cut
     try:
         again.open()
         life.disk.before = None

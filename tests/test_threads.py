@@ -35,7 +35,6 @@ from rivetq import (
 from rivetq.engine import Enqueue
 from rivetq.io import SystemDisk
 from rivetq.owner import DirectoryLock
-from rivetq.segment import SegmentFile
 from rivetq.testing import ManualClock
 
 AT_ONCE = RetryPolicy(max_attempts=None, base=0, jitter="none")
@@ -688,17 +687,13 @@ def test_a_close_that_was_cut_short_is_finished_by_the_next(
         assert broker.stats("q").ready == 1
 
 
-def test_an_interrupt_in_the_middle_of_a_rotation_stops_the_broker(tmp_path: Path) -> None:
+def test_an_interrupt_in_the_middle_of_a_rotation_stops_the_broker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The log knows of the new segment in one place and not in another."""
-
-    class Files(dict[int, SegmentFile]):
-        def __setitem__(self, segment: int, file: SegmentFile) -> None:
-            raise KeyboardInterrupt
-
     with Broker(tmp_path / "q") as broker:
         broker.enqueue("q", b"x")
-        log = inside(broker)._log
-        log._files = Files(log._files)
+        monkeypatch.setattr(inside(broker)._log._files, "put", interrupt)
         with pytest.raises(KeyboardInterrupt):
             broker.rotate()
         with pytest.raises(BrokerFailedError):

@@ -87,8 +87,12 @@ LOOSE_SHARE = 8
 """A job or key that is an object weighs some eight times as much as one in a run."""
 RUNS_READ = 64
 """Runs read back from the index after which those not at a head are put away again."""
-MANY_SEGMENTS = 16
-"""Every opening begins a segment: so many small ones are swept up even if they hold little."""
+MANY_SEGMENTS, SMALL_SEGMENT_BYTES = 16, 2**20
+"""Every opening begins a segment. More than so many, and one more for each so many bytes of log, are swept up though
+they hold little."""
+SWEEP_BYTES, SWEEP_BYTES_MOST = 2**20, 16 * 2**20
+"""Log that an opening sweeps up for each MANY_SEGMENTS that there are, and at most: a program that opens, makes one
+call and closes gives the keeper no turn."""
 COPY_JOBS, COPY_BYTES = 32, 256 * 1024
 """Jobs and payload bytes per record of a compaction."""
 WORTH_COPYING = 0.75
@@ -172,6 +176,8 @@ class LocalEngine(LiveEngine):
         found = recover(self._disk, self._path, self._index, clock, self._new_machine)
         super().__init__(found.machine, clock, found.now_ms)
         self._open_log(found, release_on_open)
+        with suppress(DiskFullError):  # the keeper tries it again
+            self._sweep()
 
     def _new_machine(self) -> Machine:
         return Machine(cache_bytes=self._cache_bytes, id_block=0 if self._fsync == "always" else RELAXED_ID_BLOCK)
@@ -633,14 +639,56 @@ class LocalEngine(LiveEngine):
         slack = 0 if self._short_of_space else self._segment_bytes  # on a full disk every byte counts
         total, limit = sum(sizes.values()), 2 * sum(live.values()) + slack
         upto = 0
-        if total <= slack:
-            return sorted(sizes)[-2] if len(sizes) > MANY_SEGMENTS else 0
-        for segment in sorted(sizes)[:-1]:
-            if total <= limit and live.get(segment, 0):
-                break
-            total -= sizes[segment] - live.get(segment, 0)
-            upto = segment
+        if total > slack:
+            for segment in sorted(sizes)[:-1]:
+                if total <= limit and live.get(segment, 0):
+                    break
+                total -= sizes[segment] - live.get(segment, 0)
+                upto = segment
+        return upto or self._small_upto(sizes, max(self._segment_bytes, sizes[min(sizes)]))
+
+    def _small_upto(self, sizes: dict[int, int], room: int) -> int:
+        """If many segments hold little: the last of the oldest ones that have no more than `room` bytes, 0 if none.
+
+        What is large and lies before them has to be copied first, a segment at a time. That is why so many bytes allow
+        one segment more: sweeping goes on until the small ones are one, and not before it is worth its while.
+        """
+        small = min(SMALL_SEGMENT_BYTES, self._segment_bytes // 4)
+        upto = 0
+        if len(sizes) > MANY_SEGMENTS + sum(sizes.values()) // small:
+            for segment in sorted(sizes)[:-1]:
+                room -= sizes[segment]
+                if room < 0:
+                    break
+                upto = segment
         return upto
+
+    def _sweep(self) -> None:
+        """At an opening: if many segments hold little, put what lives in the oldest of them into the new one.
+
+        The more there are, the more it may copy: what an opening pays on average has a limit, and so has their number.
+        Damage is left for the keeper to meet: no opening is refused, after it changed something, for the sake of this.
+        """
+        sizes = dict(self._log.sizes)
+        upto = self._small_upto(sizes, min(SWEEP_BYTES_MOST, SWEEP_BYTES * len(sizes) // MANY_SEGMENTS))
+        if upto and all(map(self._is_whole, (s for s in sizes if s <= upto))):
+            with self._keeper_lock:
+                self._compact(upto)
+
+    def _is_whole(self, segment: int) -> bool:
+        """All records of a sealed segment can be read."""
+        try:
+            file, upto_lsn = self._log.open_segment(segment), self._last_lsn_in(segment)
+            scan = Scan(file.read_all(), read_header(file))
+            for _ in scan.records(upto_lsn):
+                pass
+        except (StorageError, OSError):
+            return False
+        return scan.next_lsn > upto_lsn
+
+    def _last_lsn_in(self, segment: int) -> int:
+        """Of a sealed segment."""
+        return read_header(self._log.open_segment(segment + 1)).first_lsn - 1
 
     def _copyable_upto(self) -> int:
         """On demand: the last segment with a fair share of garbage; all before it must go first."""
@@ -705,10 +753,8 @@ class LocalEngine(LiveEngine):
 
     def _contents(self, segment: int) -> Iterator[_Live]:
         """The jobs and keys that were written in a sealed segment; CorruptLogError if it cannot be read whole."""
-        file, successor = self._log.open_segment(segment), self._log.open_segment(segment + 1)
-        data = file.read_all()
-        upto_lsn = read_header(successor).first_lsn - 1
-        scan = Scan(data, read_header(file))
+        file, upto_lsn = self._log.open_segment(segment), self._last_lsn_in(segment)
+        scan = Scan(file.read_all(), read_header(file))
         for record in scan.records(upto_lsn):
             yield from self._live_in(record)
             self._rest()

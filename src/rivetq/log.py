@@ -38,7 +38,16 @@ from .errors import DiskFullError
 from .histogram import Tally, doubling
 from .io import Disk, write_all
 from .record import ALIGN, HEADER_BYTES, encode_frame, frame_bytes
-from .segment import Header, SegmentFile, corrupt, encode_header, segment_id, segment_name
+from .segment import (
+    OPEN_SEGMENTS,
+    OUT_OF_DESCRIPTORS,
+    Header,
+    SegmentFile,
+    SegmentFiles,
+    corrupt,
+    encode_header,
+    segment_id,
+)
 from .state import Place
 
 RESERVE_BYTES = 256 * 1024
@@ -128,7 +137,8 @@ class Log:
         self._writing = 0  # the thread that does it
         self._syncing = 0
         self._mark_fd = -1
-        self._files: dict[int, SegmentFile] = {}  # open segments by id
+        # Of the tail and the spares there are references of their own: they stay open whatever is let go here.
+        self._files = SegmentFiles(disk, directory, OPEN_SEGMENTS)
         self.records = self.syncs = self.bytes_written = 0
         self.jobs = 0  # in all records so far; counted by the engine
         self._jobs_synced = 0
@@ -312,7 +322,7 @@ class Log:
             )
         )
         self._buffer.append(_Begin(spare, header))
-        self._files[header.id] = spare
+        self._files.put(header.id, spare)
         self._tail_id = header.id
         self._tail_offset = header.size
         self._tail = spare
@@ -416,8 +426,25 @@ class Log:
         # Caller holds _write_lock. The frames of the same buffer are in the file before it gets its name: what a
         # recovery writes again must not be cut off by a header that stands alone.
         if begun is not None:
-            begun.file.publish(os.path.join(self._directory, segment_name(begun.header.id)))
+            path = self._files.path(begun.header.id)
+            try:
+                begun.file.publish(path)
+            except OSError as error:
+                if error.errno not in OUT_OF_DESCRIPTORS:
+                    raise
+                self._sync_names()  # all but this is done: nothing else of it opens a file
+                begun.file.path = path
             self.syncs += 1
+
+    def _sync_names(self) -> None:
+        """Make the names in the directory durable. If the program has no descriptor left, a segment gives its own."""
+        try:
+            self._disk.sync_directory(self._directory)
+        except OSError as error:
+            if error.errno not in OUT_OF_DESCRIPTORS:
+                raise
+            self._files.shed()
+            self._disk.sync_directory(self._directory)
 
     def sync(self) -> int:
         """Write the buffer and wait until it is on disk; the last durable lsn. One caller at a time (see group)."""
@@ -500,22 +527,18 @@ class Log:
 
     def open_segment(self, segment: int) -> SegmentFile:
         """The open file of a segment. Raises FileNotFoundError if it was dropped."""
-        file = self._files.get(segment)
-        if file is None:
-            file = SegmentFile.open(self._disk, os.path.join(self._directory, segment_name(segment)))
-            self._files[segment] = file
-        return file
+        return self._files.get(segment)
 
     def drop(self, upto: int) -> None:
         """Remove the segments up to this id, oldest first. That they are not needed is on disk already."""
         numbers = sorted(s for s in self.sizes if s <= upto)
         for number in numbers:
             with contextlib.suppress(FileNotFoundError):
-                self._disk.unlink(os.path.join(self._directory, segment_name(number)))
-            self._files.pop(number, None)
+                self._disk.unlink(self._files.path(number))
+            self._files.forget(number)
             del self.sizes[number]
         if numbers:
-            self._disk.sync_directory(self._directory)
+            self._sync_names()
 
     def close(self) -> None:
         """Sync, give back the preallocated rest of the tail, close all files. Raises as `sync` does."""
@@ -530,10 +553,12 @@ class Log:
         """Close all files as they are."""
         with self._spare_lock:
             self._closed = True
-        for file in [*self._files.values(), *self._spares]:
-            file.close()  # an error that somebody keeps holds the frames of its traceback, and what is in them
+        self._files.close()
+        begun = [item.file for item in self._buffer if isinstance(item, _Begin)]
+        for file in [self._file, self._tail, *begun, *self._spares]:
+            if file is not None:
+                file.close()
         self._file = self._tail = None
-        self._files.clear()
         self._spares.clear()
         self._buffer.clear()
         fd, self._mark_fd = self._mark_fd, -1

@@ -30,7 +30,18 @@ from .io import Disk, read_file
 from .log import list_segments, read_mark
 from .machine import Machine
 from .record import frame_bytes
-from .segment import Header, Record, Scan, SegmentFile, corrupt, read_header, segment_name
+from .segment import (
+    OPEN_SEGMENTS,
+    OPEN_TO_READ,
+    Header,
+    Record,
+    Scan,
+    SegmentFile,
+    SegmentFiles,
+    corrupt,
+    read_header,
+    segment_name,
+)
 from .state import Place
 
 logger = logging.getLogger("rivetq")
@@ -126,36 +137,57 @@ def records(disk: Disk, directory: str) -> Iterator[tuple[SegmentFile, Record]]:
     if not numbers:
         return
     try:
-        reader = _Reader(disk, log_directory, numbers)
+        reader = _Reader(disk, log_directory, numbers, OPEN_SEGMENTS)
     except FileNotFoundError:
-        reader = _Reader(disk, log_directory, list_segments(disk, log_directory))
+        reader = _Reader(disk, log_directory, list_segments(disk, log_directory), OPEN_SEGMENTS)
     reader.check_links()
-    for i, file in enumerate(reader.files[:-1]):
-        for record in reader.read_sealed(i):
-            yield file, record
-    for record in reader.read_tail(read_mark(mark, reader.headers[-1].log_id))[1]:
-        yield reader.files[-1], record
+    try:
+        reader.open_oldest()
+        for i in range(len(reader.numbers) - 1):
+            for record in reader.read_sealed(i):
+                yield reader.file(i), record
+        for record in reader.read_tail(read_mark(mark, reader.headers[-1].log_id))[1]:
+            yield reader.file(-1), record
+    except FileNotFoundError as error:
+        raise StorageError(f"{directory}: its owner dropped segments before they were read; again") from error
 
 
 class _Reader:
     """The segments of a directory, headers first."""
 
-    def __init__(self, disk: Disk, directory: str, numbers: list[int]) -> None:
+    def __init__(self, disk: Disk, directory: str, numbers: list[int], most: int = OPEN_TO_READ) -> None:
         # A power cut may bring back some of the segments that were just dropped, and others not. What counts is behind
         # the last gap, if the log says that the others may be missing (see _check_oldest).
         first = max((i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1), default=0)
         self.numbers, self.dropped = numbers[first:], numbers[:first]
-        numbers = self.numbers
-        self.files = [SegmentFile.open(disk, os.path.join(directory, segment_name(n))) for n in numbers]
-        self.headers = [read_header(file) for file in self.files]
-        self._directory = directory
+        self._most = most
+        self._files = SegmentFiles(disk, directory, most)
+        self.headers: list[Header] = []
+        self.sizes: list[int] = []
+        for i in range(len(self.numbers)):
+            header = read_header(self.file(i))
+            # Only the first one's is ever loaded, and with many queues each is long.
+            self.headers.append(header if i == 0 else attrs.evolve(header, snapshot=b""))
+            self.sizes.append(self.file(i).size)
+
+    def file(self, i: int) -> SegmentFile:
+        """The file of a segment, open. Raises FileNotFoundError if it was dropped meanwhile."""
+        return self._files.get(self.numbers[i])
+
+    def path(self, i: int) -> str:
+        return self._files.path(self.numbers[i])
+
+    def open_oldest(self) -> None:
+        """As many as may be open: what is open can be read to its end, and the oldest are the first to go."""
+        for i in reversed(range(min(self._most, len(self.numbers)))):
+            self.file(i)
 
     def check_links(self) -> None:
         """Every segment is in place, and of one log."""
-        for number, header, file in zip(self.numbers, self.headers, self.files, strict=True):
-            if header.id != number or header.log_id != self.headers[-1].log_id:
+        for i, header in enumerate(self.headers):
+            if header.id != self.numbers[i] or header.log_id != self.headers[-1].log_id:
                 raise corrupt(
-                    file.path, 0, f"this is segment {header.id} of log {header.log_id.hex()}, not of this place"
+                    self.path(i), 0, f"this is segment {header.id} of log {header.log_id.hex()}, not of this place"
                 )
 
     def recovered(self, index: Index | None, new_machine: Callable[[], Machine], mark_lsn: int) -> Recovered:
@@ -166,7 +198,7 @@ class _Reader:
         end_lsn = max(end_lsn, applied_lsn)  # the index is never ahead of the disk: one more witness
         if machine is None:
             machine = new_machine()
-            self._load_snapshot(machine, self.headers[0], self.files[0])
+            self._load_snapshot(machine)
             applied_lsn = self.headers[0].first_lsn - 1
             logger.info("rivetq: no usable index, rebuilding from %d log segments", len(self.numbers))
             rebuilding = True
@@ -176,7 +208,7 @@ class _Reader:
         for i in range(start, len(self.numbers) - 1):
             for record in self.read_sealed(i):
                 if record.frame.lsn > applied_lsn:
-                    apply_record(machine, self.files[i].path, record, self.numbers[i])
+                    apply_record(machine, self.path(i), record, self.numbers[i])
             if rebuilding:
                 logger.info(
                     "rivetq: rebuilding, segment %d of %d done, %d jobs", i + 1, len(self.numbers), len(machine.jobs)
@@ -196,21 +228,20 @@ class _Reader:
         for record in tail:
             if record.frame.lsn > end_lsn:
                 found.surplus.append(record.body)
-                oldest = max(oldest, _dropped_upto(self.files[-1].path, record) + 1)
+                oldest = max(oldest, _dropped_upto(self.path(-1), record) + 1)
                 continue
             found.end_crc = record.frame.crc
             found.end_offset = record.at + frame_bytes(record.frame.length)
             if record.frame.lsn > applied_lsn:
-                apply_record(machine, self.files[-1].path, record, last.id)
+                apply_record(machine, self.path(-1), record, last.id)
         self._check_oldest(max(oldest, machine.oldest_segment))
-        found.sizes = {n: file.size for n, file in zip(self.numbers, self.files, strict=True)}
+        found.sizes = dict(zip(self.numbers, self.sizes, strict=True))
         found.sizes.update(dict.fromkeys(self.dropped, 0))  # so that the log drops them once more
         return found
 
     def read_tail(self, mark_lsn: int) -> tuple[Scan, list[Record]]:
         """The last segment up to its end; CorruptLogError if a record that was synced is not there."""
-        file = self.files[-1]
-        scan = Scan(file.read_all(), self.headers[-1])
+        scan = Scan(self.file(-1).read_all(), self.headers[-1])
         records = list(scan.records())
         witness_lsn = max(mark_lsn, scan.later_witness_lsn())
         if witness_lsn >= scan.next_lsn:
@@ -219,17 +250,17 @@ class _Reader:
 
     def _lost(self, scan: Scan, witness_lsn: int) -> CorruptLogError:
         what = f"record {scan.next_lsn} is not there, but was on disk (up to {witness_lsn} were)"
-        return corrupt(self.files[-1].path, scan.end_in_file, what)
+        return corrupt(self.path(-1), scan.end_in_file, what)
 
     def read_sealed(self, i: int) -> list[Record]:
         """All records of a segment that has a successor."""
         upto_lsn = self.headers[i + 1].first_lsn - 1
-        scan = Scan(self.files[i].read_all(), self.headers[i])
+        scan = Scan(self.file(i).read_all(), self.headers[i])
         records = list(scan.records(upto_lsn))
         if scan.next_lsn <= upto_lsn:
-            raise corrupt(self.files[i].path, scan.end_in_file, f"record {scan.next_lsn} cannot be read")
+            raise corrupt(self.path(i), scan.end_in_file, f"record {scan.next_lsn} cannot be read")
         if scan.last_crc != self.headers[i + 1].previous_crc:
-            raise corrupt(self.files[i].path, scan.end_in_file, "the next segment continues another history")
+            raise corrupt(self.path(i), scan.end_in_file, "the next segment continues another history")
         return records
 
     def _from_index(
@@ -250,17 +281,17 @@ class _Reader:
             return None, 0
         return machine, manifest.applied_lsn
 
-    def _load_snapshot(self, machine: Machine, header: Header, file: SegmentFile) -> None:
+    def _load_snapshot(self, machine: Machine) -> None:
         try:
-            machine.load(decode_snapshot(header.snapshot))
+            machine.load(decode_snapshot(self.headers[0].snapshot))
         except ValueError as error:
-            raise corrupt(file.path, 0, f"the snapshot in the header cannot be read: {error}") from error
+            raise corrupt(self.path(0), 0, f"the snapshot in the header cannot be read: {error}") from error
 
     def _check_oldest(self, oldest: int) -> None:
         """Segments go oldest first and only after the log said so: without its word a missing one is a loss."""
         if self.numbers[0] > oldest:
             missing = next(n for n in range(oldest, self.numbers[0]) if n not in self.dropped)
-            raise corrupt(os.path.join(self._directory, segment_name(missing)), 0, "the segment is missing")
+            raise corrupt(self._files.path(missing), 0, "the segment is missing")
 
 
 def _dropped_upto(path: str, record: Record) -> int:

@@ -40,7 +40,7 @@ from .log import Log, list_segments, read_mark
 from .machine import Machine
 from .record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes
 from .recovery import time_line
-from .segment import HEADER_SALT_AT, Header, SegmentFile, corrupt, read_header, segment_name
+from .segment import HEADER_SALT_AT, Header, SegmentFile, SegmentFiles, corrupt, read_header, segment_name
 from .state import Place, Snapshot
 
 REPORT = "salvage.json"
@@ -105,13 +105,20 @@ def salvage(disk: Disk, directory: str, out: str, clock: Clock) -> Salvage:
 class _Part:
     """One segment file, its header if that can be read."""
 
-    def __init__(self, file: SegmentFile, number: int) -> None:
-        self.file = file
+    def __init__(self, files: SegmentFiles, number: int) -> None:
+        self._files = files
         self.number = number
+        self.path = files.path(number)
+        self.size = self.file.size
         self.header: Header | None = None
         self.snapshot: Snapshot | None = None
         self.upto_lsn: int | None = None
         """Records from this one on are those of a later segment. None: nobody knows."""
+
+    @property
+    def file(self) -> SegmentFile:
+        """Open."""
+        return self._files.get(self.number)
 
 
 class _Wreck:
@@ -125,7 +132,8 @@ class _Wreck:
         self.machine = Machine()
         self._disk = disk
         self._directory = directory
-        self._parts = {n: _Part(SegmentFile.open(disk, os.path.join(directory, segment_name(n))), n) for n in numbers}
+        files = SegmentFiles(disk, directory)
+        self._parts = {number: _Part(files, number) for number in numbers}
         self._names: dict[int, str] = {}
         self._last_lsn = 0
 
@@ -181,7 +189,7 @@ class _Wreck:
                 part.header = read_header(part.file)
                 part.snapshot = decode_snapshot(part.header.snapshot)
             except (CorruptLogError, ValueError, OSError) as error:
-                self._note(part.file.path, 0, 0, f"the header cannot be read: {error}")
+                self._note(part.path, 0, 0, f"the header cannot be read: {error}")
             if part.snapshot is not None:
                 self._names.update((queue.number, queue.name) for queue in part.snapshot.queues)
 
@@ -194,9 +202,9 @@ class _Wreck:
             header = part.header
             original = None if header is None else self._parts.get(header.id)
             if header is not None and header.log_id != log_id:
-                self._note(part.file.path, 0, part.file.size, "this is a file of another log")
+                self._note(part.path, 0, part.size, "this is a file of another log")
             elif header is not None and original not in (None, part) and _same(header, original):
-                self._note(part.file.path, 0, part.file.size, f"this is a copy of segment {header.id}")
+                self._note(part.path, 0, part.size, f"this is a copy of segment {header.id}")
             else:
                 order.append(part)
                 continue
@@ -217,17 +225,17 @@ class _Wreck:
             return part.file.read_all()
         except OSError:
             pieces = []
-            for at in range(0, part.file.size, _SECTOR_BYTES):
-                size = min(_SECTOR_BYTES, part.file.size - at)
+            for at in range(0, part.size, _SECTOR_BYTES):
+                size = min(_SECTOR_BYTES, part.size - at)
                 try:
                     pieces.append(part.file.read(size, at))
                 except OSError as error:
-                    self._note(part.file.path, at, at + size, f"the disk does not give these bytes: {error.strerror}")
+                    self._note(part.path, at, at + size, f"the disk does not give these bytes: {error.strerror}")
                     pieces.append(bytes(size))
             return b"".join(pieces)
 
     def _replay(self, part: _Part) -> None:
-        data, path = self._data(part), part.file.path
+        data, path = self._data(part), part.path
         if part.snapshot is not None:
             self._resume(part.snapshot)
         at = 0 if part.header is None else part.header.size
@@ -267,7 +275,7 @@ class _Wreck:
         try:
             now_ms, events = decode_record(body)
         except ValueError as error:
-            self._note(part.file.path, at, at + frame_bytes(frame.length), f"record {frame.lsn}: {error}")
+            self._note(part.path, at, at + frame_bytes(frame.length), f"record {frame.lsn}: {error}")
             return
         self.report.records += 1
         machine = self.machine

@@ -29,6 +29,8 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -51,6 +53,10 @@ FIRST_ZEROS_BYTES = 1 << 16  # at creation; small, so that opening a directory c
 _PREFIX = struct.Struct("<8sIII")
 _FIXED = struct.Struct("<IIIQQQQ16s40s")
 HEADER_SALT_AT = _PREFIX.size + 4
+OPEN_SEGMENTS, OPEN_TO_READ = 40, 12
+"""Segments that a log, and a reader of a directory, keep open at most. With the tail, the spares and those that threads
+have in hand a broker stays below 64 descriptors of segments, also while it makes a backup."""
+OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 
 
 @attrs.frozen(kw_only=True)
@@ -310,6 +316,73 @@ class SegmentFile:
 
     def __del__(self) -> None:
         self.close()
+
+
+class SegmentFiles:
+    """The segments of a directory, opened when they are read.
+
+    Of more than `most` the one that was not used for longest is let go; a reader that has it in hand reads on, since
+    its descriptor is closed with the last reference. Thread-safe.
+    """
+
+    def __init__(self, disk: Disk, directory: str, most: int = OPEN_TO_READ) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._most = most
+        # Guards the files below. It is held while one is opened, so that two readers do not open it twice.
+        self._lock = threading.Lock()
+        self._files: OrderedDict[int, SegmentFile] = OrderedDict()  # the one used last is the last
+
+    def path(self, number: int) -> str:
+        return os.path.join(self._directory, segment_name(number))
+
+    def get(self, number: int) -> SegmentFile:
+        """An open file. Raises FileNotFoundError if there is none, and OSError as the system does."""
+        with self._lock:
+            file = self._files.get(number)
+            if file is not None:
+                self._files.move_to_end(number)
+                return file
+            try:
+                file = SegmentFile.open(self._disk, self.path(number))
+            except OSError as error:
+                # The program has used up its descriptors. It can do without those that are kept here.
+                if error.errno not in OUT_OF_DESCRIPTORS or not self._files:
+                    raise
+                self._files.clear()
+                file = SegmentFile.open(self._disk, self.path(number))
+            self._keep(number, file)
+            return file
+
+    def put(self, number: int, file: SegmentFile) -> None:
+        """Keep a file that is open already."""
+        with self._lock:
+            self._keep(number, file)
+
+    def _keep(self, number: int, file: SegmentFile) -> None:
+        # Caller holds _lock.
+        self._files[number] = file
+        while len(self._files) > self._most:
+            self._files.popitem(last=False)
+
+    def forget(self, number: int) -> None:
+        """Let go of a file, if it is kept."""
+        with self._lock:
+            self._files.pop(number, None)
+
+    def shed(self) -> None:
+        """Let go of all of them: somebody needs descriptors."""
+        with self._lock:
+            self._files.clear()
+
+    def close(self) -> None:
+        """Close what is kept, and keep none from now on."""
+        with self._lock:
+            self._most = 0
+            files = list(self._files.values())
+            self._files.clear()
+        for file in files:
+            file.close()  # an error that somebody keeps holds the frames of its traceback, and what is in them
 
 
 def read_header(file: SegmentFile) -> Header:

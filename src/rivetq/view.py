@@ -23,10 +23,8 @@ from .log import read_payload
 from .machine import Machine
 from .model import Job, JobState, moment
 from .recovery import Recovered, beside_its_owner, recover, replay
-from .segment import SegmentFile, segment_name
+from .segment import OPEN_SEGMENTS, SegmentFile, segment_name
 from .state import Place
-
-OPEN_FILES = 64
 
 
 class MovedError(Exception):
@@ -72,7 +70,7 @@ class ViewEngine(LiveEngine):
         """Raises MovedError."""
         files: dict[int, SegmentFile] = {}
         for entry in entries:  # first: the owner may drop a segment while the others are read
-            if entry.segment not in files and len(files) < OPEN_FILES:
+            if entry.segment not in files and len(files) < OPEN_SEGMENTS:
                 files[entry.segment] = self._segment(entry)
         return [self._payload(entry, files.get(entry.segment) or self._segment(entry)) for entry in entries]
 

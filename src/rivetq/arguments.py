@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from .errors import UsageError
-from .model import JobState, read_only
+from .model import JobState, quoted, read_only
 
 MAX_ERROR_BYTES = 4096
 MAX_QUEUE_BYTES, MAX_KEY_BYTES = 255, 256
@@ -83,7 +83,7 @@ def checked_state(state: object) -> JobState | None:
     with suppress(ValueError):
         if isinstance(state, str):
             return JobState(state)
-    raise UsageError(f"state: one of {', '.join(repr(s.value) for s in JobState)} expected, got {state!r}")
+    raise UsageError(f"state: one of {', '.join(repr(s.value) for s in JobState)} expected, got {quoted(state)}")
 
 
 def checked_headers(headers: object) -> Mapping[str, str]:
@@ -91,7 +91,7 @@ def checked_headers(headers: object) -> Mapping[str, str]:
         raise UsageError(f"headers: a mapping of str to str expected, got {type(headers).__name__}")
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
-            raise UsageError(f"headers: str to str expected, got {name!r}: {value!r}")
+            raise UsageError(f"headers: str to str expected, got {quoted(name)}: {quoted(value)}")
     return read_only(headers)
 
 
@@ -101,7 +101,7 @@ def checked_path(path: object) -> str:
     except TypeError:
         raise UsageError(f"path: a str or os.PathLike expected, got {type(path).__name__}") from None
     if not text or "\0" in text:
-        raise UsageError(f"path: a directory expected, got {text!r}")
+        raise UsageError(f"path: a directory expected, got {quoted(text)}")
     return text
 
 
@@ -128,7 +128,7 @@ def _check_keys(value: object) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise TypeError(f"keys must be str, got {key!r}")
+                raise TypeError(f"keys must be str, got {quoted(key)}")
             _check_keys(item)
     elif isinstance(value, (list, tuple)):
         for item in value:

@@ -58,6 +58,7 @@ from .model import (
     duration_ms,
     moment,
     moment_ms,
+    quoted,
 )
 
 MEMORY = ":memory:"
@@ -170,7 +171,7 @@ class _Enqueues:
                 if key is not None:
                     checked_text(key, "idempotency_key", MAX_KEY_BYTES)
         if on_duplicate not in ("return", "raise"):
-            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {on_duplicate!r}")
+            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {quoted(on_duplicate)}")
         if retry is not None and not isinstance(retry, RetryPolicy):
             raise UsageError(f"retry: a RetryPolicy expected, got {type(retry).__name__}")
         return Enqueue(
@@ -256,9 +257,9 @@ class Broker(_Enqueues):
         if unknown:
             raise UsageError(f"{', '.join(unknown)}: no such option of a broker")
         if fsync not in ("always", "interval", "never"):
-            raise UsageError(f"fsync: 'always', 'interval' or 'never' expected, got {fsync!r}")
+            raise UsageError(f"fsync: 'always', 'interval' or 'never' expected, got {quoted(fsync)}")
         if not isinstance(release_on_open, bool):
-            raise UsageError(f"release_on_open: True or False expected, got {release_on_open!r}")
+            raise UsageError(f"release_on_open: True or False expected, got {quoted(release_on_open)}")
         interval_ms = duration_ms(fsync_interval, "fsync_interval")
         if not interval_ms:
             raise UsageError("fsync_interval: above 0 expected; for a sync in every call use fsync='always'")
@@ -501,7 +502,7 @@ class Broker(_Enqueues):
         if visibility_timeout is not ...:
             changes["visibility_timeout"] = duration_ms(visibility_timeout, "visibility_timeout") / 1000
         if max_jobs is not ...:
-            changes["max_jobs"] = None if max_jobs is None else checked_int(max_jobs, "max_jobs", 1)
+            changes["max_jobs"] = None if max_jobs is None else checked_int(max_jobs, "max_jobs", 1, 2**63 - 1)
         if idempotency_ttl is not ...:
             changes["idempotency_ttl"] = duration_ms(idempotency_ttl, "idempotency_ttl") / 1000
         return self._engine.configure(queue, changes) if changes else self._engine.config(queue)
@@ -606,7 +607,7 @@ class Broker(_Enqueues):
             UsageError: the queue is in memory.
         """
         if not isinstance(link, bool):
-            raise UsageError(f"link: True or False expected, got {link!r}")
+            raise UsageError(f"link: True or False expected, got {quoted(link)}")
         return self._engine.backup(os.path.abspath(checked_path(out)), link=link)
 
     def checkpoint(self) -> None:

@@ -32,7 +32,7 @@ from .events import (
     Retried,
 )
 from .machine import Machine
-from .model import NO_HEADERS, QueueConfig, RetryPolicy
+from .model import NO_HEADERS, QueueConfig, RetryPolicy, quoted
 from .state import PRIORITIES, Queue
 
 EXPIRY_BATCH = 1000
@@ -288,7 +288,8 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
             entry = machine.look(job_id)
             if entry is None or entry.queue is not queue or entry.state != DEAD:
                 raise JobNotFoundError(
-                    f"redrive: job {job_id} is no dead letter of queue {name!r}; nothing was changed", job_id=job_id
+                    f"redrive: job {quoted(job_id)} is no dead letter of queue {name!r}; nothing was changed",
+                    job_id=job_id,
                 )
         ids = ids[:limit]
     return Redriven(ids) if ids else None

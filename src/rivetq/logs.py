@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from rivetq import UsageError
 
 from .tasks import current_job
-from .texts import NAME_CHARS, cut, escaped
+from .texts import NAME_CHARS, cut, escaped, quoted
 
 MOST_CHARS = 2**16
 """Of a message, a traceback or a stack in a line: what an error says may hold a whole payload."""
@@ -127,7 +127,7 @@ def configure(
     try:
         target.setLevel(level.upper() if isinstance(level, str) else level)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"level: the name or number of a level of logging expected, got {level!r}") from error
+        raise UsageError(f"level: the name or number of a level of logging expected, got {quoted(level)}") from error
     handler = _Handler(stream)
     handler.setFormatter(JsonFormatter() if json else _PlainFormatter())
     handler.addFilter(JobFields())

@@ -32,6 +32,7 @@ except ImportError as error:
 from rivetq import Broker, Deliveries, Health, Histogram, JobState, QueueStats, RivetQError, UsageError
 
 from .tasks import App
+from .texts import quoted
 from .worker import Settled, Worker
 
 OTHER = "other"
@@ -77,7 +78,7 @@ class _Labels:
         if isinstance(queues, str):
             raise UsageError(f"queues: several names expected, got the str {queues!r}")
         if not isinstance(max_queues, int) or isinstance(max_queues, bool) or max_queues < 0:
-            raise UsageError(f"max_queues: an int of at least 0 expected, got {max_queues!r}")
+            raise UsageError(f"max_queues: an int of at least 0 expected, got {quoted(max_queues)}")
         self._lock = threading.Lock()  # guards the next: a server scrapes in many threads
         self._own = dict.fromkeys(queues or ())  # an ordered set; nothing is ever taken out
         self._own.pop(OTHER, None)

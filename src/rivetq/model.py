@@ -49,7 +49,7 @@ def duration_ms(value: object, name: str) -> int:
     else:
         raise UsageError(f"{name}: seconds (int, float) or a timedelta expected, got {_shown(value)}")
     if not 0 <= seconds <= MAX_DURATION_MS / 1000:
-        raise UsageError(f"{name}: 0 seconds to 100 years expected, got {_text(value)}")
+        raise UsageError(f"{name}: 0 seconds to 100 years expected, got {quoted(value)}")
     return math.ceil(round(seconds * 1000, 6))
 
 
@@ -61,7 +61,7 @@ def moment_ms(value: object, name: str) -> int:
         return math.ceil((value - _EPOCH) / _MILLISECOND)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not 0 <= value <= _LAST_MOMENT_S:
-            raise UsageError(f"{name}: epoch seconds from 0 to {_LAST_MOMENT_S} expected, got {_text(value)}")
+            raise UsageError(f"{name}: epoch seconds from 0 to {_LAST_MOMENT_S} expected, got {quoted(value)}")
         return math.ceil(round(value * 1000, 6))
     raise UsageError(f"{name}: an aware datetime or epoch seconds expected, got {_shown(value)}")
 
@@ -83,16 +83,17 @@ _EXACT_MS = 2**41
 _LAST_MOMENT_S = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that a datetime can show
 
 
-def _text(value: object) -> str:
+def quoted(value: object) -> str:
+    """A value in the message of an error, whatever it is: it may be the very reason of the error."""
     try:
         text = repr(value)
-    except ValueError:  # an int of more digits than Python prints
-        text = "very many digits"
+    except Exception as trouble:  # an int of more digits than Python prints, say
+        text = "very many digits" if isinstance(value, int) else f"(its text cannot be made: {type(trouble).__name__})"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _shown(value: object) -> str:
-    return f"{type(value).__name__} {_text(value)}"
+    return f"{type(value).__name__} {quoted(value)}"
 
 
 def checked_int(value: object, name: str, low: int, high: int | None = None) -> int:
@@ -101,7 +102,7 @@ def checked_int(value: object, name: str, low: int, high: int | None = None) -> 
         raise UsageError(f"{name}: an int expected, got {_shown(value)}")
     if value < low or (high is not None and value > high):
         span = f"at least {low}" if high is None else f"{low} to {high}"
-        raise UsageError(f"{name}: {span} expected, got {_text(value)}")
+        raise UsageError(f"{name}: {span} expected, got {quoted(value)}")
     return int(value)
 
 
@@ -109,7 +110,7 @@ def _number(value: object, name: str, low: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise UsageError(f"{name}: a number expected, got {_shown(value)}")
     if not low <= value <= 1e15:  # nan fails as well
-        raise UsageError(f"{name}: a number of at least {low:g} expected, got {_text(value)}")
+        raise UsageError(f"{name}: a number of at least {low:g} expected, got {quoted(value)}")
     return float(value)
 
 

@@ -28,6 +28,7 @@ import rivetq
 
 from .pools import text_of
 from .tasks import App, Call, CurrentJob, Outcome, Task
+from .texts import quoted
 
 # Of the semantic conventions for messaging, which are still marked as in development.
 SYSTEM = "messaging.system"
@@ -70,7 +71,7 @@ def instrument(app: App, tracer_provider: TracerProvider | None = None, *, new_t
             its own, which suits jobs that wait for days. It links to the enqueue's span in both.
     """
     if not isinstance(app, App):
-        raise rivetq.UsageError(f"instrument: an App expected, got {app!r}")
+        raise rivetq.UsageError(f"instrument: an App expected, got {quoted(app)}")
     if _of(app) is None:
         tracing = _Tracing(app, trace.get_tracer("rivetq", rivetq.__version__, tracer_provider), new_trace)
         app.around_hooks.insert(0, tracing)  # first: the other hooks, and what they log, are in the span

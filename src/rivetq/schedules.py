@@ -39,6 +39,8 @@ from rivetq import (
     UsageError,
 )
 
+from .texts import quoted
+
 logger = logging.getLogger("rivetq.worker")
 
 SCHEDULES = "rivetq.schedules"
@@ -95,7 +97,7 @@ def every(seconds: Duration) -> Every:
     """A schedule for `App.periodic`: every so many seconds (or a timedelta), a tenth of one at least."""
     number = seconds.total_seconds() if isinstance(seconds, timedelta) else seconds
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0.1 <= number <= 1e9:
-        raise UsageError(f"every: from 0.1 to 1e9 seconds, or a timedelta, expected, got {seconds!r}")
+        raise UsageError(f"every: from 0.1 to 1e9 seconds, or a timedelta, expected, got {quoted(seconds)}")
     return Every(float(number))
 
 
@@ -179,7 +181,7 @@ def _zone(name: str | tzinfo) -> tzinfo:
         return ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, TypeError, OSError) as error:
         raise UsageError(
-            f"timezone: {name!r} is not known here; where the system has no time zones: pip install tzdata"
+            f"timezone: {quoted(name)} is not known here; where the system has no time zones: pip install tzdata"
         ) from error
 
 
@@ -190,7 +192,7 @@ def spec_of(when: object, timezone: str | tzinfo) -> Spec:
     if isinstance(when, Every):
         return when
     if not isinstance(when, str):
-        raise UsageError(f"periodic: a cron expression or every(seconds) expected, got {when!r}")
+        raise UsageError(f"periodic: a cron expression or every(seconds) expected, got {quoted(when)}")
     words = " ".join(when.split())
     spec = Cron(_NICKNAMES.get(words, words), str(zone))
     cronsim = _cronsim()

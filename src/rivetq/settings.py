@@ -26,6 +26,7 @@ import attrs
 from rivetq import Broker, UsageError
 
 from .tasks import App
+from .texts import quoted
 from .worker import Concurrency, Worker
 
 PREFIX = "RIVETQ_"
@@ -281,7 +282,7 @@ def _checked(field: attrs.Attribute[Any], value: Any, name: str) -> Any:
     try:
         return field.metadata["parser"](value)
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{name}: {error}, got {value!r}") from error
+        raise UsageError(f"{name}: {error}, got {quoted(value)}") from error
 
 
 def _read(path: str) -> Mapping[str, Any]:

@@ -74,7 +74,7 @@ class Retry(Outcome):
         if delay is not None:
             seconds_of(delay, "delay")
         if error is not None and not isinstance(error, str):
-            raise UsageError(f"error: a str expected, got {error!r}")
+            raise UsageError(f"error: a str expected, got {quoted(error)}")
         self.delay = delay
         self.error = error
 
@@ -100,7 +100,7 @@ class Reject(Outcome):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         if not isinstance(reason, str):
-            raise UsageError(f"reason: a str expected, got {reason!r}")
+            raise UsageError(f"reason: a str expected, got {quoted(reason)}")
         self.reason = reason
 
     def __str__(self) -> str:
@@ -280,28 +280,28 @@ class Options:
 
     def __attrs_post_init__(self) -> None:
         if not is_name(self.queue) or len(self.queue.encode()) > 255:
-            raise UsageError(f"queue: a str of 1 to 255 bytes expected, got {self.queue!r}")
+            raise UsageError(f"queue: a str of 1 to 255 bytes expected, got {quoted(self.queue)}")
         if self.queue == SCHEDULES:
             raise UsageError(f"queue: {SCHEDULES!r} is for the records of schedules")
         if not _is_int(self.priority) or not 0 <= self.priority <= 9:
-            raise UsageError(f"priority: an int from 0 to 9 expected, got {self.priority!r}")
+            raise UsageError(f"priority: an int from 0 to 9 expected, got {quoted(self.priority)}")
         if self.retry is not None and not isinstance(self.retry, RetryPolicy):
-            raise UsageError(f"retry: a RetryPolicy expected, got {self.retry!r}")
+            raise UsageError(f"retry: a RetryPolicy expected, got {quoted(self.retry)}")
         if self.max_attempts is not None and (not _is_int(self.max_attempts) or self.max_attempts < 1):
-            raise UsageError(f"max_attempts: an int of at least 1 expected, got {self.max_attempts!r}")
+            raise UsageError(f"max_attempts: an int of at least 1 expected, got {quoted(self.max_attempts)}")
         if self.visibility_timeout is not None and not seconds_of(self.visibility_timeout, "visibility_timeout"):
             raise UsageError("visibility_timeout: above 0 seconds expected")
         seconds_of(self.delay, "delay")
         if self.on_duplicate not in ("return", "raise"):
-            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {self.on_duplicate!r}")
+            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {quoted(self.on_duplicate)}")
         if self.pool not in ("thread", "process"):
-            raise UsageError(f"pool: 'thread' or 'process' expected, got {self.pool!r}")
+            raise UsageError(f"pool: 'thread' or 'process' expected, got {quoted(self.pool)}")
         if self.time_limit is not None and not seconds_of(self.time_limit, "time_limit"):
             raise UsageError("time_limit: above 0 seconds expected")
         if self.headers is not None and not isinstance(self.headers, Mapping):
-            raise UsageError(f"headers: a mapping expected, got {self.headers!r}")
+            raise UsageError(f"headers: a mapping expected, got {quoted(self.headers)}")
         if self.transaction is not None and not isinstance(self.transaction, Transaction):
-            raise UsageError(f"transaction: one of the app's broker expected, got {self.transaction!r}")
+            raise UsageError(f"transaction: one of the app's broker expected, got {quoted(self.transaction)}")
         key = self.idempotency_key
         if key is not None and not callable(key) and not isinstance(key, str):
             raise UsageError(f"idempotency_key: a str or a callable expected, got {type(key).__name__}")
@@ -372,7 +372,7 @@ class Task(Generic[P, R_co]):
                 arguments a type checker checks.
         """
         if not isinstance(calls, Iterable) or isinstance(calls, str | bytes | Mapping):
-            raise UsageError(f"enqueue_many: calls expected, such as a list of tuples, got {calls!r}")
+            raise UsageError(f"enqueue_many: calls expected, such as a list of tuples, got {quoted(calls)}")
         checked = [self._checked(call) for call in calls]
         if len(checked) > 1 and isinstance(self.opts.idempotency_key, str):
             raise UsageError(
@@ -457,7 +457,7 @@ class Task(Generic[P, R_co]):
         elif isinstance(call, Mapping):
             call = Call((), call)
         elif not isinstance(call, Call):
-            raise UsageError(f"enqueue_many: tuples, mappings or {self.name}.call(...) expected, got {call!r}")
+            raise UsageError(f"enqueue_many: tuples, mappings or {self.name}.call(...) expected, got {quoted(call)}")
         self.bind(call.args, call.kwargs)
         return call
 
@@ -568,13 +568,13 @@ class App:
 
     def __init__(self, broker: Broker | str | os.PathLike[str], *, codec: Codec | None = None, **options: Any) -> None:
         if not isinstance(broker, Broker | str | os.PathLike):
-            raise UsageError(f"broker: an open Broker or the path of one expected, got {broker!r}")
+            raise UsageError(f"broker: an open Broker or the path of one expected, got {quoted(broker)}")
         if isinstance(broker, Broker) and options:
             raise UsageError(f"{', '.join(options)}: options are for a path, this broker is open already")
         if codec is not None and not (
             callable(getattr(codec, "dumps", None)) and callable(getattr(codec, "loads", None))
         ):
-            raise UsageError(f"codec: one with dumps and loads expected, got {codec!r}")
+            raise UsageError(f"codec: one with dumps and loads expected, got {quoted(codec)}")
         _check_options(options)
         self.codec = codec or TypedJson()
         self.tasks: dict[str, Task[..., Any]] = {}
@@ -713,13 +713,15 @@ class App:
         )  # fmt: skip
 
         if name is not None and not is_name(name):
-            raise UsageError(f"name: a str expected, got {name!r}")
+            raise UsageError(f"name: a str expected, got {quoted(name)}")
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
             if isinstance(function, Task):
                 raise UsageError(f"task: {function.name!r} is one already; app.periodic stands above app.task")
             if not inspect.isroutine(function) or isinstance(function, staticmethod | classmethod):
-                raise UsageError(f"task: a function expected, got {function!r}; options are given by name, queue=...")
+                raise UsageError(
+                    f"task: a function expected, got {quoted(function)}; options are given by name, queue=..."
+                )
             try:
                 inspect.signature(function)
             except (TypeError, ValueError) as error:
@@ -775,14 +777,14 @@ class App:
         """
         spec = spec_of(when, timezone)
         if misfire not in ("skip", "once", "all"):
-            raise UsageError(f"misfire: 'skip', 'once' or 'all' expected, got {misfire!r}")
+            raise UsageError(f"misfire: 'skip', 'once' or 'all' expected, got {quoted(misfire)}")
         late = seconds_of(grace, "grace")
         if isinstance(args, str) or not isinstance(args, Sequence):
-            raise UsageError(f"args: a sequence expected, got {args!r}")
+            raise UsageError(f"args: a sequence expected, got {quoted(args)}")
         if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs)):
-            raise UsageError(f"kwargs: a mapping of names expected, got {kwargs!r}")
+            raise UsageError(f"kwargs: a mapping of names expected, got {quoted(kwargs)}")
         if name is not None and not is_name(name):
-            raise UsageError(f"name: a str expected, got {name!r}")
+            raise UsageError(f"name: a str expected, got {quoted(name)}")
 
         def register(function: Any) -> Any:
             task: Task[..., Any] = function if isinstance(function, Task) else self.task(function)
@@ -815,7 +817,7 @@ class App:
         """
         if not callable(hook) or inspect.iscoroutinefunction(hook):
             raise UsageError(
-                f"around: a generator function, or one that gives a context manager, expected, got {hook!r}"
+                f"around: a generator function, or one that gives a context manager, expected, got {quoted(hook)}"
             )
         made: Any = hook
         if inspect.isgeneratorfunction(hook):
@@ -933,5 +935,5 @@ def seconds_of(value: Duration, name: str) -> float:
     """Seconds of a duration that a caller gave. Raises UsageError."""
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MOST_S:
-        raise UsageError(f"{name}: seconds or a timedelta expected, got {value!r}")
+        raise UsageError(f"{name}: seconds or a timedelta expected, got {quoted(value)}")
     return float(seconds)

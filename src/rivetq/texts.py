@@ -36,5 +36,8 @@ def shown(text: str, most: int = ERROR_CHARS) -> str:
 
 
 def quoted(value: object, most: int = NAME_CHARS) -> str:
-    """A name as `repr` shows it, and of this length about at most."""
-    return cut(repr(cut(value, most) if isinstance(value, str) else value), most)
+    """A value as `repr` shows it, and of this length about at most; whatever it is, since it may be wrong."""
+    try:
+        return cut(repr(cut(value, most) if isinstance(value, str) else value), most)
+    except Exception as trouble:  # an int of more digits than Python prints, say
+        return f"<{type(value).__name__}: its text cannot be made: {type(trouble).__name__}>"

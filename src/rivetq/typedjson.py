@@ -65,7 +65,7 @@ class TypedJson:
         """Let dataclasses, attrs classes and enums pass, and those that their fields are annotated with."""
         for each in classes:
             if not _is_record(each) and not _is_enum(each):
-                raise UsageError(f"register: a dataclass, an attrs class or an enum expected, got {each!r}")
+                raise UsageError(f"register: a dataclass, an attrs class or an enum expected, got {quoted(each)}")
             name = _name(each)
             if self._classes.get(name) is each:
                 continue
@@ -114,7 +114,7 @@ class TypedJson:
     def _plain_dict(self, value: Mapping[Any, Any]) -> Any:
         for key in value:
             if type(key) is not str:
-                raise TypeError(f"keys must be str, got {key!r}")
+                raise TypeError(f"keys must be str, got {quoted(key)}")
         plain = {key: self._plain(item) for key, item in value.items()}
         return {_ESCAPE: plain} if len(plain) == 1 and next(iter(plain)).startswith("$") else plain
 

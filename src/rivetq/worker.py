@@ -57,6 +57,7 @@ from .tasks import TASK_HEADER, App, Reject, here, is_name, seconds_of
 from .tasks import Retry as Retry  # with `Reject` and the next two: what a handler needs, beside what runs it
 from .tasks import Snooze as Snooze
 from .tasks import current_job as current_job
+from .texts import quoted
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -93,7 +94,7 @@ class Concurrency:
 
     def __attrs_post_init__(self) -> None:
         for name, number in attrs.asdict(self).items():
-            _count(number, f"concurrency[{name!r}]")
+            _count(number, f"concurrency[{quoted(name)}]")
 
     @classmethod
     def of(cls, value: Concurrency | Mapping[str, int] | int | None) -> Concurrency:
@@ -105,7 +106,7 @@ class Concurrency:
         if isinstance(value, Mapping):
             unknown = value.keys() - {"threads", "processes", "tasks"}
             if unknown:
-                raise UsageError(f"concurrency: threads, processes and tasks expected, got {sorted(unknown)}")
+                raise UsageError(f"concurrency: threads, processes and tasks expected, got {quoted(list(unknown))}")
             return cls(**value)
         number = _count(value, "concurrency")
         return cls(threads=number, processes=min(number, os.cpu_count() or 1), tasks=number)
@@ -161,7 +162,7 @@ class Worker:
         on_settled: Callable[[Settled], None] | None = None,
     ) -> None:
         if not isinstance(app, App):
-            raise UsageError(f"app: an App expected, got {app!r}")
+            raise UsageError(f"app: an App expected, got {quoted(app)}")
         self.app = app
         self.grace = seconds_of(grace, "grace")
         self._concurrency = Concurrency.of(concurrency)
@@ -176,7 +177,7 @@ class Worker:
             "max_memory": None if child_max_memory is None else _count(child_max_memory, "child_max_memory"),
         }
         if on_settled is not None and not callable(on_settled):
-            raise UsageError(f"on_settled: a callable expected, got {on_settled!r}")
+            raise UsageError(f"on_settled: a callable expected, got {quoted(on_settled)}")
         self._follows = queues is None
         self._order = _Order(dict.fromkeys(app.queues or ["default"], 1.0) if queues is None else queues)
         self.on_settled: list[Callable[[Settled], None]] = [] if on_settled is None else [on_settled]
@@ -765,14 +766,14 @@ class _Order:
 
     def __init__(self, queues: Sequence[str] | Mapping[str, float]) -> None:
         if isinstance(queues, str) or not isinstance(queues, Sequence | Mapping):
-            raise UsageError(f"queues: a sequence of names or a mapping to weights expected, got {queues!r}")
+            raise UsageError(f"queues: a sequence of names or a mapping to weights expected, got {quoted(queues)}")
         self.names = [name for name in queues if name != SCHEDULES]  # whose jobs are no calls
         if not self.names or not all(is_name(name) and len(name.encode()) <= 255 for name in self.names):
-            raise UsageError(f"queues: names expected, of 1 to 255 bytes, got {queues!r}")
+            raise UsageError(f"queues: names expected, of 1 to 255 bytes, got {quoted(queues)}")
         self._weights: dict[str, float] | None = None
         self._credit: dict[str, float] = dict.fromkeys(self.names, 0.0)
         if isinstance(queues, Mapping):
-            self._weights = {name: seconds_of(weight, f"queues[{name!r}]") for name, weight in queues.items()}
+            self._weights = {name: seconds_of(weight, f"queues[{quoted(name)}]") for name, weight in queues.items()}
             if not all(self._weights.values()):
                 raise UsageError("queues: weights above 0 expected")
 
@@ -843,5 +844,5 @@ def _ending(delivery: Delivery) -> Ending:
 
 def _count(value: object, name: str, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UsageError(f"{name}: an int of at least {least} expected, got {value!r}")
+        raise UsageError(f"{name}: an int of at least {least} expected, got {quoted(value)}")
     return value

@@ -526,6 +526,29 @@ def test_a_tick_is_in_time_up_to_the_very_end_of_its_grace(
     assert len(fired(broker)) == jobs
 
 
+def test_a_schedule_that_cannot_be_fired_waits_a_second_and_holds_up_no_other(
+    broker: Broker, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = make_app(broker)
+    app.periodic(every(60), name="broken")(app.task(name="broken")(lambda: None))
+
+    def breaks(tx: Any, tick: datetime) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(app.schedules, "broken", attrs.evolve(app.schedules["broken"], put=breaks))
+    scheduler = Scheduler(broker, app.schedules)
+    scheduler.reconcile()
+    clock.advance(30)
+    for lease in broker.lease_many(SCHEDULES, 10):
+        scheduler.fire(lease)
+    assert len(fired(broker)) == 1
+    assert broker.lease(SCHEDULES) is None  # else it would be tried without a pause
+    clock.advance(1)
+    lease = broker.lease(SCHEDULES)
+    assert lease is not None
+    assert lease.json()["schedule"] == "broken"
+
+
 def test_what_is_no_record_ends_and_disturbs_nobody(broker: Broker) -> None:
     broker.enqueue(SCHEDULES, b"\xff")
     broker.enqueue(SCHEDULES, {"schedule": [], "spec": "x", "tick_ms": 0})

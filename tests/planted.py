@@ -86,8 +86,8 @@ def hunt(bug: Bug | None, tests: Sequence[str], most: int = 1, limit_s: float | 
         (package.parent / "planted_alone.py").write_text(ALONE)
         environment = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
         command = [
-            sys.executable, "-m", "pytest", "-p", "planted_alone", "-p", "no:cacheprovider", "-rfE", "--tb=short", "--show-capture=no",
-            f"--maxfail={most}", f"--basetemp={place}/tmp", *tests,
+            sys.executable, "-m", "pytest", "-p", "planted_alone", "-p", "no:cacheprovider", "-rfE", "--tb=short",
+            "--show-capture=no", f"--maxfail={most}", f"--basetemp={place}/tmp", *tests,
         ]  # fmt: skip
         log = Path(place) / "log"
         with log.open("w") as out:

@@ -259,6 +259,17 @@ def test_pause_resume_redrive_cancel_and_purge_change_what_they_say(filled: Run)
     assert filled("purge", "mail", "--yes") == "1 job is removed\n"
 
 
+def test_redrive_brings_back_as_many_as_it_is_told_and_those_it_is_told(run: Run) -> None:
+    with Broker(run.directory) as broker:
+        broker.enqueue_many("q", [b""] * 4)
+        for lease in broker.lease_many("q", 4):
+            lease.reject()
+    assert run.json("redrive", "q", "--limit", "2") == {"queue": "q", "redriven": 2}
+    assert run.json("redrive", "q", "4") == {"queue": "q", "redriven": 1}
+    states = {job["id"]: job["state"] for job in run.json("jobs", "q")["jobs"]}
+    assert states == {1: "ready", 2: "ready", 3: "dead", 4: "ready"}
+
+
 def test_purge_asks_what_to_remove_and_removes_nothing_without_a_yes(filled: Run) -> None:
     for answer in ("n\n", ""):
         filled("purge", "mail", "--state", "ready", stdin=answer, status=2)
@@ -323,6 +334,14 @@ def test_verify_backup_salvage_and_rebuild_index(filled: Run, tmp_path: Path) ->
     assert filled("verify", status=1).startswith("damaged\n")
     filled("stats", status=1)
     assert str(segment) in filled.errors
+
+
+def test_salvage_of_a_log_with_a_hole_is_status_1(filled: Run, tmp_path: Path) -> None:
+    segment = min((filled.directory / "log").glob("*.log"))
+    data = bytearray(segment.read_bytes())
+    data[data.index(b"ada")] ^= 1
+    segment.write_bytes(data)
+    assert filled("salvage", str(tmp_path / "saved"), status=1).startswith("something was missing")
 
 
 def test_what_takes_long_shows_on_a_terminal_how_far_it_is(filled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,6 +583,28 @@ def test_what_nobody_set_is_as_the_app_has_it(
     sys.modules.pop("shop")
     assert used == [(given.get("RIVETQ_PATH", "jobs"), given.get("RIVETQ_FSYNC", "interval"))]
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("port", [[], ["--metrics-port", "0"]], ids=["plain", "with metrics"])
+def test_a_worker_whose_broker_failed_is_status_1_and_leaves_no_server(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: list[str]
+) -> None:
+    closed: list[bool] = []
+
+    class Server:
+        address, port = "127.0.0.1", 9
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr("rivetq.worker.Worker.run", lambda self: 1)
+    monkeypatch.setattr("rivetq.metrics.serve", lambda broker, port, workers: Server())
+    monkeypatch.setattr(cli, "configure", lambda **options: None)  # it would be that of all tests
+    (tmp_path / "shop.py").write_text(APP.replace('"unused"', '":memory:"'))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert CliRunner().invoke(cli.main, ["worker", "shop:app", *port]).exit_code == 1
+    sys.modules.pop("shop")
+    assert closed == [True] * bool(port)
 
 
 def test_a_number_of_handlers_is_for_each_kind_unless_one_is_given(

@@ -11,6 +11,7 @@ import pytest
 from rivetq import UsageError
 from rivetq.settings import FIELDS, Settings, load
 from rivetq.tasks import App
+from rivetq.worker import Concurrency
 
 
 def write(path: Path, text: str) -> Path:
@@ -76,6 +77,7 @@ def test_a_file_is_toml_or_yaml_with_or_without_a_table_of_its_own(tmp_path: Pat
         ("SEGMENT_BYTES", "64MiB", 64 * 2**20),
         ("MAX_MEMORY", "1 GiB", 2**30),
         ("MAX_MEMORY", "", None),
+        ("METRICS_PORT", "0", 0),
         ("RELEASE_ON_OPEN", "no", False),
         ("LOG_JSON", "True", True),
         ("LOG_LEVEL", "debug", "DEBUG"),
@@ -110,6 +112,12 @@ def test_a_bad_value_is_an_error_that_names_key_and_source(tmp_path: Path, name:
         load(file, environ={})
     with pytest.raises(UsageError, match=f"argument: {name}: "):
         load(environ={}, **{name: text})
+
+
+def test_a_zero_in_a_file_is_a_value(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "x.toml", "metrics_port = 0"), environ={}).metrics_port == 0
+    with pytest.raises(UsageError, match="max_jobs: a whole number"):
+        load(write(tmp_path / "x.toml", "max_jobs = 0"), environ={})
 
 
 @pytest.mark.parametrize("value", ["true", "[1]", "1.5", "{a = 1}"])
@@ -172,6 +180,28 @@ def test_settings_open_a_broker_and_make_a_worker(tmp_path: Path) -> None:
         assert broker.path == str(tmp_path / "data")
         worker = settings.worker(app)
         assert worker.grace == 1
+
+
+def test_every_setting_of_a_broker_and_a_worker_gets_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    broker: dict[str, Any] = {
+        "fsync": "never", "fsync_interval": 0.7, "segment_bytes": 2**20, "max_payload_bytes": 1000, "cache_bytes": 77,
+        "window_jobs": 2000, "release_on_open": False,
+    }  # fmt: skip
+    worker: dict[str, Any] = {
+        "grace": 1.5, "prefetch": 7, "visibility_timeout": 77.0, "max_jobs": 5, "max_memory": 2**30,
+        "child_max_jobs": 6, "child_max_memory": 2**29,
+    }  # fmt: skip
+    settings = Settings(path="jobs", queues=["mail"], threads=2, processes=3, tasks=4, **broker, **worker)
+    made: list[Any] = []
+    monkeypatch.setattr("rivetq.settings.Broker", lambda *given, **options: made.append((given, options)))
+    monkeypatch.setattr("rivetq.settings.Worker", lambda *given, **options: made.append((given, options)))
+    app = App(":memory:")
+    settings.open_broker()
+    settings.worker(app)
+    assert made == [
+        (("jobs",), broker),
+        ((app, ["mail"], Concurrency(threads=2, processes=3, tasks=4)), worker),
+    ]
 
 
 def test_every_setting_says_what_it_is_about() -> None:

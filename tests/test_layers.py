@@ -24,8 +24,8 @@ FLOORS = [
     "arguments", "broker", "aio", "__init__", "tools", "__main__",
 ]  # fmt: skip
 EXTRAS = [
-    "texts", "typedjson", "schedules", "tasks", "logs", "pools", "children", "worker", "metrics", "otel", "settings",
-    "cli",
+    "texts", "typedjson", "schedules", "tasks", "logs", "pools", "children", "turns", "worker", "metrics", "otel",
+    "settings", "cli",
 ]  # fmt: skip
 """Above the house: they import public names of `rivetq` and each other, and what their extra brings."""
 TESTING = {

@@ -40,7 +40,8 @@ from rivetq import (
 )
 from rivetq.children import ProcessPool
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
-from rivetq.worker import Concurrency, Settled, Worker, _margin, _Order, _Room
+from rivetq.turns import Order, Room
+from rivetq.worker import Concurrency, Settled, Worker, _margin
 
 PATIENCE_S = 30.0
 
@@ -1527,7 +1528,7 @@ def test_a_queue_of_calls_is_known_as_one_behind_an_old_dead_letter(app: App) ->
 
 
 def test_many_queues_are_told_in_few_words() -> None:
-    assert str(_Order([f"q{n}" for n in range(12)])).endswith("q8, q9 and 2 more queues")
+    assert str(Order([f"q{n}" for n in range(12)])).endswith("q8, q9 and 2 more queues")
 
 
 def test_tasks_of_new_kinds_may_come_after_the_start(children: App) -> None:
@@ -1574,9 +1575,9 @@ def test_a_room_that_becomes_smaller_while_others_are_asked_ends_nothing(
     @app.task
     def task() -> None: ...
 
-    free = _Room.free
+    free = Room.free
     turns = iter(range(10**9))
-    monkeypatch.setattr(_Room, "free", lambda self: 0 if next(turns) % 3 else free(self))
+    monkeypatch.setattr(Room, "free", lambda self: 0 if next(turns) % 3 else free(self))
     with Worker(app, concurrency=1) as worker:
         for _ in range(20):
             task.enqueue()

@@ -43,7 +43,7 @@ from .pools import (
     stopped,
     text_of,
 )
-from .tasks import App, Task
+from .tasks import TASK_HEADER, App, Task
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -277,7 +277,7 @@ class _Child:
 
     def _put(self, queue_: str, payloads: list[bytes], options: dict[str, Any]) -> tuple[bool, Any]:
         try:
-            self._app.note_queue(queue_)
+            self._app.note_queue(queue_, options["headers"][TASK_HEADER])
             return True, list(self._app.broker.enqueue_many(queue_, payloads, **options))
         except RivetQError as error:
             return False, error

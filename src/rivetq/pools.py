@@ -57,8 +57,8 @@ class Delivery:
     """A leased job on its way through a pool."""
 
     __slots__ = (
-        "args", "ending", "error", "is_answered", "is_told", "job", "kwargs", "lease", "renew_at", "seconds",
-        "started_at", "task", "visibility",
+        "args", "ending", "error", "is_answered", "is_told", "is_untouched", "job", "kwargs", "lease", "renew_at",
+        "seconds", "started_at", "task", "visibility",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -72,6 +72,7 @@ class Delivery:
         self.ending: Ending | None = None
         self.is_told = False  # the worker knows the ending
         self.is_answered = False  # and the broker, too
+        self.is_untouched = False  # it did not begin and was taken back
         self.error: BaseException | None = None  # that the handler raised, in this process
         self.visibility = 0.0  # seconds that its lease is extended by
         self.renew_at = 0.0  # monotonic

@@ -579,8 +579,8 @@ class App:
         self.codec = codec or TypedJson()
         self.tasks: dict[str, Task[..., Any]] = {}
         """By name."""
-        self.queues: dict[str, None] = {}
-        """Names, in order, of the queues of the tasks, and of others into which calls of them were put."""
+        self.queues: dict[str, set[str]] = {}
+        """In order, the queues of the tasks, and others into which calls were put; with the names of these tasks."""
         self.schedules: dict[str, Schedule] = {}
         """By name."""
         self.around_hooks: list[Callable[[CurrentJob], Context]] = []
@@ -741,7 +741,7 @@ class App:
                     f"task {task.name!r}: {known.__module__} has one of this name; give it a name= of its own"
                 )
             self._unhinted.append(task)
-            self.note_queue(task.opts.queue)
+            self.note_queue(task.opts.queue, task.name)
             return task
 
         return register if function is None else register(function)
@@ -899,16 +899,17 @@ class App:
         ids: Sequence[int] = await self._async.enqueue_many(task.opts.queue, payloads, **options)
         return ids
 
-    def note_queue(self, name: str) -> None:
-        """For what enqueues calls: they are in this queue, and workers that follow the app work on it."""
-        if name not in self.queues:
-            self.queues[name] = None
+    def note_queue(self, name: str, task: str) -> None:
+        """For what enqueues calls: some of this task are in this queue, and workers that follow the app work on it."""
+        known = self.queues.get(name, ())
+        if task not in known:
+            self.queues.setdefault(name, set()).add(task)
             for worker in list(self.workers):
                 worker.follow(name)
 
     def _prepared(self, task: Task[..., Any], calls: Sequence[Call]) -> tuple[list[bytes], dict[str, Any]]:
         codec, opts = self._known_codec(), task.opts
-        self.note_queue(opts.queue)
+        self.note_queue(opts.queue, task.name)
         payloads = [codec.dumps({"args": list(call.args), "kwargs": dict(call.kwargs)}) for call in calls]
         options: dict[str, Any] = {
             "priority": opts.priority, "delay": opts.delay, "eta": opts.eta, "retry": opts.retry,

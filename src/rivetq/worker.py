@@ -4,7 +4,8 @@ Three threads of its own, besides those of the pools::
 
     fetcher   waits for room in the pools and for jobs; leases up to the room there is
     settler   takes all endings that came meanwhile and answers them in one commit, so that one sync covers them
-    renewer   extends leases before they end; tells a handler that its lease was lost or its time is over
+    renewer   extends leases before they end; tells a handler that its lease was lost or its time is over; gives back
+              what was leased in advance and does not begin; looks for calls in further queues
 
 So throughput is the broker's: a job costs no round trip of its own, and no handler waits for the disk.
 """
@@ -19,8 +20,9 @@ import os
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self
@@ -53,21 +55,17 @@ from .pools import (
     fields,
 )
 from .schedules import SCHEDULES, Scheduler
-from .tasks import TASK_HEADER, App, Reject, here, is_name, seconds_of
+from .tasks import TASK_HEADER, App, Reject, here, seconds_of
 from .tasks import Retry as Retry  # with `Reject` and the next two: what a handler needs, beside what runs it
 from .tasks import Snooze as Snooze
 from .tasks import current_job as current_job
 from .texts import quoted
+from .turns import PREFETCH_JOBS, PREFETCH_S, Order, Room
 
 logger = logging.getLogger("rivetq.worker")
 
 LEASE_LOST = "the lease was lost"
 CANCELLED = "cancelled"
-PREFETCH_S = 0.02
-"""Jobs that are leased in advance, as the time that running them takes: enough to keep the pools busy while the next
-batch is leased, and so little that an urgent job does not wait for long."""
-PREFETCH_JOBS = 512
-"""And this many at most, for each pool."""
 RENEWALS = 3
 """A lease is extended so often in its time: one extension may come late, and the next still saves it."""
 MARGIN_S = 2.0
@@ -76,9 +74,14 @@ half a second, and half of it at most."""
 LEAST_S = 0.05
 """That an async handler gets to end after it was cancelled, whatever the grace time was."""
 SIGNAL_S = 0.05
-SHOWN_QUEUES = 10
 LOOKED_JOBS = 20
-"""Of a queue that may hold calls."""
+"""Of a queue that may hold calls, at once."""
+LOOK_S = 1.0
+"""How often a worker looks for calls in queues that it does not know as its own."""
+LOOK_SHARE = 0.01
+"""Of its time that such a look may take, about."""
+CAREFUL_JOBS = 100
+"""None is leased in advance from a queue until so many came of it that have another attempt."""
 RETRY_S = 1.0
 """After an answer that found the disk full."""
 
@@ -133,13 +136,14 @@ class Worker:
     Args:
         app: whose tasks are run; its broker is opened.
         queues: names in order of preference; or a mapping of names to weights, so that with work in all of them each
-            gets its share of turns, a turn being a batch; None: those of the app's tasks, and others in which there are
-            calls of these, with equal weights.
+            gets its share of the jobs; None: those of the app's tasks, and others in which calls of these wait, with
+            equal weights.
         concurrency: handlers at a time: an int, a `Concurrency`, or a mapping with threads, processes and tasks.
         grace: seconds that running jobs get to end after a stop. What still runs then is given back with its attempt
             refunded, if it can be stopped or not.
         visibility_timeout: seconds that its leases last and are renewed for; None: as the job or its queue says.
-        prefetch: jobs leased in advance for each pool at most; 0: none.
+        prefetch: jobs leased in advance for each pool at most; 0: none. What does not begin within 20 milliseconds is
+            given back, its attempt not counted.
         max_jobs: stop in order after so many jobs; a supervisor begins another worker.
         max_memory: stop in order when the process occupies more bytes than that after a job.
         child_max_jobs, child_max_memory: the same for the children of the process pool, which the worker replaces.
@@ -179,13 +183,21 @@ class Worker:
         if on_settled is not None and not callable(on_settled):
             raise UsageError(f"on_settled: a callable expected, got {quoted(on_settled)}")
         self._follows = queues is None
-        self._order = _Order(dict.fromkeys(app.queues or ["default"], 1.0) if queues is None else queues)
+        self._order = Order(dict.fromkeys(app.queues or ["default"], 1.0) if queues is None else queues)
         self.on_settled: list[Callable[[Settled], None]] = [] if on_settled is None else [on_settled]
         self.failure: BaseException | None = None
         """Why it ended by itself: the broker failed or was closed."""
         self._changed = threading.Condition()  # guards the pools' counts and the flags below
-        self._rooms: dict[str, _Room] = {}
+        self._rooms: dict[str, Room] = {}
         self._grouped: dict[frozenset[str], list[str]] | None = None  # queues by the pools in which their tasks run
+        self._kinds: dict[str, set[str]] = {}  # these pools, by queue
+        self._seen: dict[str, set[str]] = {}  # pools of jobs that a queue turned out to hold
+        self._served: dict[str, int] = {}  # by pool: a number that grows, of its last turn
+        self._careful: dict[str, int] = {}  # see CAREFUL_JOBS; fetcher only
+        self._came_back: deque[Delivery] = deque()  # given back, of which the order does not know yet
+        self._fetching = False
+        self._asked = self._reached = 0  # how often all leased jobs were wanted in `_held`, and up to which it was so
+        self._cancels: list[_Cancel] = []
         self._stopping = False
         self._leased: tuple[list[Lease] | None, BaseException | None] | None = None  # what a waiting lease was told
         self._started = False
@@ -201,6 +213,10 @@ class Worker:
         self._jobs = 0
         self._left = math.inf if self._max_jobs is None else self._max_jobs  # that may still be begun
         self._renewer_poked = threading.Event()
+        self._watching = False  # something waits in a pool, and the renewer knows
+        self._look_at = math.inf  # monotonic, when to look for further queues
+        self._looked_at = ""  # the queue that was looked at last
+        self._cursors: dict[tuple[str, str], int] = {}  # by queue and state: the job that was looked at last
         self._shortest = math.inf  # visibility timeout, of those that are held
         self._limits: list[tuple[float, int, Delivery]] = []  # heap of time limits in the thread pool
         self._limits_lock = threading.Lock()
@@ -262,9 +278,11 @@ class Worker:
     def _begin(self, names: list[str]) -> None:
         for name in list(self.app.queues):
             self.follow(name)  # those that came since it was made
-        for name in names:
-            if self._follows and name not in self._order and self._has_calls(name):
-                self.follow(name)
+        if self._follows:
+            for name in names:
+                if name not in self._order:
+                    self._look_into(name)
+            self._look_at = time.monotonic() + LOOK_S
         for kind in {_kind(task) for task in list(self.app.tasks.values())} or {"thread"}:
             self._add_room(kind)
         targets = {"settle": self._settle, "renew": self._renew}
@@ -281,18 +299,14 @@ class Worker:
         if self._scheduler is not None:
             self._scheduler.close()
 
-    def _has_calls(self, queue: str) -> bool:
-        """Among the first jobs that wait in it is a call of one of the app's tasks."""
-        waiting = (self._broker.jobs(queue, state=state, limit=LOOKED_JOBS) for state in ("ready", "scheduled"))
-        return any(job.headers.get(TASK_HEADER) in self.app.tasks for jobs in waiting for job in jobs)
-
     def follow(self, queue: str) -> None:
-        """For apps: calls of its tasks are in this queue, too. A worker that was told its queues keeps to them."""
-        if self._follows and queue not in self._order:
-            with self._changed:
-                self._order.add(queue)
-                self._grouped = None
-                self._changed.notify_all()
+        """For apps: calls of a task are in this queue, too. A worker that was told its queues keeps to them."""
+        if not self._follows and queue not in self._order:
+            return
+        with self._changed:
+            self._order.add(queue)
+            self._grouped = None
+            self._changed.notify_all()
 
     def stop(self, grace: Duration | None = None) -> None:
         """Lease no more, let run what runs for the grace time, give back the rest, end the threads. May be repeated."""
@@ -313,9 +327,9 @@ class Worker:
         if self._scheduler is not None:
             self._scheduler.stop()
         self._join("fetch")
-        for room in self._rooms.values():
-            for delivery in room.pool.take_back():
-                self._end(delivery)
+        with self._changed:
+            for room in self._rooms.values():
+                self._take_back(room)
         for delivery in list(self._held.values()):
             delivery.job.stopping = True
         self._wait_for_handlers(begun, grace)
@@ -366,12 +380,53 @@ class Worker:
         self.stop()
 
     def cancel(self, job_id: int) -> bool:
-        """Tell the handler of a job that runs here to stop; False if none does. Its job goes when it stops."""
-        for delivery in list(self._held.values()):
-            if delivery.lease.id == job_id and delivery.ending is None:
+        """Remove a job that waits, or tell its handler to stop if it runs here; False if it is neither.
+
+        The job of a handler that stops is removed then. One that was leased and has not begun never does.
+        """
+        this = _Cancel(job_id)
+        with self._changed:
+            self._cancels.append(this)
+        try:
+            while True:
+                if self._broker.cancel(job_id) or self._cancel_held(job_id):
+                    return True
+                self._wait_for_fetcher()  # it may be leased and not be in `_held` yet
+                if this.is_told or self._cancel_held(job_id):
+                    return True
+                if not this.is_let_go:
+                    return False
+                this.is_let_go = False  # and may wait again
+        finally:
+            with self._changed:
+                self._cancels.remove(this)
+
+    def _cancel_held(self, job_id: int) -> bool:
+        for token, delivery in list(self._held.items()):
+            ending = delivery.ending
+            if delivery.lease.id == job_id and (ending is None or ending.verb != "ack"):
                 self._tell_handler(delivery, CANCELLED)
-                return True
+                if token in self._held:  # so the settler will see the reason, now or behind its commit
+                    return True
         return False
+
+    def _let_go(self, delivery: Delivery) -> None:
+        """It is answered, or lost. Whoever wants to cancel its job finds it in `_held`, or knows that it was there."""
+        if self._cancels:
+            with self._changed:
+                for cancel in self._cancels:
+                    if cancel.job_id == delivery.lease.id:
+                        cancel.is_let_go = True
+        self._held.pop(delivery.lease.token, None)
+
+    def _wait_for_fetcher(self) -> None:
+        """Until all that was leased so far is in `_held`, or was."""
+        with self._changed:
+            self._asked += 1
+            ticket = self._asked
+            self._changed.notify_all()
+            while self._fetching and self._reached < ticket:
+                self._changed.wait()
 
     def _tell_handler(self, delivery: Delivery, reason: str) -> None:
         delivery.job.cancel(reason)
@@ -398,60 +453,133 @@ class Worker:
     # Fetching
 
     def _fetch(self) -> None:
-        while True:
+        try:
+            while (groups := self._next_groups()) is not None:
+                try:
+                    leases = self._lease(groups)
+                except DiskFullError as error:  # it passes, as it does for an answer
+                    logger.warning("no space to lease jobs; again in %s s: %s", RETRY_S, error)
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._stopping or self._reached != self._asked, RETRY_S)
+                    continue
+                self._hand_out(leases)
+        finally:
             with self._changed:
-                while not self._stopping and not (self._left and (groups := self._open_groups())):
-                    self._changed.wait()
+                self._fetching = False
+                self._changed.notify_all()
+
+    def _next_groups(self) -> list[_Group] | None:
+        """Wait until there is room for jobs; None: no more are wanted."""
+        with self._changed:
+            while True:
+                self._fetching = not self._stopping
+                if self._reached != self._asked:  # nothing is leased that is not in `_held`
+                    self._reached = self._asked
+                    self._changed.notify_all()
                 if self._stopping:
-                    return
-            try:
-                leases = self._lease(groups)
-            except DiskFullError as error:  # it passes, as it does for an answer
-                logger.warning("no space to lease jobs; again in %s s: %s", RETRY_S, error)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
-                continue
-            self._hand_out(leases)
+                    return None
+                if self._left > 0 and (groups := self._open_groups()):
+                    return groups
+                self._changed.wait()
 
     def _lease(self, groups: list[_Group]) -> list[Lease]:
         """Jobs for pools that have room: at once if there are any, else as soon as there are."""
-        names = self._order.next([name for group in groups for name in group.names])
-        in_turn = sorted(groups, key=lambda group: names[0] not in group.names)
-        for group in in_turn if len(groups) > 1 else ():  # as many as the pool of each has room for
-            own = set(group.names)
-            mine = [name for name in names if name in own]
-            most = self._most([group])
-            if most and (leases := self._broker.lease_many(mine, most, visibility_timeout=self._visibility)):
+        while self._came_back:
+            delivery = self._came_back.popleft()
+            self._order.took_back(delivery.lease.queue, 1, self._pools_of(delivery.lease.queue))
+        turns: dict[frozenset[str], tuple[str, list[str], list[_Group]]] = {}
+        for kind in sorted(set().union(*(group.kinds for group in groups)), key=lambda kind: self._served.get(kind, 0)):
+            mine = [group for group in groups if kind in group.kinds]
+            names = self._order.turns(kind, self._names_of(mine))
+            turns.setdefault(frozenset(names), (kind, names, mine))
+        if len(turns) == 1:
+            [(_, names, _)] = turns.values()
+            return self._wait_for_leases(names, groups)
+        for kind, names, mine in turns.values():  # as many as the pools of each have room for
+            most, max_bytes = self._bounds(names, mine)
+            if most and (leases := self._lease_now(names, most, max_bytes)):
+                self._served[kind] = next(self._numbers)
                 return leases
-        most = self._most(groups)
-        return self._wait_for_leases(names, most, groups) if most else []
+        return self._wait_for_leases(self._names_of(groups), groups)
 
-    def _most(self, groups: Sequence[_Group]) -> int:
-        """How many may be leased; 0 if a room that was wanting became smaller meanwhile, as handlers took longer."""
-        return max(0, int(min(self._left, *(group.room.free() for group in groups))))
+    def _names_of(self, groups: Sequence[_Group]) -> list[str]:
+        """Their queues, as they were given."""
+        if len(groups) == 1:
+            return groups[0].names
+        names = set().union(*(group.names for group in groups))
+        return [name for name in list(self._order.names) if name in names]
+
+    def _bounds(self, names: Sequence[str], groups: Sequence[_Group]) -> tuple[int, int | None]:
+        """How many may be leased, and of how many bytes together if that matters.
+
+        None if a room that was wanting became smaller meanwhile, as handlers took longer.
+        """
+        rooms = [room for group in groups for room in group.rooms]
+        free = min(room.free() for room in rooms)
+        most = max(0, int(min(self._left, self._order.most(names, free))))
+        if most <= min(room.free_slots() for room in rooms):
+            return most, None
+        return most, min(room.free_bytes() for room in rooms)
+
+    def _lease_now(self, names: list[str], most: int, max_bytes: int | None) -> list[Lease]:
+        leases = self._broker.lease_many(names, most, visibility_timeout=self._visibility)
+        self._note_given(names, most, max_bytes, leases)
+        return leases
+
+    def _note_given(self, names: Sequence[str], most: int, max_bytes: int | None, leases: Sequence[Lease]) -> None:
+        given = Counter(lease.queue for lease in leases)
+        if max_bytes is not None and 2 * sum(len(lease.payload) for lease in leases) > max_bytes:
+            most = len(leases)  # perhaps there were more, too large ones
+        self._order.gave(names, given, most, self._pools_of)
+        for name in [name for name in self._careful if name in self._order.idle]:
+            self._forget_care(name)
+
+    def _pools_of(self, queue: str) -> Collection[str]:
+        """The pools of tasks that a queue holds, or may hold."""
+        return self._kinds.get(queue) or list(self._rooms)
 
     def _open_groups(self) -> list[_Group]:
         """The queues whose jobs there is room for: those that run in the same pools together."""
         # Caller holds self._changed.
         if self._grouped is None:
-            kinds_of: dict[str, set[str]] = {}
-            for task in list(self.app.tasks.values()):
-                kinds_of.setdefault(task.opts.queue, set()).add(_kind(task))
-            for kind in set().union(*kinds_of.values()) - self._rooms.keys():  # of a task that came after the start
+            self._kinds = self._known_kinds()
+            for kind in set().union(*self._kinds.values()) - self._rooms.keys():  # of a task that came after the start
                 self._add_room(kind)
             self._grouped = {}
-            for name in self._order.names:  # a queue that no task names may hold jobs of any
-                self._grouped.setdefault(frozenset(kinds_of.get(name) or self._rooms), []).append(name)
-        fullest = {kinds: min((self._rooms[kind] for kind in kinds), key=_Room.free) for kinds in self._grouped}
-        return [_Group(fullest[kinds], names) for kinds, names in self._grouped.items() if fullest[kinds].is_wanting()]
+            for name in self._order.names:  # one of which nothing is known may hold jobs of any task
+                self._grouped.setdefault(frozenset(self._pools_of(name)), []).append(name)
+        found = []
+        for kinds, names in self._grouped.items():
+            rooms = [self._rooms[kind] for kind in kinds]
+            if min(rooms, key=Room.free).is_wanting():
+                found.append(_Group(kinds, names, rooms))
+        return found
 
-    def _wait_for_leases(self, names: list[str], most: int, groups: Sequence[_Group]) -> list[Lease]:
+    def _known_kinds(self) -> dict[str, set[str]]:
+        """By queue, the pools of the tasks that are bound to it, whose calls were put there, or were found there."""
+        found: dict[str, set[str]] = {}
+        tasks = dict(self.app.tasks)
+        for task in tasks.values():
+            found.setdefault(task.opts.queue, set()).add(_kind(task))
+        for name, those in list(self.app.queues.items()):
+            found.setdefault(name, set()).update(_kind(tasks[task]) for task in list(those) if task in tasks)
+        for name, kinds in self._seen.items():
+            found.setdefault(name, set()).update(kinds)
+        return found
+
+    def _wait_for_leases(self, names: list[str], groups: Sequence[_Group]) -> list[Lease]:
         """Until there is a job, or none is wanted any more, or other pools have room: then none."""
+        most, max_bytes = self._bounds(names, groups)
+        if not most:
+            return []
         self._leased, wanted = None, [group.names for group in groups]
         waiting = self._broker.lease_soon(names, most, self._told, visibility_timeout=self._visibility)
         with self._changed:
             while (
-                self._leased is None and not self._stopping and [each.names for each in self._open_groups()] == wanted
+                self._leased is None
+                and not self._stopping
+                and self._reached == self._asked
+                and [each.names for each in self._open_groups()] == wanted
             ):
                 self._changed.wait()
         if self._leased is None and waiting.cancel():
@@ -462,6 +590,8 @@ class Worker:
             leases, error = self._leased
         if error is not None:
             raise error
+        if leases:
+            self._note_given(names, most, max_bytes, leases)
         return leases or []
 
     def _told(self, leases: list[Lease] | None, error: BaseException | None) -> None:
@@ -490,19 +620,138 @@ class Worker:
             seconds = self._granted(lease, task, lease.deadline.timestamp() - now_ms / 1000, timeouts)
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
+            self._held[lease.token] = delivery
+            for cancel in list(self._cancels):
+                if cancel.job_id == lease.id:
+                    delivery.job.cancel(CANCELLED)
+                    cancel.is_told = True
             if seconds < self._shortest:
                 self._shortest = seconds
                 self._renewer_poked.set()
-            self._held[lease.token] = delivery
-            self._left -= 1
             if kind == "thread" and task.time_limit is not None:
                 self._watch_limit(delivery, now + task.time_limit)
             batches.setdefault(kind, []).append(delivery)
         for kind, batch in batches.items():
             room = self._rooms[kind]
             with self._changed:
-                room.jobs += len(batch)
+                batch = self._fitting(kind, room, batch)
+                room.took(batch)
+                self._left -= len(batch)
+                if not self._watching and room.waits_since() is not None:
+                    self._watching = True
+                    self._renewer_poked.set()
             room.pool.submit(batch)
+
+    def _fitting(self, kind: str, room: Room, batch: list[Delivery]) -> list[Delivery]:
+        """Those for which there is a place in the room; the others are given back at once."""
+        # Caller holds self._changed.
+        slots, places = room.free_slots(), room.free()
+        kept: list[Delivery] = []
+        surplus: list[Delivery] = []
+        for delivery in batch:
+            lease, queue = delivery.lease, delivery.lease.queue
+            is_last = lease.max_attempts is not None and lease.attempt >= lease.max_attempts
+            is_known = kind in self._pools_of(queue)
+            if len(kept) < slots or (not is_last and (is_known or len(kept) < places)):
+                kept.append(delivery)
+            else:
+                surplus.append(delivery)
+            if not is_known or not self._kinds.get(queue):
+                self._seen.setdefault(queue, set()).add(kind)
+                self._grouped = None
+            if is_last and (queue not in self._order.idle or surplus):
+                self._careful[queue] = CAREFUL_JOBS
+                room.careful.add(queue)
+            elif queue in self._careful:
+                self._careful[queue] -= 1
+                if not self._careful[queue]:
+                    self._forget_care(queue)
+        for delivery in surplus:
+            self._give_back(delivery)
+        return kept
+
+    def _forget_care(self, queue: str) -> None:
+        del self._careful[queue]
+        for room in self._rooms.values():
+            room.careful.discard(queue)
+
+    # Giving back what did not begin
+
+    def _take_back(self, room: Room) -> bool:
+        """What waits in a pool goes back to its queues; whether there was any."""
+        # Caller holds self._changed. A thread of the pool that takes a job at this moment has it, or has it not.
+        found = room.pool.take_back()
+        for delivery in found:
+            room.left(delivery)
+            self._left += 1
+            self._give_back(delivery)
+        return bool(found)
+
+    def _give_back(self, delivery: Delivery) -> None:
+        delivery.is_untouched = True
+        self._came_back.append(delivery)
+        self._end(delivery)
+
+    def _give_back_late(self, now: float) -> float:
+        """Give back what was leased in advance and has waited for too long, or must not begin now.
+
+        When to look again, monotonic.
+        """
+        with self._changed:
+            waiting = {name for room in self._rooms.values() for name in room.waiting_queues()}
+        paused = {name for name in waiting if self._broker.configure_queue(name).paused}
+        next_at = math.inf
+        with self._changed:
+            for room in () if self._stopping else self._rooms.values():
+                since = room.waits_since()
+                if since is None:
+                    continue
+                if now >= since + PREFETCH_S or not paused.isdisjoint(room.waiting_queues()):
+                    if self._take_back(room):
+                        room.took_back()
+                    since = now
+                next_at = min(next_at, since + PREFETCH_S)
+            self._watching = next_at < math.inf
+        return next_at
+
+    # Looking for calls
+
+    def _look_for_calls(self) -> None:
+        """Follow further queues in which calls of the app's tasks wait, however they came there.
+
+        It takes a hundredth of the time: what was not looked at comes next.
+        """
+        began = time.monotonic()
+        names = [name for name in self._broker.queues() if name not in self._order and name != SCHEDULES]
+        at = bisect_right(names, self._looked_at)
+        names = names[at:] + names[:at]
+        while names and time.monotonic() < began + LOOK_S * LOOK_SHARE:
+            self._looked_at = name = names.pop(0)
+            if self._look_into(name):
+                names.append(name)  # there is more
+        now = time.monotonic()
+        self._look_at = now + max(LOOK_S, (now - began) / LOOK_SHARE)
+
+    def _look_into(self, queue: str) -> bool:
+        """Follow a queue if a call is among its next jobs that wait; whether there are more to look at."""
+        kinds: set[str] = set()
+        more = False
+        for state in ("ready", "scheduled"):
+            after = self._cursors.pop((queue, state), 0)
+            jobs = self._broker.jobs(queue, state=state, after=after, limit=LOOKED_JOBS)
+            tasks = [self.app.tasks.get(job.headers.get(TASK_HEADER, "")) for job in jobs]
+            kinds.update(_kind(task) for task in tasks if task is not None)
+            if len(jobs) == LOOKED_JOBS:
+                self._cursors[queue, state] = jobs[-1].id
+                more = True
+        if not kinds:
+            return more
+        self._cursors.pop((queue, "ready"), None)
+        self._cursors.pop((queue, "scheduled"), None)
+        with self._changed:
+            self._seen.setdefault(queue, set()).update(kinds)
+        self.follow(queue)
+        return False
 
     def _reject(self, lease: Lease, error: str) -> None:
         while True:
@@ -542,7 +791,7 @@ class Worker:
         else:
             pool = ThreadPool(self.app, many.threads, done)
         with self._changed:
-            self._rooms[kind] = _Room(pool, self._prefetch)
+            self._rooms[kind] = Room(pool, self._prefetch)
             self._grouped = None
         pool.start()  # behind that: what has begun of it when it cannot begin more is known to `stop`
 
@@ -586,40 +835,55 @@ class Worker:
         batch = [delivery for delivery in dict.fromkeys(batch) if not delivery.is_answered]
         with self._changed:  # first, so that the next jobs are leased while this waits for the disk
             for delivery in batch:
-                self._rooms[_kind(delivery.task)].ran(delivery.seconds)
+                if not delivery.is_untouched:
+                    self._rooms[_kind(delivery.task)].ran(delivery)
+            for room in self._rooms.values():
+                room.waits_since()  # it learns from those that began
             if self._stopping or any(room.is_wanting() for room in self._rooms.values()):
                 self._changed.notify_all()
         # As each has ended by now: it may be that its handler did after the job was given back.
         endings = {each: _ending(each) for each in batch if each.lease.token in self._held}
         lost = [delivery for delivery in batch if delivery not in endings]
         left = {delivery: ending for delivery, ending in endings.items() if not delivery.job.finished}
+
+        def commit(part: list[Delivery]) -> None:
+            self._commit({delivery: left[delivery] for delivery in part})
+            for delivery in part:
+                del left[delivery]
+
         while left:
+            gone: list[Delivery] = []
             try:
-                self._commit(left)
-                break
-            except LeaseLostError as error:
-                for delivery in [each for each in left if each.lease.token == error.token]:
-                    self._note_lost(delivery)
-                    lost.append(delivery)
-                    del left[delivery], endings[delivery]
+                _in_parts(list(left), commit, gone)
             except DiskFullError:
                 logger.warning("no space to write down how %s jobs ended; again in %s s", len(left), RETRY_S)
                 if not self._settling:  # its leases expire
                     break
                 time.sleep(RETRY_S)
+            finally:
+                for delivery in gone:
+                    self._note_lost(delivery)
+                    lost.append(delivery)
+                    del left[delivery], endings[delivery]
         for delivery in batch:
             delivery.is_answered = True
-            self._held.pop(delivery.lease.token, None)
+            self._let_go(delivery)
+        self._remove_cancelled([*(each for each, ending in endings.items() if ending.verb != "ack"), *lost])
         for delivery, ending in endings.items():
-            if delivery.job.reason == CANCELLED and ending.verb == "reject":
-                with suppress(DiskFullError):
-                    self._broker.cancel(delivery.lease.id)  # it is a dead letter, and nobody wants it
-        for delivery, ending in endings.items():
-            self._tell(delivery, ending.verb)
+            if not delivery.is_untouched:
+                self._tell(delivery, ending.verb)
         for delivery in lost:
-            self._tell(delivery, "lost")
-        self._jobs += len(endings) + len(lost)
+            if not delivery.is_untouched:
+                self._tell(delivery, "lost")
+        self._jobs += sum(not delivery.is_untouched for delivery in (*endings, *lost))
         self._check_limits()
+
+    def _remove_cancelled(self, deliveries: Iterable[Delivery]) -> None:
+        """Jobs that nobody wants and that were not done: dead letters now, or they wait again."""
+        for delivery in deliveries:
+            if delivery.job.reason == CANCELLED:
+                with suppress(DiskFullError):
+                    self.cancel(delivery.lease.id)
 
     def _commit(self, endings: Mapping[Delivery, Ending]) -> None:
         done = [delivery.lease for delivery, ending in endings.items() if ending.verb == "ack"]
@@ -638,7 +902,7 @@ class Worker:
                         tx.reject(delivery.lease, error=ending.error)
 
     def _note_lost(self, delivery: Delivery) -> None:
-        self._held.pop(delivery.lease.token, None)
+        self._let_go(delivery)
         logger.warning("job %s: %s", delivery.lease.id, LEASE_LOST, extra=fields(delivery))
 
     def _tell(self, delivery: Delivery, ending: str) -> None:
@@ -660,50 +924,67 @@ class Worker:
     # Renewing
 
     def _renew(self) -> None:
+        scan_at = give_back_at = math.inf
         while self._settling:
-            self._renewer_poked.wait(self._pause_s())
+            self._renewer_poked.wait(self._pause_s(min(scan_at, give_back_at)))
             self._renewer_poked.clear()
             now = time.monotonic()
             self._end_limits(now)
-            due: dict[float, list[Delivery]] = {}
-            shortest = math.inf
-            for delivery in list(self._held.values()):
-                shortest = min(shortest, delivery.visibility)
-                if delivery.renew_at <= now and not delivery.is_told and not delivery.job.finished:
-                    due.setdefault(delivery.visibility, []).append(delivery)
-            if not self._held:
-                self._shortest = shortest
-            for seconds, deliveries in due.items():
-                self._extend(deliveries, seconds)
+            give_back_at = self._give_back_late(now) if self._watching else math.inf
+            if now >= self._look_at:
+                self._look_for_calls()
+            if now >= scan_at:
+                self._renew_due(now)
+                scan_at = math.inf
+            scan_at = min(scan_at, now + self._shortest / RENEWALS / 2)
 
-    def _pause_s(self) -> float | None:
-        """Until a lease may be due for renewal, or a time limit is over."""
-        pause = self._shortest / RENEWALS / 2
+    def _pause_s(self, until: float) -> float | None:
+        """Until then, or until a time limit is over."""
+        until = min(until, self._look_at)
         with self._limits_lock:
             if self._limits:
-                pause = min(pause, max(0.0, self._limits[0][0] - time.monotonic()))
-        return None if pause == math.inf else max(0.005, pause)
+                until = min(until, self._limits[0][0])
+        return None if until == math.inf else max(0.001, until - time.monotonic())
+
+    def _renew_due(self, now: float) -> None:
+        """Extend leases of which a third of their time is over, and with these those that will be due soon."""
+        due: dict[float, list[Delivery]] = {}
+        soon: dict[float, list[Delivery]] = {}
+        shortest = math.inf
+        for delivery in list(self._held.values()):
+            seconds = delivery.visibility
+            shortest = min(shortest, seconds)
+            if delivery.is_told or delivery.job.finished:
+                continue
+            if delivery.renew_at <= now:
+                due.setdefault(seconds, []).append(delivery)
+            elif delivery.renew_at <= now + seconds / RENEWALS / 2:
+                soon.setdefault(seconds, []).append(delivery)
+        if shortest == math.inf:
+            known, self._shortest = self._shortest, shortest
+            if self._held:  # the first came meanwhile
+                self._shortest = known
+        for seconds, deliveries in due.items():
+            self._extend(deliveries + soon.get(seconds, []), seconds)
 
     def _extend(self, deliveries: list[Delivery], seconds: float) -> None:
-        while deliveries:
+        def extend(part: list[Delivery]) -> None:
             now = time.monotonic()
-            try:
-                self._broker.extend_many([delivery.lease for delivery in deliveries], seconds)
-            except LeaseLostError as error:
-                for delivery in [each for each in deliveries if each.lease.token == error.token]:
-                    deliveries.remove(delivery)
-                    if delivery.lease.token in self._held and not delivery.is_told and not delivery.job.finished:
-                        self._note_lost(delivery)
-                        self._tell_handler(delivery, LEASE_LOST)
-            except (BrokerClosedError, BrokerFailedError):
-                raise
-            except RivetQError as error:  # a full disk: the next turn tries it again
-                logger.warning("%s leases could not be renewed: %s", len(deliveries), error)
-                return
-            else:
-                for delivery in deliveries:
-                    delivery.renew_at = now + seconds / RENEWALS
-                return
+            self._broker.extend_many([delivery.lease for delivery in part], seconds)
+            for delivery in part:
+                delivery.renew_at = now + seconds / RENEWALS
+
+        lost: list[Delivery] = []
+        try:
+            _in_parts(deliveries, extend, lost)
+        except (BrokerClosedError, BrokerFailedError):
+            raise
+        except RivetQError as error:  # a full disk: the next turn tries it again
+            logger.warning("%s leases could not be renewed: %s", len(deliveries), error)
+        for delivery in lost:
+            if delivery.lease.token in self._held and not delivery.is_told and not delivery.job.finished:
+                self._note_lost(delivery)
+                self._tell_handler(delivery, LEASE_LOST)
 
     def _watch_limit(self, delivery: Delivery, at: float) -> None:
         with self._limits_lock:
@@ -732,88 +1013,42 @@ class Worker:
                 delivery.job.cancel(TIME_LIMIT)
 
 
-class _Room:
-    """A pool and how much it has to do. Guarded by the worker's condition."""
+class _Cancel:
+    """A cancellation under way."""
 
-    def __init__(self, pool: Pool, prefetch: int) -> None:
-        self.pool = pool
-        self.jobs = 0  # handed over and not ended
-        self._prefetch = prefetch
-        self._seconds: float | None = None  # that a handler runs, lately
-
-    def free(self) -> int:
-        """Jobs that may be leased now."""
-        return self.pool.slots + self._ahead() - self.jobs
-
-    def is_wanting(self) -> bool:
-        """It is worth a call to lease more."""
-        return self.jobs <= max(self.pool.slots - 1, (self.pool.slots + self._ahead()) // 2)
-
-    def ran(self, seconds: float) -> None:
-        self.jobs -= 1
-        known = self._seconds
-        self._seconds = seconds if known is None else 0.9 * known + 0.1 * seconds
-
-    def _ahead(self) -> int:
-        """Jobs beyond the slots: as many as they run in a moment."""
-        if self._seconds is None or not self._prefetch:
-            return 0
-        return min(self._prefetch, int(self.pool.slots * PREFETCH_S / max(self._seconds, 1e-6)))
-
-
-class _Order:
-    """In which order queues are asked."""
-
-    def __init__(self, queues: Sequence[str] | Mapping[str, float]) -> None:
-        if isinstance(queues, str) or not isinstance(queues, Sequence | Mapping):
-            raise UsageError(f"queues: a sequence of names or a mapping to weights expected, got {quoted(queues)}")
-        self.names = [name for name in queues if name != SCHEDULES]  # whose jobs are no calls
-        if not self.names or not all(is_name(name) and len(name.encode()) <= 255 for name in self.names):
-            raise UsageError(f"queues: names expected, of 1 to 255 bytes, got {quoted(queues)}")
-        self._weights: dict[str, float] | None = None
-        self._credit: dict[str, float] = dict.fromkeys(self.names, 0.0)
-        if isinstance(queues, Mapping):
-            self._weights = {name: seconds_of(weight, f"queues[{quoted(name)}]") for name, weight in queues.items()}
-            if not all(self._weights.values()):
-                raise UsageError("queues: weights above 0 expected")
-
-    def __str__(self) -> str:
-        more = len(self.names) - SHOWN_QUEUES
-        return ", ".join(self.names[:SHOWN_QUEUES]) + (f" and {more} more queues" if more > 0 else "")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._credit
-
-    def add(self, name: str) -> None:
-        """One more, with the weight 1."""
-        if name not in self:
-            self.names.append(name)
-            self._credit[name] = 0.0
-            if self._weights is not None:
-                self._weights[name] = 1.0
-
-    def next(self, names: list[str]) -> list[str]:
-        """Those that have room, the one whose turn it is first.
-
-        With weights: a smooth weighted round robin, in which each turn a queue gains its weight, and the first pays all
-        of them.
-        """
-        weights = self._weights
-        if weights is None or len(names) < 2:
-            return names
-        credit = self._credit
-        for name in names:
-            credit[name] += weights[name]
-        first = max(names, key=credit.__getitem__)
-        credit[first] -= sum(map(weights.__getitem__, names))
-        return [first, *(name for name in names if name != first)]
+    def __init__(self, job_id: int) -> None:
+        self.job_id = job_id
+        self.is_told = False  # it was leased meanwhile and does not begin
+        self.is_let_go = False  # a delivery of it ended meanwhile
 
 
 class _Group(NamedTuple):
-    """Queues that one call leases from, and the fullest of the pools in which their tasks run."""
+    """Queues whose tasks run in the same pools."""
 
-    room: _Room
+    kinds: frozenset[str]
     names: list[str]
+    rooms: list[Room]
+
+
+def _in_parts(deliveries: Sequence[Delivery], call: Callable[[list[Delivery]], None], lost: list[Delivery]) -> None:
+    """Call with all of them, in as few parts as it takes to leave out those whose leases are lost.
+
+    Behind a lost one the parts begin small and grow: the cost is in proportion to how many are lost, if all are, too.
+    """
+    at, size = 0, len(deliveries)
+    while at < len(deliveries):
+        part = list(deliveries[at : at + size])
+        try:
+            call(part)
+        except LeaseLostError as error:
+            place = [delivery.lease.token for delivery in part].index(error.token)
+            if place:
+                size = place
+            else:
+                lost.append(part[0])
+                at, size = at + 1, 1
+        else:
+            at, size = at + len(part), 2 * len(part)
 
 
 def _margin(grace: float) -> float:

@@ -1,0 +1,433 @@
+"""What a worker leases, in which order, what it gives back, and how it keeps its leases."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rivetq import Broker, LeaseLostError
+from rivetq.pools import Delivery
+from rivetq.tasks import App, current_job
+from rivetq.testing import ManualClock
+from rivetq.turns import PREFETCH_JOBS
+from rivetq.worker import Settled, Worker, _in_parts
+
+PATIENCE_S = 30.0
+
+
+def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    with App(":memory:") as app:
+        yield app
+
+
+class Gate:
+    """A task whose jobs are quick, or wait in their handlers until they are let through."""
+
+    def __init__(self, app: App, kind: str = "sync", **options: Any) -> None:
+        self.begun: list[str] = []
+        self.open = threading.Event()
+
+        def sync(name: str) -> None:
+            self.begun.append(name)
+            if name.startswith("slow"):
+                self.open.wait(PATIENCE_S)
+
+        async def asynchronous(name: str) -> None:
+            self.begun.append(name)
+            while name.startswith("slow") and not self.open.is_set():
+                await asyncio.sleep(0.005)
+
+        function: Any = sync if kind == "sync" else asynchronous
+        self.task = app.task(name="gate", **options)(function)
+        self.app = app
+
+    def fill(self, quick: int, slow: int) -> list[int]:
+        """Quick jobs, which make a worker lease ahead, and slow ones behind them; the ids of the latter."""
+        self.task.enqueue_many([(f"quick {n}",) for n in range(quick)])
+        return list(self.task.enqueue_many([(f"slow {n}",) for n in range(slow)]))
+
+    def is_shut(self, slots: int, slow: int, queue: str = "default") -> Callable[[], bool]:
+        """Slow jobs run in all slots, and all others wait in their queue."""
+
+        def holds() -> bool:
+            stats = self.app.broker.stats(queue)
+            return (stats.leased, stats.ready) == (slots, slow - slots)
+
+        return holds
+
+
+# -- What did not begin
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_jobs_that_do_not_begin_in_time_are_given_back_with_their_attempt(app: App, kind: str) -> None:
+    told: list[Settled] = []
+    gate = Gate(app, kind)
+    ids = gate.fill(2000, 300)
+    with Worker(app, concurrency=2, on_settled=told.append):
+        until(gate.is_shut(2, 300))
+        assert [job.attempts for job in app.broker.jobs("default", state="ready", limit=400)] == [0] * 298
+        gate.open.set()
+        until(lambda: app.broker.stats().acked == 2300)
+    assert Counter(gate.begun).most_common(1)[0][1] == 1
+    assert app.broker.get(ids[-1]) is None
+    until(lambda: len(told) == 2300)  # of those that were given back a listener hears nothing
+    assert {settled.ending for settled in told} == {"ack"}
+
+
+def test_an_urgent_job_is_the_next_to_begin_though_many_were_leased_in_advance(app: App) -> None:
+    gate = Gate(app)
+    gate.fill(2000, 300)
+    with Worker(app, concurrency=2, grace=5):
+        until(gate.is_shut(2, 300))
+        begun = len(gate.begun)
+        gate.task.options(priority=9).enqueue("slow and urgent")
+        gate.open.set()
+        until(lambda: len(gate.begun) > begun + 2)
+        # Two slots may be given jobs at once.
+        assert "slow and urgent" in gate.begun[begun : begun + 3]
+        app.broker.purge("default")
+
+
+def test_the_jobs_of_a_paused_queue_go_back_and_do_not_begin(app: App) -> None:
+    gate = Gate(app)
+    gate.fill(2000, 300)
+    with Worker(app, concurrency=2):
+        until(gate.is_shut(2, 300))
+        app.broker.pause("default")
+        begun = len(gate.begun)
+        gate.open.set()
+        until(lambda: app.broker.stats().leased == 0)
+        assert len(gate.begun) == begun
+        app.broker.resume("default")
+        until(lambda: app.broker.stats().acked == 2300)
+
+
+def test_a_job_in_its_last_attempt_is_not_leased_in_advance(app: App) -> None:
+    gate = Gate(app, max_attempts=1)
+    gate.fill(2000, 100)
+    with Worker(app, concurrency=2) as worker:
+        until(gate.is_shut(2, 100))
+        assert worker.running == 2
+        gate.open.set()
+        until(lambda: app.broker.stats().acked == 2100)
+        # They are known as such when the first batch is there; what is too much of it goes back.
+        assert app.broker.deliveries().leased <= 2100 + 2 * PREFETCH_JOBS
+        gate.task.options(max_attempts=2).enqueue("quick")
+        until(lambda: not worker._careful)  # the queue had no more
+        assert not any(room.careful for room in worker._rooms.values())
+
+
+def test_jobs_with_attempts_left_are_leased_in_advance_again(app: App) -> None:
+    gate = Gate(app)
+    gate.task.options(max_attempts=1).enqueue_many([("quick",)] * 50)
+    gate.fill(1000, 0)
+    with Worker(app, concurrency=2) as worker:
+        until(lambda: app.broker.stats().acked == 1050)
+        assert not worker._careful
+
+
+# -- Cancelling what is just being leased
+
+
+def test_a_job_that_is_cancelled_while_it_is_being_leased_does_not_begin(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(app)
+    leased, go_on = threading.Event(), threading.Event()
+    find = app.find
+
+    def find_slowly(lease: Any) -> Any:
+        leased.set()
+        go_on.wait(PATIENCE_S)
+        return find(lease)
+
+    monkeypatch.setattr(app, "find", find_slowly)
+    answers: list[bool] = []
+    with Worker(app, concurrency=1) as worker:
+        _, job_id = gate.task.enqueue_many([("slow",), ("victim",)])
+        until(leased.is_set)
+        go_on.set()
+        until(lambda: gate.begun == ["slow"])
+        go_on.clear()
+        leased.clear()
+        gate.open.set()  # so that the other one is leased
+        until(leased.is_set)
+        canceller = threading.Thread(target=lambda: answers.append(app.cancel(job_id)))
+        canceller.start()
+        until(lambda: worker._asked)
+        assert not answers
+        go_on.set()
+        canceller.join(PATIENCE_S)
+        until(lambda: app.broker.get(job_id) is None)
+    assert answers == [True]
+    assert gate.begun == ["slow"]
+
+
+def test_a_job_that_is_cancelled_while_it_is_given_back_does_not_begin(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(app)
+    ids = gate.fill(2000, 300)
+    answers: list[bool] = []
+    with Worker(app, concurrency=2) as worker:
+        commit = worker._commit
+
+        def commit_behind_a_cancel(endings: Any) -> None:
+            if any(delivery.is_untouched and delivery.lease.id == ids[-1] for delivery in endings):
+                answers.append(app.cancel(ids[-1]))
+            commit(endings)
+
+        monkeypatch.setattr(worker, "_commit", commit_behind_a_cancel)
+        for _ in range(20):
+            gate.open.clear()
+            until(lambda: app.broker.stats().leased == 2 or answers)
+            if answers:
+                break
+            gate.open.set()
+            until(lambda: not app.broker.stats().leased)
+            app.broker.purge("default")
+            ids[:] = gate.fill(2000, 300)
+        until(lambda: app.broker.get(ids[-1]) is None)
+        gate.open.set()
+        until(lambda: app.broker.stats().leased == 0)
+    assert answers[0]
+    assert "slow 299" not in gate.begun
+
+
+def test_a_cancel_of_what_is_leased_elsewhere_or_gone_says_false(app: App) -> None:
+    gate = Gate(app)
+    with Worker(app, ["default"]) as worker:
+        job_id = app.broker.enqueue("elsewhere", b"")
+        lease = app.broker.lease("elsewhere")
+        assert lease is not None
+        assert not app.cancel(job_id)
+        lease.ack()
+        assert not app.cancel(job_id)
+        assert not worker._cancels
+        done = gate.task.enqueue("quick")
+        until(lambda: app.broker.stats("default").acked)
+        assert not app.cancel(done)
+    assert not app.cancel(done)
+
+
+# -- Queues and pools
+
+
+def test_a_queue_of_its_own_waits_for_no_pool_that_its_tasks_do_not_use(app: App) -> None:
+    end, ran = threading.Event(), threading.Event()
+
+    @app.task(queue="slow")
+    def slow() -> None:
+        end.wait(PATIENCE_S)
+
+    @app.task(queue="web")
+    async def fetch() -> None:
+        ran.set()
+
+    with Worker(app, concurrency=2) as worker:
+        slow.enqueue_many([()] * 2)
+        until(lambda: app.broker.stats("slow").leased == 2)
+        fetch.options(queue="tenant-7").enqueue()
+        assert ran.wait(PATIENCE_S)
+        # Nor if its tasks are known by its jobs alone: one waits for both pools only until its first job came.
+        ran.clear()
+        with worker._changed:
+            worker._grouped = None
+            app.queues.clear()
+        fetch.options(queue="tenant-7").enqueue()
+        assert ran.wait(PATIENCE_S)
+        end.set()
+
+
+def test_a_job_that_came_for_a_full_pool_unawaited_is_given_back(app: App) -> None:
+    end = threading.Event()
+    ran: list[str] = []
+
+    @app.task(queue="slow")
+    def slow(name: str) -> None:
+        ran.append(name)
+        end.wait(PATIENCE_S)
+
+    @app.task(queue="web")
+    async def fetch() -> None: ...
+
+    with Worker(app, concurrency=1) as worker:
+        slow.enqueue("first")
+        fetch.options(queue="shared").enqueue()
+        until(lambda: ran == ["first"] and app.broker.stats("shared").acked == 1)
+        headers = {"rivetq-task": slow.name}  # put there by another program
+        surprise = app.broker.enqueue("shared", {"args": ["surprise"]}, headers=headers)
+        until(lambda: app.broker.deliveries("shared").released == 1)
+        until(lambda: app.broker.stats("shared").ready == 1)
+        assert worker._pools_of("shared") == {"loop", "thread"}
+        end.set()
+        until(lambda: app.broker.get(surprise) is None)
+    assert ran == ["first", "surprise"]
+    assert app.broker.deliveries("shared").leased == 3
+
+
+@pytest.mark.parametrize("idle", [0, 1, 8])
+def test_shares_are_equal_whatever_queues_are_idle(app: App, idle: int) -> None:
+    order: list[str] = []
+    for name in ("a", *(f"idle {n}" for n in range(idle)), "z"):
+        app.task(name=name, queue=name)(lambda: order.append(current_job().queue))
+    for name in ("a", "z"):
+        app.tasks[name].enqueue_many([()] * 600)
+    with Worker(app, concurrency=2):
+        until(lambda: len(order) == 1200)
+    got = Counter(order[:800])
+    assert abs(got["a"] - 400) <= 64
+
+
+# -- Calls in further queues
+
+
+@pytest.fixture
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.worker.LOOK_S", 0.05)
+    monkeypatch.setattr("rivetq.worker.LOOK_SHARE", 0.5)
+
+
+@pytest.mark.usefixtures("quick_looks")
+@pytest.mark.parametrize("how", ["redriven", "by another program", "behind jobs of others", "scheduled behind others"])
+def test_calls_in_further_queues_are_found_however_they_came_there(
+    app: App, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    @app.task(queue="own")
+    def task(n: int) -> None:
+        ran.append(n)
+
+    broker, headers = app.broker, {"rivetq-task": task.name}
+    if how == "redriven":
+        broker.enqueue("tenant", {"args": [1]}, headers=headers)
+        lease = broker.lease("tenant")
+        assert lease is not None
+        lease.reject()
+    elif how != "by another program":
+        delay = 0.3 if how == "scheduled behind others" else 0
+        broker.enqueue_many("tenant", [b"of another consumer"] * 250, delay=delay)
+        broker.enqueue("tenant", {"args": [1]}, headers=headers, delay=delay)
+    broker.enqueue_many("foreign", [b""] * 50)
+    with Worker(app) as worker:
+        if how == "redriven":
+            until(lambda: worker._looked_at)
+            assert broker.redrive("tenant") == 1
+        elif how == "by another program":
+            until(lambda: worker._looked_at)
+            broker.enqueue("tenant", {"args": [1]}, headers=headers)
+        until(lambda: ran == [1])
+        assert str(worker._order) == "own, tenant"
+    assert broker.stats("foreign").ready == 50
+    assert worker.failure is None
+
+
+@pytest.mark.usefixtures("quick_looks")
+def test_a_worker_that_was_given_its_queues_looks_for_no_others(app: App) -> None:
+    @app.task(queue="own")
+    def task() -> None: ...
+
+    app.broker.enqueue("tenant", {}, headers={"rivetq-task": task.name})
+    with Worker(app, ["own"]) as worker:
+        task.enqueue()
+        until(lambda: app.broker.stats("own").acked)
+        assert not worker._looked_at
+    assert app.broker.stats("tenant").ready == 1
+
+
+# -- Keeping leases
+
+
+class FakeLease:
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+
+class FakeDelivery:
+    def __init__(self, token: int) -> None:
+        self.lease = FakeLease(token)
+
+
+@given(held=st.lists(st.booleans(), max_size=200))
+def test_lost_leases_are_found_at_a_cost_in_proportion_to_their_number(held: list[bool]) -> None:
+    deliveries: list[Any] = [FakeDelivery(token) for token in range(len(held))]
+    called: list[int] = []
+    done: list[int] = []
+
+    def call(part: list[Delivery]) -> None:
+        called.append(len(part))
+        for delivery in part:
+            if not held[delivery.lease.token]:
+                raise LeaseLostError("lost", job_id=1, token=delivery.lease.token)
+        done.extend(delivery.lease.token for delivery in part)
+
+    lost: list[Delivery] = []
+    _in_parts(deliveries, call, lost)
+    assert [delivery.lease.token for delivery in lost] == [token for token, is_held in enumerate(held) if not is_held]
+    assert done == [token for token, is_held in enumerate(held) if is_held]
+    assert len(called) <= 1 + 4 * len(lost) + len(held).bit_length()
+    assert sum(called) <= 5 * len(held)
+
+
+def test_the_loss_of_all_leases_at_once_is_told_to_every_handler() -> None:
+    clock = ManualClock()
+    with Broker(":memory:", clock=clock) as broker:
+        app = App(broker)
+        cancelled: list[int] = []
+
+        @app.task(max_attempts=1)
+        async def wait() -> None:
+            try:
+                await asyncio.sleep(PATIENCE_S)
+            except asyncio.CancelledError:
+                cancelled.append(current_job().id)
+                raise
+
+        ids = wait.enqueue_many([()] * 500)
+        with Worker(app, concurrency={"tasks": 500}, visibility_timeout=0.5) as worker:
+            until(lambda: worker.running == 500)
+            clock.advance(100)
+            until(lambda: sorted(cancelled) == list(ids))
+            until(lambda: not worker.running)
+
+
+def test_leases_that_will_soon_be_due_are_renewed_with_those_that_are(app: App) -> None:
+    end = asyncio.Event()
+
+    @app.task
+    async def wait() -> None:
+        await end.wait()
+
+    with Worker(app, grace=0.1) as worker:
+        deliveries = []
+        for n in range(4):
+            wait.enqueue()
+            until(lambda n=n: worker.running == n + 1)  # type: ignore[misc]
+        deliveries = list(worker._held.values())
+        now = time.monotonic()
+        for delivery, seconds in zip(deliveries, (-1, 4, 9, 2), strict=True):
+            delivery.visibility, delivery.renew_at = 30.0, now + seconds
+        deliveries[3].visibility = 12.0  # another group, in which none is due
+        worker._renew_due(now)
+        later = time.monotonic() + 10
+        assert deliveries[0].renew_at == deliveries[1].renew_at
+        assert later - 1 < deliveries[0].renew_at <= later
+        assert [delivery.renew_at for delivery in deliveries[2:]] == [now + 9, now + 2]

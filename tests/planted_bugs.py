@@ -407,4 +407,57 @@ BUGS = (
         ".total_seconds() >= self.grace:",
         "test_schedules.py::test_a_tick_is_in_time_up_to_the_very_end_of_its_grace",
     ),
+    Bug(
+        "call renames its task",
+        "tasks.py",
+        "{**(opts.headers or {}), TASK_HEADER: task.name}",
+        "{TASK_HEADER: task.name, **(opts.headers or {})}",
+        "test_tasks.py::test_no_header_of_a_call_renames_its_task",
+    ),
+    Bug(
+        "task known before its classes",
+        "tasks.py",
+        "                    if isinstance(self.codec, TypedJson):\n"
+        "                        self.codec.register_annotations(hints(task.function))\n"
+        "                    self._unhinted.remove(task)  # another may have come behind it\n",
+        "                    self._unhinted.remove(task)\n"
+        "                    if isinstance(self.codec, TypedJson):\n"
+        "                        self.codec.register_annotations(hints(task.function))\n",
+        "test_tasks.py::test_a_thread_that_comes_while_another_registers_classes_waits_for_them",
+    ),
+    Bug(
+        "last reason wins",
+        "tasks.py",
+        "        if not self._is_cancelled:\n            self.reason = reason\n            self._is_cancelled = True\n",
+        "        self.reason = reason\n        self._is_cancelled = True\n",
+        "test_tasks.py::test_the_first_reason_for_a_cancellation_stays",
+    ),
+    Bug(
+        "cancellation wakes nobody",
+        "tasks.py",
+        "        if (event := self._cancelled) is not None:\n            event.set()\n",
+        "",
+        "test_tasks.py::test_who_waits_for_a_cancellation_is_woken_and_who_comes_later_does_not_wait",
+    ),
+    Bug(
+        "handler is over and still current",
+        "tasks.py",
+        "    finally:\n        _current.reset(token)\n",
+        "    finally:\n        pass\n",
+        "test_tasks.py::test_behind_a_handler_there_is_no_current_job_and_behind_one_in_another_that_one",
+    ),
+    Bug(
+        "awaited call leaves its transaction",
+        "tasks.py",
+        "if self._remote is not None or self._runner is not None or task.opts.transaction is not None:",
+        "if self._remote is not None or self._runner is not None:",
+        "test_tasks.py::test_a_call_that_is_awaited_in_a_transaction_exists_when_its_block_ends",
+    ),
+    Bug(
+        "closed broker awaited",
+        "tasks.py",
+        "self._broker = self._async = None",
+        "self._broker = None",
+        "test_tasks.py::test_an_app_that_opens_again_awaits_its_new_broker",
+    ),
 )

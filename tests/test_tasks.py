@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 from rivetq import Broker, BrokerClosedError, BrokerLockedError, DuplicateJobError, RetryPolicy, UsageError
-from rivetq.tasks import TASK_HEADER, App, Reject, current_job, every
+from rivetq.tasks import TASK_HEADER, App, CurrentJob, Reject, current_job, every, here, running
 from rivetq.typedjson import TypedJson
 from rivetq.worker import Worker
+
+PATIENCE_S = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,6 +422,82 @@ def test_an_app_that_was_closed_opens_again_where_the_program_says_so(tmp_path: 
     app.close()
     with pytest.raises(BrokerClosedError):
         task.enqueue()
+
+
+def test_an_app_that_opens_again_awaits_its_new_broker(tmp_path: Path) -> None:
+    app = App(tmp_path / "data", fsync="never")
+
+    @app.task
+    def task() -> None: ...
+
+    for n in (1, 2):
+        with app:
+            assert asyncio.run(task.aenqueue()) == n
+
+
+def test_a_call_that_is_awaited_in_a_transaction_exists_when_its_block_ends(app: App) -> None:
+    @app.task
+    def task() -> None: ...
+
+    async def main() -> None:
+        with app.broker.transaction() as tx:
+            await task.options(transaction=tx).aenqueue()
+            assert app.broker.stats().enqueued == 0
+
+    asyncio.run(main())
+    assert app.broker.stats().enqueued == 1
+
+
+def test_a_call_for_a_moment_waits_for_it(app: App) -> None:
+    @app.task
+    def task() -> None: ...
+
+    at = datetime(2100, 1, 1, tzinfo=UTC)
+    job = app.broker.get(task.options(eta=at).enqueue())
+    assert job is not None
+    assert job.due_at is not None
+    assert abs(job.due_at - at) < timedelta(seconds=1)
+
+
+# -- The job that runs
+
+
+@pytest.fixture
+def job(app: App) -> CurrentJob:
+    app.broker.enqueue("q", b"")
+    lease = app.broker.lease("q")
+    assert lease is not None
+    return CurrentJob(lease, "task", app)
+
+
+def test_the_first_reason_for_a_cancellation_stays(job: CurrentJob) -> None:
+    job.cancel("the lease was lost")
+    job.cancel("shutdown")
+    assert (job.cancelled, job.reason) == (True, "the lease was lost")
+
+
+def test_who_waits_for_a_cancellation_is_woken_and_who_comes_later_does_not_wait(job: CurrentJob) -> None:
+    assert not job.wait_cancelled(0)
+    told: list[bool] = []
+    waits = threading.Thread(target=lambda: told.append(job.wait_cancelled(PATIENCE_S)), daemon=True)
+    waits.start()
+    job.cancel("the lease was lost")
+    waits.join(PATIENCE_S / 2)
+    assert told == [True]
+    assert job.wait_cancelled(PATIENCE_S)
+    late = CurrentJob(job.lease, "task", job._app)
+    late.cancel("before anybody waited")
+    assert late.wait_cancelled(0)
+
+
+def test_behind_a_handler_there_is_no_current_job_and_behind_one_in_another_that_one(job: CurrentJob) -> None:
+    inner = CurrentJob(job.lease, "inner", job._app)
+    with running(job):
+        with pytest.raises(ZeroDivisionError), running(inner):
+            assert current_job() is inner
+            raise ZeroDivisionError
+        assert current_job() is job
+    assert here() is None
 
 
 class Lock:

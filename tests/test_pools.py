@@ -457,31 +457,74 @@ def test_a_job_whose_children_die_before_they_take_it_fails(of_children: App, mo
     assert (ending.verb, str(ending.error).partition(":")[0]) == ("nack", "ChildDied")
 
 
+def test_a_job_that_began_in_a_child_that_dies_with_an_answer_in_its_pipe_failed(
+    of_children: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asked its parent to enqueue: what is left in the pipe is not the job."""
+    runs: list[children._Child] = []
+    run_, put = children._Child.run, children._Child._put
+
+    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+        runs.append(self)
+        pid, send = self._process.pid, self._pipe.send
+        assert pid is not None
+        pids.append(pid)
+
+        def send_and_kill(content: Any) -> None:
+            send(content)
+            if stopped:
+                os.kill(pid, signal.SIGKILL)
+
+        monkeypatch.setattr(self._pipe, "send", send_and_kill)
+        return run_(self, delivery)
+
+    def put_to_stopped(self: children._Child, *call: Any) -> tuple[bool, Any]:
+        os.kill(pids[-1], signal.SIGSTOP)
+        stopped.append(True)
+        return put(self, *call)
+
+    pids, stopped = list[int](), list[bool]()
+    monkeypatch.setattr(children._Child, "run", run)
+    monkeypatch.setattr(children._Child, "_put", put_to_stopped)
+    with one_child(of_children) as (pool, done):
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0)])
+        until(lambda: done)
+    ending = done[0].ending
+    assert ending is not None
+    assert (len(runs), ending.verb, str(ending.error).partition(":")[0]) == (1, "nack", "ChildDied")
+
+
 def test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone(
     of_children: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It finds the child of its job, and that child has the next one before it is killed."""
-    held, go = threading.Event(), threading.Event()
-    original = children._Child.kill
+    """It finds the child of its job, which has just ended that, and would have the next one before it is killed."""
+    ended, held, go = threading.Event(), threading.Event(), threading.Event()
+    run_, kill_ = children._Child.run, children._Child.kill
+
+    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+        if delivery is second:
+            go.set()
+        ending = run_(self, delivery)
+        if delivery is first:
+            ended.set()
+            assert held.wait(PATIENCE_S)
+        return ending
 
     def kill(self: children._Child) -> None:
         held.set()
         go.wait(0.5)  # for the next job, which must not come
-        original(self)
+        kill_(self)
 
+    monkeypatch.setattr(children._Child, "run", run)
     with one_child(of_children) as (pool, done):
-        first, second = (delivery_of(of_children, worker_tasks.sleep, each) for each in (0.1, 0.2))
-        pool.submit([first])
-        until(lambda: pool._running)
-        monkeypatch.setattr(children._Child, "kill", kill)
-        first.job.cancel("cancelled")
-        cancelling = threading.Thread(target=pool.cancel, args=(first,))
-        cancelling.start()
-        assert held.wait(PATIENCE_S)
-        pool.submit([second])
-        threading.Thread(target=lambda: (until(lambda: second in pool._running), go.set()), daemon=True).start()
+        first, second = (delivery_of(of_children, worker_tasks.sleep, each) for each in (0, 0.5))
+        pool.submit([first, second])
+        assert ended.wait(PATIENCE_S)
+        with monkeypatch.context() as patch:
+            patch.setattr(children._Child, "kill", kill)
+            first.job.cancel("cancelled")
+            pool.cancel(first)
         until(lambda: len(done) == 2)
-        cancelling.join(PATIENCE_S)
     assert second.ending == pools.ACK
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import sys
 import threading
@@ -17,6 +18,14 @@ import rivetq.group
 from rivetq.group import COMPANY, PATIENCE, PATIENCE_S, GroupCommit
 
 PATIENCE_OF_THE_TEST_S = 20.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For the state of another thread that has no event of its own."""
+    end = time.monotonic() + PATIENCE_OF_THE_TEST_S
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.0005)
 
 
 class FakeLog:
@@ -56,7 +65,7 @@ class Desk:
         """A thread appends record `lsn` and waits for it; returns when it leads or is parked."""
         self.log.written_lsn = max(self.log.written_lsn, lsn)
         parked = self.parked()
-        leads = not self.group._leading and parked + 1 >= min(self.group._company, COMPANY)
+        leads = self.group._leader is None and parked + 1 >= min(self.group._company, COMPANY)
 
         def wait() -> None:
             try:
@@ -90,7 +99,7 @@ class Desk:
         return self.answers
 
     def is_idle(self) -> bool:
-        return not self.group._leading and not self.group._waiters
+        return self.group._leader is None and not self.group._waiters
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -320,7 +329,7 @@ def test_an_interrupted_waiter_leaves_the_others_alone(desk: Desk, monkeypatch: 
 
 def test_an_interrupted_heir_passes_the_lead_on(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.call(1)
-    interrupt_the_parked(monkeypatch, lambda waiter: waiter.leads)
+    interrupt_the_parked(monkeypatch, lambda waiter: desk.group._leader is waiter)
     desk.call(2)
     desk.call(3)
     desk.disk_answers()
@@ -334,7 +343,7 @@ def test_an_interrupted_heir_passes_the_lead_on(desk: Desk, monkeypatch: pytest.
 
 def test_an_interrupted_heir_without_company_lays_the_lead_down(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     desk.call(1)
-    interrupt_the_parked(monkeypatch, lambda waiter: waiter.leads)
+    interrupt_the_parked(monkeypatch, lambda waiter: desk.group._leader is waiter)
     desk.call(2)
     desk.disk_answers()
     desk.all_return()
@@ -415,7 +424,7 @@ def test_the_last_of_the_company_to_come_back_leads_for_all(desk: Desk) -> None:
     lsn = hold_a_round(desk, 3)
     desk.call(lsn)
     desk.call(lsn + 1)
-    assert (desk.log.syncs, desk.parked(), desk.group._leading) == (2, 2, False)
+    assert (desk.log.syncs, desk.parked(), desk.group._leader) == (2, 2, None)
     desk.call(lsn + 2)
     assert desk.log.syncs == 3
     desk.disk_answers()
@@ -577,10 +586,119 @@ def test_an_interrupt_at_any_line_leaves_the_others_alone() -> None:
         for other in others:
             other.join(PATIENCE_OF_THE_TEST_S)
             assert not other.is_alive(), f"a caller waits for ever: interrupt at step {step}"
-        assert (group._leading, group._waiters, group.failure) == (False, [], None)
+        assert (group._leader, group._waiters, group.failure) == (None, [], None)
         if lines <= step:
             break
     assert step > 20, "the trace saw the module"
+
+
+class GatedLog(QuickLog):
+    """Its first sync covers the first record and lasts until the gate opens; later ones cover all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def sync(self) -> int:
+        if self.durable_lsn:
+            return super().sync()
+        assert self.gate.wait(PATIENCE_OF_THE_TEST_S)
+        self.durable_lsn = 1
+        return 1
+
+
+def test_an_interrupt_at_any_line_of_a_leader_with_heirs_leaves_nobody_parked() -> None:
+    """Three threads park while it syncs, so that each line of passing the lead on is met in every run."""
+    steps = next(step for step in itertools.count() if not interrupted_among_heirs(step))
+    assert steps > 20, "the trace saw the module"
+
+
+def interrupted_among_heirs(step: int) -> bool:
+    """One trial; whether there was such a line."""
+    log = GatedLog()
+    group = GroupCommit(log)
+    lines = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != rivetq.group.__file__:
+            return None
+        if event == "line" and "with" not in linecache.getline(rivetq.group.__file__, frame.f_lineno):
+            lines += 1
+            if lines == step + 1:
+                raise KeyboardInterrupt
+        return trace
+
+    lsns = [log.append() for _ in range(4)]
+    parked = [threading.Thread(target=group.wait, args=(lsn,), daemon=True) for lsn in lsns[1:]]
+
+    def keep_it_company() -> None:
+        wait_until(lambda: group._leader is not None or lines > step)  # it leads, or was interrupted before
+        for thread in parked:
+            thread.start()
+        wait_until(lambda: len(group._waiters) == len(parked) or lines > step)
+        log.gate.set()
+
+    company = threading.Thread(target=keep_it_company, daemon=True)
+    company.start()
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        group.wait(lsns[0])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    company.join(PATIENCE_OF_THE_TEST_S)
+    late = threading.Thread(target=group.wait, args=(log.append(),), daemon=True)
+    late.start()
+    for thread in (*parked, late):
+        thread.join(PATIENCE_OF_THE_TEST_S)
+        assert not thread.is_alive(), f"a caller waits for ever: interrupt at step {step}"
+    assert (group._leader, group._waiters, group.failure) == (None, [], None)
+    return lines > step
+
+
+def test_a_last_sync_that_fails_is_told_to_all_who_wait() -> None:
+    class Failing(GatedLog):
+        def sync(self) -> int:
+            if self.durable_lsn:
+                raise OSError(5, "EIO")
+            return super().sync()
+
+    log = Failing()
+    group = GroupCommit(log)
+    told: list[object] = []
+
+    def wait(lsn: int) -> None:
+        try:
+            group.wait(lsn)
+        except OSError as error:
+            told.append(error)
+        else:
+            told.append(lsn)
+
+    def close() -> None:
+        with pytest.raises(OSError, match="EIO"):
+            group.close()
+        told.append("closed")
+
+    leader = threading.Thread(target=wait, args=(log.append(),), daemon=True)
+    leader.start()
+    wait_until(lambda: group._leader is not None)
+    closer = threading.Thread(target=close, daemon=True)
+    closer.start()
+    wait_until(lambda: len(group._waiters) == 1)
+    waiter = threading.Thread(target=wait, args=(log.append(),), daemon=True)
+    waiter.start()
+    wait_until(lambda: len(group._waiters) == 2)
+    log.gate.set()
+    for thread in (leader, closer, waiter):
+        thread.join(PATIENCE_OF_THE_TEST_S)
+        assert not thread.is_alive()
+    assert 1 in told
+    assert "closed" in told
+    assert any(isinstance(each, OSError) for each in told), "record 2 is not on disk"
 
 
 def test_many_threads_each_find_their_record_durable() -> None:
@@ -605,4 +723,4 @@ def test_many_threads_each_find_their_record_durable() -> None:
     assert sorted(checked) == list(range(1, 1601))
     assert group.failure is None
     assert not group._waiters
-    assert not group._leading
+    assert group._leader is None

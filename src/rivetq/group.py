@@ -38,14 +38,17 @@ class SyncTarget(Protocol):
 
 
 class _Waiter:
-    __slots__ = ("is_patient", "leads", "lock", "lsn")
+    __slots__ = ("lock", "lsn")
 
     def __init__(self, lsn: int) -> None:
         self.lsn = lsn
-        self.leads = False
-        self.is_patient = False
         self.lock = threading.Lock()
         self.lock.acquire()
+
+    def wake(self) -> None:
+        # Caller holds the group's lock. Once more does no harm: a waiter parks once.
+        if self.lock.locked():
+            self.lock.release()
 
 
 class GroupCommit:
@@ -54,8 +57,8 @@ class GroupCommit:
     def __init__(self, target: SyncTarget) -> None:
         self._target = target
         self._lock = threading.Lock()  # guards all below; held for microseconds, never over a sync
-        self._waiters: list[_Waiter] = []
-        self._leading = False  # somebody syncs, or was told to
+        self._waiters: list[_Waiter] = []  # those that park, in order of arrival
+        self._leader: _Waiter | None = None  # it syncs, or was told to; the one place that says so
         self._company = 1  # callers that took part in the last round
         self._sync_s = 0.0  # how long a sync takes lately
         self.failure: BaseException | None = None
@@ -67,10 +70,10 @@ class GroupCommit:
         waiter = _Waiter(lsn)
         try:
             self._join(waiter)
-            if waiter.leads:
-                self._lead(waiter)
+            if self._leader is waiter:
+                self._lead()
         except BaseException as error:
-            if waiter.leads and (self._target.broken or isinstance(error, Exception)):
+            if self._leader is waiter and (self._target.broken or isinstance(error, Exception)):
                 self.fail(error)
             self._leave(waiter)
             raise
@@ -84,25 +87,29 @@ class GroupCommit:
             self._wake(_LAST)
 
     def close(self) -> None:
-        """Lead a last time, after whoever leads now, and for good: nobody syncs when this has returned."""
+        """Lead a last time, after the present leader, and for good: nobody syncs when this has returned.
+
+        If that sync fails, everybody who still waits is told.
+        """
         waiter = _Waiter(_LAST)
-        with self._lock:
-            parks = self._leading
-            if parks:
-                self._waiters.append(waiter)
-            self._leading = True
-        if parks:
-            try:
-                waiter.lock.acquire()
-            except BaseException:
-                self._leave(waiter)
-                raise
         try:
+            with self._lock:
+                parks = self._leader is not None
+                if parks:
+                    self._waiters.append(waiter)
+                else:
+                    self._leader = waiter
+            if parks:
+                waiter.lock.acquire()
             if self.failure is None:
                 self._target.sync()
-        finally:
-            with self._lock:
-                self._wake(_LAST)
+        except BaseException as error:
+            if self._leader is waiter:  # and stays it: the log is about to be closed
+                self.fail(error)
+            self._leave(waiter)
+            raise
+        with self._lock:
+            self._wake(_LAST)
 
     def _join(self, waiter: _Waiter) -> None:
         """Return when it is covered, or leads, or all is lost."""
@@ -111,22 +118,22 @@ class GroupCommit:
                 raise self.failure
             if self._target.durable_lsn >= waiter.lsn:
                 return
-            if not self._leading and len(self._waiters) + 1 >= min(self._company, COMPANY):
-                self._leading = waiter.leads = True
+            if self._leader is None and len(self._waiters) + 1 >= min(self._company, COMPANY):
+                self._leader = waiter
                 return
-            waiter.is_patient = not self._leading and not self._waiters
+            is_patient = self._leader is None and not self._waiters
             self._waiters.append(waiter)
-        if waiter.is_patient:
+        if is_patient:
             if waiter.lock.acquire(timeout=min(self._sync_s * PATIENCE, PATIENCE_S)):
                 return
             with self._lock:
-                if waiter in self._waiters and not self._leading:
-                    self._leading = waiter.leads = True
+                if waiter in self._waiters and self._leader is None:
+                    self._leader = waiter
                     self._waiters.remove(waiter)
                     return
         waiter.lock.acquire()
 
-    def _lead(self, waiter: _Waiter) -> None:
+    def _lead(self) -> None:
         started = time.perf_counter()
         durable_lsn = self._target.sync()
         self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - started)
@@ -134,30 +141,33 @@ class GroupCommit:
             before = len(self._waiters)
             self._wake(durable_lsn)
             self._company = 1 + before
-            self._pass_on(waiter)
+            self._pass_on()
 
     def _leave(self, waiter: _Waiter) -> None:
-        """A KeyboardInterrupt, at any point: take neither the lead along, nor the patience that others count on."""
+        """After an exception at any point, Ctrl-C say: what it was about to do for others is done here.
+
+        It may have led, it may have been the patient one that others count on, and it may have named the next leader
+        without waking it.
+        """
         with self._lock:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
-            if waiter.leads or (waiter.is_patient and not self._leading):
-                self._wake(self._target.durable_lsn)
-                self._pass_on(waiter)
+            self._wake(self._target.durable_lsn)
+            if self.failure is None and self._leader in (waiter, None):
+                self._pass_on()
+            elif self._leader is not None:
+                self._leader.wake()
 
     def _wake(self, durable_lsn: int) -> None:
         # Caller holds self._lock. May be cut short and called again.
         for waiter in self._waiters:
-            if waiter.lsn <= durable_lsn and waiter.lock.locked():
-                waiter.lock.release()
+            if waiter.lsn <= durable_lsn:
+                waiter.wake()
         self._waiters = [waiter for waiter in self._waiters if waiter.lsn > durable_lsn]
 
-    def _pass_on(self, waiter: _Waiter) -> None:
-        # Caller holds self._lock. Somebody leads at every moment, also if this is cut short between two lines.
-        if self._waiters:
-            heir = self._waiters[0]
-            self._leading, heir.leads, waiter.leads = True, True, False
-            heir.lock.release()
+    def _pass_on(self) -> None:
+        # Caller holds self._lock. The first line decides; if what follows is cut short, `_leave` does it again.
+        self._leader = self._waiters[0] if self._waiters else None
+        if self._leader is not None:
+            self._leader.wake()
             del self._waiters[0]
-        else:
-            self._leading = waiter.leads = False

@@ -332,7 +332,7 @@ class Model:
         queue = self._queues[job.queue]
         queue.totals[how] += 1
         del self._jobs[job.id]
-        if job.key is not None:
+        if job.key is not None and how == "acked":  # else nobody did the work: the key is free
             self._ended_keys[job.queue, job.key] = (job.id, self.now_ms + queue.ttl_ms)
 
     def _fill(self, queue):

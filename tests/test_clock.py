@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from datetime import UTC, datetime, timedelta, timezone
@@ -202,22 +203,55 @@ def test_a_clock_that_rounds_down_makes_no_delay_too_short() -> None:
 
     clock = Floored()
     with Broker(":memory:", clock=clock) as broker:
-        began = clock.now()
 
-        def due_after_ms(job_id: int) -> float:
-            job = broker.get(job_id)
-            assert job is not None
-            assert job.due_at is not None
-            return (job.due_at - began) / timedelta(milliseconds=1)
+        def comes_after_ms(queue: str) -> float:
+            for passed_ms in range(20):
+                if broker.lease(queue) is not None:
+                    return passed_ms
+                clock.advance(0.001)
+            raise AssertionError("it never came")
 
-        assert due_after_ms(broker.enqueue("q", b"", delay=0.005)) == 6
-        assert due_after_ms(broker.enqueue_many("q", [b""], delay=0.005, idempotency_keys=["k"])[0]) == 6
+        job_id = broker.enqueue("one", b"", delay=0.005)
+        job = broker.get(job_id)
+        assert job is not None
+        assert job.due_at == job.enqueued_at + timedelta(milliseconds=5)
+        assert comes_after_ms("one") == 6
+        broker.enqueue_many("many", [b""], delay=0.005, idempotency_keys=["k"])
+        assert comes_after_ms("many") == 6
         for answer in ("nack", "release"):
-            job_id = broker.enqueue("q", b"")
-            lease = broker.lease("q")
+            broker.enqueue(answer, b"")
+            lease = broker.lease(answer)
             assert lease is not None
             getattr(lease, answer)(delay=0.005)
-            assert due_after_ms(job_id) == 6
+            assert comes_after_ms(answer) == 6
         broker.enqueue("now", b"", delay=0)
-        assert broker.lease("now") is not None
+        assert comes_after_ms("now") == 0
     assert SystemClock.grain_ms == 1
+
+
+def test_a_job_with_an_eta_is_due_at_it_to_the_millisecond() -> None:
+    """By the clock of the machine, and also in a transaction that ends later."""
+    with Broker(":memory:") as broker:
+        for _ in range(50):
+            eta = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1, milliseconds=random.randrange(1000))
+            job = broker.get(broker.enqueue("q", b"", eta=eta))
+            assert job is not None
+            assert job.due_at == eta
+        with broker.transaction() as tx:
+            job_id = tx.enqueue("q", b"", eta=eta)
+            time.sleep(0.01)
+        job = broker.get(job_id)
+        assert job is not None
+        assert job.due_at == eta
+
+
+def test_an_eta_is_a_moment_of_the_wall_clock_also_after_it_was_set() -> None:
+    clock = ManualClock()
+    with Broker(":memory:", clock=clock) as broker:
+        for step in (3600, -7200):
+            clock.step_wall(step)
+            broker.enqueue("q", b"", eta=clock.now() + timedelta(seconds=10))
+            clock.advance(9.999)
+            assert broker.lease("q") is None
+            clock.advance(0.001)
+            assert broker.lease("q") is not None

@@ -32,6 +32,7 @@ from rivetq.events import (
     Purged,
     QueueConfigured,
     QueueCreated,
+    QueueRemoved,
     Redriven,
     Released,
     Retried,
@@ -132,6 +133,7 @@ EVENTS: dict[type, st.SearchStrategy[Event]] = {
     Copied: copieds(),
     KeyCopied: st.builds(KeyCopied, u32, key_texts, u64, u64),
     SegmentsDropped: st.builds(SegmentsDropped, u64),
+    QueueRemoved: st.builds(QueueRemoved, u32),
 }
 events = st.one_of(*EVENTS.values())
 
@@ -281,6 +283,7 @@ SAMPLES: list[Event] = [
     Copied(1, 1, 2, 5, 1, 9, None, RetryPolicy(), None, 1, 2, 3, 4, "e", {"h": "1"}, "k", 3, crc32c(b"abc"), b"abc"),
     KeyCopied(1, "k", 1, 2),
     SegmentsDropped(3),
+    QueueRemoved(3),
 ]
 each_sample = pytest.mark.parametrize("event", SAMPLES, ids=lambda event: type(event).__name__)
 
@@ -332,7 +335,7 @@ def test_any_bytes_at_all_are_at_worst_a_value_error(tag: int, body: bytes) -> N
     read_or_value_error(bytes(8) + bytes([tag]) + body)
 
 
-@pytest.mark.parametrize("tag", [0, 17, 255])
+@pytest.mark.parametrize("tag", [0, 18, 255])
 def test_an_event_of_a_newer_format_is_named(tag: int) -> None:
     with pytest.raises(ValueError, match=f"unknown event {tag}"):
         decode_record(bytes(8) + bytes([tag]))

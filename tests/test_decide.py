@@ -385,10 +385,25 @@ def test_a_batch_larger_than_the_burst_can_never_pass() -> None:
     assert len(bench.enqueue(4, keys=["a", "a", "b", "c"])) == 4, "three jobs"
 
 
-def test_enqueues_that_together_exceed_the_burst_are_over_the_rate() -> None:
+def test_enqueues_that_together_exceed_the_burst_never_pass() -> None:
     bench = Bench(rate_limit=RateLimit(1000, 3, "enqueue"))
-    with pytest.raises(RateLimitedError):
+    with pytest.raises(UsageError, match="never pass"):
         bench.plan(Enqueue("q", [b"a"] * 2), Enqueue("q", [b"b"] * 2))
+
+
+def test_enqueues_that_together_exceed_the_tokens_are_over_the_rate() -> None:
+    bench = Bench(rate_limit=RateLimit(1000, 3, "enqueue"))
+    bench.enqueue(2)
+    with pytest.raises(RateLimitedError):
+        bench.plan(Enqueue("q", [b"a"]), Enqueue("q", [b"b"]))
+
+
+def test_two_extends_of_one_lease_give_the_longer() -> None:
+    bench = Bench()
+    job_id, token = bench.one()
+    events, answers = bench.plan(Extend(job_id, token, 100_000), Extend(job_id, token, 50_000))
+    assert answers == [NOW + 100_000, NOW + 100_000]
+    assert events == [Extended(job_id, NOW + 100_000)]
 
 
 def test_a_rate_on_lease_does_not_concern_an_enqueue() -> None:
@@ -615,10 +630,10 @@ def test_deliveries_have_tokens_attempts_and_deadlines() -> None:
     bench = Bench()
     bench.enqueue(2)
     bench.enqueue(visibility_ms=70)
-    event, retry_at_ms = bench.ask(decide.lease, ["q"], 3, None, NOW)
-    assert (event, retry_at_ms) == (
+    event, limited = bench.ask(decide.lease, ["q"], 3, None, NOW)
+    assert (event, limited) == (
         Leased([1, 2, 3], [1, 2, 3], [1] * 3, [NOW + 30_000] * 2 + [NOW + 70], [(1, 5, 3)]),
-        None,
+        [],
     )
     event, _ = bench.ask(decide.lease, ["q"], 3, 5, NOW)
     assert event.deadlines_ms == [NOW + 5] * 3, "the call's timeout wins"
@@ -654,7 +669,7 @@ def test_a_queue_that_is_unknown_empty_or_paused_gives_nothing() -> None:
     bench.enqueue(queue="paused")
     bench.configure("paused", paused=True)
     bench.enqueue(delay_ms=5)
-    assert bench.ask(decide.lease, ["unknown", "empty", "paused", "q"], 9, None, NOW) == (None, None)
+    assert bench.ask(decide.lease, ["unknown", "empty", "paused", "q"], 9, None, NOW) == (None, [])
 
 
 def test_a_rate_limit_gives_what_the_bucket_allows_and_tells_when_there_is_more() -> None:
@@ -662,7 +677,9 @@ def test_a_rate_limit_gives_what_the_bucket_allows_and_tells_when_there_is_more(
     bench.enqueue(2, priority=9)
     bench.enqueue(3)
     assert [i for i, _ in bench.lease(9)] == [1, 2, 3]
-    assert bench.ask(decide.lease, ["q"], 9, None, NOW) == (None, NOW + 500)
+    assert bench.ask(decide.lease, ["q"], 9, None, NOW) == (None, [bench.machine.queues["q"]])
+    bench.machine.expect_token(bench.machine.queues["q"], NOW)
+    assert bench.machine.next_wakeup_ms() == NOW + 500
     bench.at(NOW + 500)
     assert [i for i, _ in bench.lease(9)] == [4]
 
@@ -674,10 +691,23 @@ def test_the_first_of_several_buckets_is_waited_for() -> None:
     for name in ("q", "slow", "fast"):
         bench.enqueue(2, queue=name)
         assert len(bench.lease(9, name)) == 1
-    assert bench.ask(decide.lease, ["q", "slow", "fast"], 9, None, NOW) == (None, NOW + 100)
-    assert bench.ask(decide.lease, ["q", "slow"], 9, None, NOW) == (None, NOW + 500)
+    queues = [bench.machine.queues[name] for name in ("q", "slow", "fast")]
+    assert bench.ask(decide.lease, ["q", "slow", "fast"], 9, None, NOW) == (None, queues)
+    for queue in queues:
+        bench.machine.expect_token(queue, NOW)
+    for moment_ms, name in ((NOW + 100, "fast"), (NOW + 500, "q"), (NOW + 1000, "slow")):
+        assert bench.machine.next_wakeup_ms() == moment_ms
+        bench.machine.woken.clear()
+        bench.machine.advance(moment_ms)
+        assert bench.machine.woken == {name}, "each is woken at its token"
+    assert not bench.machine._tokens
+    bench = Bench(rate_limit=RateLimit(2, 1, "lease"))
+    bench.configure("slow", rate_limit=RateLimit(1, 1, "lease"))
+    for name in ("q", "slow"):
+        bench.enqueue(2, queue=name)
+        assert len(bench.lease(9, name)) == 1
     bench.enqueue(queue="free")
-    assert [i for i, _ in bench.lease(9, "q", "slow", "free")] == [7], "a used-up rate does not hold up the next queue"
+    assert [i for i, _ in bench.lease(9, "q", "slow", "free")] == [5], "a used-up rate does not hold up the next queue"
 
 
 def test_a_rate_on_enqueue_does_not_concern_a_lease() -> None:
@@ -873,10 +903,9 @@ def test_any_call_leads_to_events_that_fit_or_to_an_error_of_the_tree_and_change
                 events, answers = bench.plan(*call)
                 assert len(answers) == len(call)
             elif call[0] is decide.lease:
-                found, retry_at_ms = bench.ask(*call, bench.now)
+                found, limited = bench.ask(*call, bench.now)
                 events = [] if found is None else [found]
-                assert found is None or retry_at_ms is None
-                assert retry_at_ms is None or retry_at_ms > bench.now
+                assert all(not queue.bucket.available(bench.now) for queue in limited)
             else:
                 found = bench.ask(*call, *([bench.now] if call[0] is decide.owner_gone else []))
                 events = found if isinstance(found, list) else [found] if found is not None else []

@@ -114,6 +114,8 @@ def read_event(body: Bytes) -> tuple[Any, ...]:
             return "KeyCopied", *body.take("IQQ"), body.text()
         case 16:
             return "SegmentsDropped", *body.take("Q")
+        case 17:
+            return "QueueRemoved", *body.take("I")
         case tag:
             raise AssertionError(f"tag {tag} is not on the page")
 
@@ -300,6 +302,8 @@ def a_full_life(directory: Path) -> None:
         for _ in range(20):
             broker.enqueue("other", b"x" * 1000)  # garbage, so that a compaction has something to do
         broker.purge("other")
+        broker.cancel(broker.enqueue("gone", ""))
+        broker.remove_queue("gone")
         reject_one(broker, error="dead")
         broker.pause("other")
 
@@ -316,6 +320,7 @@ def test_a_reader_written_from_the_page_reads_log_and_index(tmp_path: Path) -> N
     assert seen == {
         "QueueCreated", "QueueConfigured", "Enqueued", "Leased", "Acked", "Retried", "Released", "Buried", "Extended",
         "Cancelled", "Purged", "Redriven", "IdsReserved", "Copied", "KeyCopied", "SegmentsDropped",
+        "QueueRemoved",
     }  # fmt: skip
     found, keys = read_index(data)
     assert keys == {(1, "k1"): done, (1, "k3"): kept}

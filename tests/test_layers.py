@@ -17,7 +17,7 @@ FLOORS = [
     "backoff", "ratelimit", "entry", "run", "window", "keys", "state", "machine", "decide",
     "fields", "codec", "values", "record",
     # files
-    "io", "owner", "segment", "log", "index", "recovery", "backup",
+    "io", "ahead", "owner", "segment", "log", "index", "recovery", "backup",
     # engines
     "group", "notifier", "live", "memory", "local", "salvage", "view",
     # public

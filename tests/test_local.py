@@ -614,7 +614,7 @@ def test_a_bad_path_is_refused(path: Any, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_an_unknown_option_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"fsnyc": "always"}
-    with pytest.raises(UsageError, match="fsnyc"):
+    with pytest.raises(TypeError, match="fsnyc"):
         Broker(tmp_path / "q", **options)
     assert not list(tmp_path.iterdir())
 

@@ -132,6 +132,8 @@ def be_busy(ledger: Ledger) -> None:
     broker.enqueue("q", b"last but two", idempotency_key="k0")
     broker.reject(ledger.lease("q"), error="again")
     broker.purge("q", state="dead")
+    broker.cancel(broker.enqueue("gone", b""))
+    broker.remove_queue("gone")
     clock.advance(100)
     ledger.lease("r")
     clock.advance(2)  # and a dead letter

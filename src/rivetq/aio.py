@@ -33,7 +33,15 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import attrs
 
-from .arguments import checked_error, checked_lease, checked_leases, checked_payloads, checked_queues
+from .arguments import (
+    checked_bool,
+    checked_error,
+    checked_lease,
+    checked_leases,
+    checked_payloads,
+    checked_queues,
+    checked_visibility,
+)
 from .broker import Broker, Moment, OnDuplicate, Transaction
 from .engine import Ack, Backup, Extend, Nack, Operation, Reject, Release
 from .errors import LeaseLostError, RivetQError, UsageError
@@ -114,6 +122,7 @@ class AsyncBroker:
 
     async def __aenter__(self) -> Self:
         await self._open()
+        self.broker._engine.check_open()
         return self
 
     async def __aexit__(
@@ -209,16 +218,19 @@ class AsyncBroker:
         *,
         visibility_timeout: Duration | None = None,
         wait: Duration | None = 0,
+        begun: bool = True,
     ) -> list[AsyncLease]:
         """See `Broker.lease_many`. No thread waits, and a cancelled call loses no job."""
         queues = checked_queues(queue)
-        visibility_ms = None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout")
+        visibility_ms = None if visibility_timeout is None else checked_visibility(visibility_timeout)
         wait_s = None if wait is None else duration_ms(wait, "wait") / 1000
         checked_int(max_jobs, "max_jobs", 1)
         mailbox = self._box()
         answer = _Answer(mailbox, self._give_back)
         future, broker = answer.future, self.broker
-        waiting = broker._engine.lease_soon(queues, max_jobs, visibility_ms, broker, answer.tell)
+        waiting = broker._engine.lease_soon(
+            queues, max_jobs, visibility_ms, broker, answer.tell, begun=checked_bool(begun, "begun")
+        )
 
         def end() -> None:
             if waiting.cancel() and not future.done():
@@ -232,7 +244,7 @@ class AsyncBroker:
                 timer = mailbox.loop.call_later(wait_s, end)
         try:
             leases: list[Lease] = await future
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or the loop was closed and the coroutine with it
             if not waiting.cancel():  # something was taken: it is here unseen, or on its way
                 answer.drop()
             raise
@@ -253,6 +265,10 @@ class AsyncBroker:
             lease = await self.lease(queue, visibility_timeout=visibility_timeout, wait=None)
             assert lease is not None, "a wait without end gave nothing"
             yield lease
+
+    async def begin(self, lease: LeaseLike) -> None:
+        """See `Broker.begin`. In the event loop itself."""
+        self.broker.begin(lease)
 
     async def ack(self, lease: LeaseLike) -> None:
         """See `Broker.ack`."""
@@ -281,7 +297,8 @@ class AsyncBroker:
         if not isinstance(value, Lease):
             return AsyncLease(await self._call(Broker.extend, value, seconds), self)
         (deadline,) = await self.extend_many([value], seconds)
-        return AsyncLease(attrs.evolve(value, deadline=deadline, broker=self.broker), self)
+        granted = duration_ms(seconds, "seconds") / 1000
+        return AsyncLease(attrs.evolve(value, deadline=deadline, granted=granted, broker=self.broker), self)
 
     async def extend_many(self, leases: Iterable[LeaseLike], seconds: Duration) -> list[datetime]:
         """See `Broker.extend_many`."""
@@ -330,6 +347,10 @@ class AsyncBroker:
     async def redrive(self, queue: str, *, job_ids: Iterable[int] | None = None, limit: int | None = None) -> int:
         """See `Broker.redrive`."""
         return await self._call(Broker.redrive, queue, job_ids=job_ids, limit=limit)
+
+    async def remove_queue(self, queue: str) -> bool:
+        """See `Broker.remove_queue`."""
+        return await self._call(Broker.remove_queue, queue)
 
     # Looking
 
@@ -474,6 +495,11 @@ class AsyncLease:
         return self.lease.deadline
 
     @property
+    def granted(self) -> float:
+        """Seconds; see `Lease`."""
+        return self.lease.granted
+
+    @property
     def enqueued_at(self) -> datetime:
         return self.lease.enqueued_at
 
@@ -544,7 +570,11 @@ class AsyncTransaction:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if operations := self._tx._end(error):
-            await self._broker._answer(operations)
+            try:
+                await self._broker._answer(operations)
+            except Exception:
+                self._tx._give_up()
+                raise
 
     async def enqueue(
         self,
@@ -639,7 +669,7 @@ class _Answer:
 
     def deliver(self) -> None:
         """In the event loop."""
-        if self.future.done():  # cancelled: whoever did that drops it
+        if self.future.done() or self._is_dropped:  # whoever cancelled it drops it
             return
         ((answer, error),) = self._answer
         if error is None:
@@ -651,9 +681,10 @@ class _Answer:
         """Nobody waits for it; the loop may end before it could deliver what is on its way."""
         with self._lock:
             self._is_dropped = True
+            answers, self._answer = self._answer, []
         if not self.future.cancelled() and self.future.done():
             self.future.exception()  # it was seen, so that asyncio does not complain
-        for answer, error in self._answer:
+        for answer, error in answers:
             self._give_back(answer, error)
 
     def _give_back(self, answer: Any, error: BaseException | None) -> None:
@@ -677,8 +708,11 @@ class _Mailbox:
             self._deliver()
         elif not self._is_woken:
             self._is_woken = True
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            try:
                 self.loop.call_soon_threadsafe(self._wake)
+            except RuntimeError:  # the loop is closed: nobody is left to be told
+                while self._told:
+                    self._told.popleft().drop()
 
     def _wake(self) -> None:
         self._is_woken = False

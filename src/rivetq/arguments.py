@@ -12,9 +12,11 @@ from contextlib import suppress
 from typing import Any
 
 from .errors import UsageError
-from .model import JobState, quoted, read_only
+from .model import JobState, duration_ms, quoted, read_only
 
 MAX_ERROR_BYTES = 4096
+MAX_HEADERS_BYTES = 64 * 1024
+"""All names and values of a job together: they stay in memory while the job is looked at, and go into every copy."""
 MAX_QUEUE_BYTES, MAX_KEY_BYTES = 255, 256
 
 
@@ -77,6 +79,12 @@ def checked_error(error: object) -> str | None:
     return data[:MAX_ERROR_BYTES].decode("utf-8", "ignore")
 
 
+def checked_bool(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name}: True or False expected, got {quoted(value)}")
+    return value
+
+
 def checked_state(state: object) -> JobState | None:
     if state is None:
         return None
@@ -89,10 +97,28 @@ def checked_state(state: object) -> JobState | None:
 def checked_headers(headers: object) -> Mapping[str, str]:
     if not isinstance(headers, Mapping):
         raise UsageError(f"headers: a mapping of str to str expected, got {type(headers).__name__}")
+    size = 0
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise UsageError(f"headers: str to str expected, got {quoted(name)}: {quoted(value)}")
+        size += len(name) + len(value) if name.isascii() and value.isascii() else _utf8_bytes(name) + _utf8_bytes(value)
+    if size > MAX_HEADERS_BYTES:
+        raise UsageError(
+            f"headers: {size} bytes, {MAX_HEADERS_BYTES} in all is the most; put large things into the payload"
+        )
     return read_only(headers)
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def checked_visibility(value: object) -> int:
+    """Milliseconds, at least one: a lease that is lost when it is given helps nobody."""
+    visibility_ms = duration_ms(value, "visibility_timeout")
+    if not visibility_ms:
+        raise UsageError(f"visibility_timeout: more than 0 seconds expected, got {quoted(value)}")
+    return visibility_ms
 
 
 def checked_path(path: object) -> str:
@@ -106,13 +132,11 @@ def checked_path(path: object) -> str:
 
 
 def encoded(payload: object) -> bytes:
-    """Bytes of a payload that is not bytes: another buffer as it is, anything else as JSON."""
-    if isinstance(payload, (str, int, float, list, tuple, dict)) or payload is None:
-        return _json(payload)
-    try:
-        return bytes(memoryview(payload))  # type: ignore[arg-type]  # a TypeError means: no buffer
-    except (TypeError, BufferError):
-        return _json(payload)
+    """Bytes of a payload: bytes-like as it is, anything else as JSON.
+
+    No other buffers: the bytes of a numpy scalar, say, do not tell what they were.
+    """
+    return bytes(payload) if isinstance(payload, (bytes, bytearray, memoryview)) else _json(payload)
 
 
 def _json(payload: object) -> bytes:

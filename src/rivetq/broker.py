@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import EllipsisType, TracebackType
-from typing import Any, Literal, Never, Self
+from typing import Any, Literal, Self
 
 import attrs
 
 from .arguments import (
     MAX_KEY_BYTES,
     MAX_QUEUE_BYTES,
+    checked_bool,
     checked_error,
     checked_headers,
     checked_lease,
@@ -23,6 +24,7 @@ from .arguments import (
     checked_queues,
     checked_state,
     checked_text,
+    checked_visibility,
     encoded,
 )
 from .clock import Clock, SystemClock
@@ -47,6 +49,7 @@ from .model import (
     Duration,
     Health,
     Job,
+    JobId,
     JobState,
     Lease,
     LeaseLike,
@@ -94,15 +97,15 @@ class _Enqueues:
         idempotency_key: str | None = None,
         on_duplicate: OnDuplicate = "return",
     ) -> int:
-        """Put a job into a queue; returns its id when it is durable.
+        """Put a job into a queue; returns its id when it is durable. With an `idempotency_key` that is a `JobId`.
 
         Args:
             queue: 1 to 255 bytes of UTF-8; the queue is created if it is unknown.
-            payload: bytes-like goes in as it is; anything else is encoded as JSON.
+            payload: bytes, bytearray and memoryview go in as they are; anything else is encoded as JSON.
             priority: 0 to 9, 9 is the most urgent.
             delay: seconds (or a timedelta) before which it is not leased.
             eta: the moment before which it is not leased: an aware datetime or epoch seconds. Not with `delay`.
-            headers: str to str, handed out with the lease.
+            headers: str to str, handed out with the lease; 64 KiB in all at most.
             max_attempts: deliveries before it is a dead letter; None: the retry policy's.
             retry: the job's own policy; None: the queue's, as it is now.
             visibility_timeout: seconds that a lease lasts; None: the queue's, as it is at the lease.
@@ -178,11 +181,11 @@ class _Enqueues:
             checked_text(queue, "queue", MAX_QUEUE_BYTES),
             [self._encode(payload) for payload in payloads],
             checked_int(priority, "priority", 0, 9),
-            self._delay_ms(delay, eta),
+            *_delay_or_eta(delay, eta),
             None if headers is None else checked_headers(headers),
             retry,
             None if max_attempts is None else checked_int(max_attempts, "max_attempts", 1, 2**31 - 1),
-            None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
+            None if visibility_timeout is None else checked_visibility(visibility_timeout),
             keys,
             on_duplicate == "raise",
         )
@@ -196,14 +199,6 @@ class _Enqueues:
                 f"store it elsewhere and enqueue a reference"
             )
         return bytes(payload)
-
-    def _delay_ms(self, delay: Duration, eta: Moment | None) -> int:
-        delay_ms = 0 if delay == 0 and type(delay) is int else duration_ms(delay, "delay")
-        if eta is None:
-            return delay_ms
-        if delay_ms:
-            raise UsageError("delay and eta exclude each other; give one of them")
-        return max(0, moment_ms(eta, "eta") - self._clock.wall_ms())
 
     def _commit_enqueue(self, operation: Enqueue) -> list[int]:
         raise NotImplementedError  # the broker does it now, a transaction at its end
@@ -252,14 +247,10 @@ class Broker(_Enqueues):
         cache_bytes: int = 64 * 2**20,
         window_jobs: int = 200_000,
         clock: Clock | None = None,
-        **unknown: Never,
     ) -> None:
-        if unknown:
-            raise UsageError(f"{', '.join(unknown)}: no such option of a broker")
         if fsync not in ("always", "interval", "never"):
             raise UsageError(f"fsync: 'always', 'interval' or 'never' expected, got {quoted(fsync)}")
-        if not isinstance(release_on_open, bool):
-            raise UsageError(f"release_on_open: True or False expected, got {quoted(release_on_open)}")
+        checked_bool(release_on_open, "release_on_open")
         interval_ms = duration_ms(fsync_interval, "fsync_interval")
         if not interval_ms:
             raise UsageError("fsync_interval: above 0 expected; for a sync in every call use fsync='always'")
@@ -298,6 +289,7 @@ class Broker(_Enqueues):
         return f"Broker({self.path!r})"
 
     def __enter__(self) -> Self:
+        self._engine.check_open()
         return self
 
     def __exit__(
@@ -355,15 +347,30 @@ class Broker(_Enqueues):
         *,
         visibility_timeout: Duration | None = None,
         wait: Duration | None = 0,
+        begun: bool = True,
     ) -> list[Lease]:
-        """Up to `max_jobs` leases, most urgent first; blocks for the first one only. See `lease`."""
+        """Up to `max_jobs` leases, most urgent first; blocks for the first one only. See `lease`.
+
+        Args:
+            begun: False: the jobs are leased in advance, and `begin` will be called for each whose work begins. If the
+                process dies before, the next opening gives that job back with its attempt refunded.
+        """
         return self._engine.lease(
             checked_queues(queue),
             checked_int(max_jobs, "max_jobs", 1),
-            None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
+            None if visibility_timeout is None else checked_visibility(visibility_timeout),
             None if wait is None else duration_ms(wait, "wait") / 1000,
             self,
+            begun=checked_bool(begun, "begun"),
         )
+
+    def begin(self, lease: LeaseLike) -> None:
+        """Work on a lease that was taken with ``begun=False`` begins now. For any other lease nothing happens.
+
+        It takes less than a microsecond: a store into a page that outlives the process. A power cut may lose it; then
+        the job counts as it stood in the page on disk, begun or not.
+        """
+        self._engine.begin(lease.token)
 
     def lease_soon(
         self,
@@ -372,6 +379,7 @@ class Broker(_Enqueues):
         done: Callable[[list[Lease] | None, BaseException | None], None],
         *,
         visibility_timeout: Duration | None = None,
+        begun: bool = True,
     ) -> Waiting:
         """`lease_many` that waits for ever and blocks nobody: for event loops, and for a wait that must end early.
 
@@ -379,6 +387,7 @@ class Broker(_Enqueues):
             done: called once, with the leases and None, or None and an error: perhaps before this returns, perhaps in
                 a thread of the broker's, which everybody who waits like this shares. So it must not raise and must not
                 wait for anything: put the leases into a queue of yours.
+            begun: as in `lease_many`.
 
         Returns:
             Something to `cancel()`. True: no job was taken and `done` is never called; False: it was called, or will
@@ -387,9 +396,10 @@ class Broker(_Enqueues):
         return self._engine.lease_soon(
             checked_queues(queue),
             checked_int(max_jobs, "max_jobs", 1),
-            None if visibility_timeout is None else duration_ms(visibility_timeout, "visibility_timeout"),
+            None if visibility_timeout is None else checked_visibility(visibility_timeout),
             self,
             done,
+            begun=checked_bool(begun, "begun"),
         )
 
     def ack(self, lease: LeaseLike) -> None:
@@ -419,9 +429,10 @@ class Broker(_Enqueues):
     def extend(self, lease: LeaseLike, seconds: Duration) -> Lease:
         """Heartbeat: the lease with deadline max(old, now + seconds). The old value still answers: same token."""
         job_id, token = checked_lease(lease)
-        deadline_ms: int = self._engine.commit([Extend(job_id, token, duration_ms(seconds, "seconds"))])[0]
+        extra_ms = duration_ms(seconds, "seconds")
+        deadline_ms: int = self._engine.commit([Extend(job_id, token, extra_ms)])[0]
         if isinstance(lease, Lease):
-            return attrs.evolve(lease, deadline=moment(deadline_ms), broker=self)
+            return attrs.evolve(lease, deadline=moment(deadline_ms), granted=extra_ms / 1000, broker=self)
         job = self._engine.get(job_id)
         if job is None:
             raise LeaseLostError(f"job {job_id}: lease {token} ended meanwhile", job_id=job_id, token=token)
@@ -434,6 +445,7 @@ class Broker(_Enqueues):
             attempt=job.attempts,
             token=token,
             deadline=moment(deadline_ms),
+            granted=extra_ms / 1000,
             enqueued_at=job.enqueued_at,
             max_attempts=job.max_attempts,
             last_error=job.last_error,
@@ -500,7 +512,7 @@ class Broker(_Enqueues):
                 raise UsageError(f"rate_limit: a RateLimit or None expected, got {type(rate_limit).__name__}")
             changes["rate_limit"] = rate_limit
         if visibility_timeout is not ...:
-            changes["visibility_timeout"] = duration_ms(visibility_timeout, "visibility_timeout") / 1000
+            changes["visibility_timeout"] = checked_visibility(visibility_timeout) / 1000
         if max_jobs is not ...:
             changes["max_jobs"] = None if max_jobs is None else checked_int(max_jobs, "max_jobs", 1, 2**63 - 1)
         if idempotency_ttl is not ...:
@@ -544,6 +556,14 @@ class Broker(_Enqueues):
                 raise UsageError(f"job_ids: a sequence of ids expected, got {type(job_ids).__name__}")
             ids = [checked_int(job_id, "job_ids", 0) for job_id in job_ids]
         return self._engine.redrive(queue, ids, None if limit is None else checked_int(limit, "limit", 0))
+
+    def remove_queue(self, queue: str) -> bool:
+        """Forget a queue in which nothing is, its totals included; False if there is none of this name.
+
+        Raises:
+            UsageError: there are jobs in it, or keys in force, or it is configured or paused; nothing was changed.
+        """
+        return self._engine.remove_queue(checked_text(queue, "queue", MAX_QUEUE_BYTES))
 
     # Looking
 
@@ -606,9 +626,7 @@ class Broker(_Enqueues):
             CorruptLogError: the log of this broker is damaged.
             UsageError: the queue is in memory.
         """
-        if not isinstance(link, bool):
-            raise UsageError(f"link: True or False expected, got {quoted(link)}")
-        return self._engine.backup(os.path.abspath(checked_path(out)), link=link)
+        return self._engine.backup(os.path.abspath(checked_path(out)), link=checked_bool(link, "link"))
 
     def checkpoint(self) -> None:
         """Bring the index up to date now, so that the next opening replays little."""
@@ -663,12 +681,25 @@ class Transaction(_Enqueues):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if operations := self._end(error):
-            self._broker._answer(operations)
+            try:
+                self._broker._answer(operations)
+            except Exception:
+                self._give_up()
+                raise
 
     def _end(self, error: BaseException | None) -> list[Operation]:
-        """The block is over: what is to be committed now."""
+        """The block is over: what is to be committed now. If that fails, `_give_up` comes next."""
         self._open = False
-        return self._operations if error is None else []
+        if error is None:
+            return self._operations
+        self._give_up()
+        return []
+
+    def _give_up(self) -> None:
+        """The ids that were told are wanted no more."""
+        for operation in self._operations:
+            if isinstance(operation, Enqueue) and operation.promised is not None:
+                self._engine.unreserve(operation.promised)
 
     def ack(self, lease: LeaseLike) -> None:
         """See `Broker.ack`."""
@@ -727,7 +758,7 @@ class Transaction(_Enqueues):
                     key=key,
                 )
             if known is not None:
-                answer[i] = known
+                answer[i] = JobId(known)
             elif key is None or key not in first_at:
                 fresh.append(i)
                 if key is not None:
@@ -737,10 +768,10 @@ class Transaction(_Enqueues):
                 operation, payloads=[operation.payloads[i] for i in fresh], keys=[keys[i] for i in fresh]
             )
             for i, job_id in zip(fresh, self._promise(part), strict=True):
-                answer[i] = job_id
+                answer[i] = JobId(job_id, created=True)
                 if (key := keys[i]) is not None:
                     self._keys[queue, key] = job_id
-        return [self._keys[queue, keys[i] or ""] if job is None else job for i, job in enumerate(answer)]
+        return [JobId(self._keys[queue, keys[i] or ""]) if job is None else job for i, job in enumerate(answer)]
 
     def _promise(self, operation: Enqueue) -> list[int]:
         count = len(operation.payloads)
@@ -751,6 +782,16 @@ class Transaction(_Enqueues):
     def _check_open(self) -> None:
         if not self._open:
             raise UsageError("the transaction is not open; its methods work inside its `with` block only")
+
+
+def _delay_or_eta(delay: Duration, eta: Moment | None) -> tuple[int, int | None]:
+    """Milliseconds of a delay, or none and the moment."""
+    delay_ms = 0 if delay == 0 and type(delay) is int else duration_ms(delay, "delay")
+    if eta is None:
+        return delay_ms, None
+    if delay_ms:
+        raise UsageError("delay and eta exclude each other; give one of them")
+    return 0, moment_ms(eta, "eta")
 
 
 def _nack(lease: LeaseLike, error: str | None, delay: Duration | None) -> Nack:

@@ -30,6 +30,7 @@ from .events import (
     Purged,
     QueueConfigured,
     QueueCreated,
+    QueueRemoved,
     Redriven,
     Released,
     Retried,
@@ -60,6 +61,7 @@ _TAGS: dict[type, int] = {
     Copied: 14,
     KeyCopied: 15,
     SegmentsDropped: 16,
+    QueueRemoved: 17,
 }
 _ID = struct.Struct("<BQ")
 _ID_MOMENT = struct.Struct("<BQQ")
@@ -118,6 +120,8 @@ def _encode(event: Event) -> list[bytes]:
             return [_QUEUE.pack(tag, event.queue), text_bytes(json.dumps(_config_to_json(event.config)))]
         case IdsReserved(number) | SegmentsDropped(number):
             return [_ID.pack(tag, number)]
+        case QueueRemoved(number):
+            return [_QUEUE.pack(tag, number)]
         case Copied():
             return _encode_copied(event)
         case KeyCopied():
@@ -227,6 +231,8 @@ def _decode(reader: Reader) -> Event:
             return KeyCopied(queue, reader.text() or "", job_id, expires_ms)
         case 16:
             return SegmentsDropped(reader.take(_ID)[1])
+        case 17:
+            return QueueRemoved(reader.take(_QUEUE)[1])
         case _:
             raise ValueError(f"unknown event {tag}")
 

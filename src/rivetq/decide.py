@@ -6,7 +6,7 @@ events), so that nothing is decided again when the log is replayed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, assert_never, cast
 
 import attrs
@@ -27,36 +27,47 @@ from .events import (
     Purged,
     QueueConfigured,
     QueueCreated,
+    QueueRemoved,
     Redriven,
     Released,
     Retried,
 )
 from .machine import Machine
-from .model import NO_HEADERS, QueueConfig, RetryPolicy, quoted
+from .model import NO_HEADERS, JobId, QueueConfig, RetryPolicy, quoted
 from .state import PRIORITIES, Queue
 
+SKEW_MS = 2
+"""The time line and the wall clock differ by so much from rounding alone."""
 EXPIRY_BATCH = 1000
 """Leases that end in one record, so that a storm of expiries does not become one giant record."""
 LEASE_EXPIRED = "lease expired"
 OWNER_GONE = "owner gone"
 
 
-def commit(machine: Machine, operations: Sequence[Operation], now_ms: int) -> tuple[list[Event], list[Any]]:
-    """Events and answers of a commit: all of the operations or an error."""
+def commit(
+    machine: Machine, operations: Sequence[Operation], now_ms: int, wall_ms: Callable[[], int] | None = None
+) -> tuple[list[Event], list[Any]]:
+    """Events and answers of a commit: all of the operations or an error.
+
+    Args:
+        wall_ms: the wall clock, which an `eta_ms` is about; None: it shows what the time line does.
+    """
     first = operations[0] if operations else None
     if type(first) is Enqueue and len(operations) == 1 and first.keys is None and first.promised is None:
         queue = machine.queues.get(first.queue)
         if queue is not None and first.payloads:
-            return _enqueued(machine, queue, first, now_ms)
+            return _enqueued(machine, queue, first, now_ms, wall_ms)
     elif type(first) is Ack and all(type(operation) is Ack for operation in operations):
         return _acked(machine, cast(Sequence[Ack], operations), now_ms), [None] * len(operations)
-    plan = _Plan(machine, now_ms)
+    plan = _Plan(machine, now_ms, wall_ms)
     answers = [plan.decide(operation) for operation in operations]
     plan.check_limits()
     return plan.events, answers
 
 
-def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -> tuple[list[Event], list[Any]]:
+def _enqueued(
+    machine: Machine, queue: Queue, operation: Enqueue, now_ms: int, wall_ms: Callable[[], int] | None
+) -> tuple[list[Event], list[Any]]:
     """What `_Plan` would decide, for one enqueue without keys into a queue that exists."""
     count = len(operation.payloads)
     config = queue.config
@@ -64,11 +75,22 @@ def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -
         _check_burst(queue, count)
         _check_limits(queue, count, count, now_ms)
     first_id = machine.next_id
-    due_ms = machine.due_ms(now_ms, operation.delay_ms)
+    due_ms = _due_ms(operation, now_ms, wall_ms)
     events: list[Event] = [_new_jobs(operation, queue.number, config.retry, first_id, operation.payloads, None, due_ms)]
     if machine.id_block and (reserved := ids(machine, count, machine.id_block)):
         events.insert(0, reserved)
     return events, [list(range(first_id, first_id + count))]
+
+
+def _due_ms(operation: Enqueue, now_ms: int, wall_ms: Callable[[], int] | None) -> int:
+    """The moment on the time line at which new jobs are due; 0: at once."""
+    eta_ms = operation.eta_ms
+    if eta_ms is None:
+        return now_ms + operation.delay_ms if operation.delay_ms else 0
+    ahead_ms = 0 if wall_ms is None else wall_ms() - now_ms
+    if abs(ahead_ms) > SKEW_MS:  # the wall clock was set since the time line began
+        eta_ms -= ahead_ms
+    return eta_ms if eta_ms > now_ms else 0
 
 
 def _new_jobs(
@@ -184,13 +206,13 @@ def held(machine: Machine, job_id: int, token: int, now_ms: int) -> Entry:
 
 def lease(
     machine: Machine, names: Sequence[str], max_jobs: int, visibility_ms: int | None, now_ms: int
-) -> tuple[Leased | None, int | None]:
-    """The most urgent jobs of the queues in the order given, and when a rate limit allows the next one if none."""
+) -> tuple[Leased | None, list[Queue]]:
+    """The most urgent jobs of the queues in the order given, and the queues whose rate limit refused some."""
     ids: list[int] = []
     attempts: list[int] = []
     deadlines: list[int] = []
     places: list[tuple[int, int, int]] = []
-    retry_at_ms: int | None = None
+    limited: list[Queue] = []
     for name in names:
         queue = machine.queues.get(name)
         if queue is None or queue.config.paused or not queue.counts[READY]:
@@ -200,8 +222,7 @@ def lease(
         if bucket is not None and bucket.limit.on == "lease":
             allowed = bucket.available(now_ms)
             if not allowed:
-                at_ms = bucket.ready_at_ms(1, now_ms)
-                retry_at_ms = at_ms if retry_at_ms is None else min(retry_at_ms, at_ms)
+                limited.append(queue)
             room = min(room, allowed)
         default_ms = now_ms + queue.visibility_ms
         for priority in range(PRIORITIES - 1, -1, -1):
@@ -223,9 +244,9 @@ def lease(
         if len(ids) == max_jobs:
             break
     if not ids:
-        return None, retry_at_ms
+        return None, limited
     first = machine.next_token
-    return Leased(ids, list(range(first, first + len(ids))), attempts, deadlines, places), None
+    return Leased(ids, list(range(first, first + len(ids))), attempts, deadlines, places), limited
 
 
 def expiry(machine: Machine, now_ms: int) -> list[Event]:
@@ -233,14 +254,22 @@ def expiry(machine: Machine, now_ms: int) -> list[Event]:
     return [failed(machine.jobs[i], LEASE_EXPIRED, at_ms) for at_ms, i in machine.ended_leases(now_ms, EXPIRY_BATCH)]
 
 
-def owner_gone(machine: Machine, now_ms: int) -> list[Event]:
+def owner_gone(machine: Machine, now_ms: int, unbegun: Container[int] = ()) -> list[Event]:
     """The ends of all leases, for an opening: a first attempt is ready at once, later ones wait by policy.
 
     A poison job that takes its process with it would otherwise be leased again and again beside the same
     neighbours.
+
+    Args:
+        unbegun: tokens of leases that were taken in advance and never begun: these attempts do not count.
     """
     held = sorted(i for queue in machine.queues.values() for i in queue.leased)
-    return [failed(machine.jobs[i], OWNER_GONE, now_ms, first_at_once=True) for i in held]
+    return [
+        Released(entry.id, now_ms, entry.attempts - 1)
+        if entry.token in unbegun
+        else failed(entry, OWNER_GONE, now_ms, first_at_once=True)
+        for entry in map(machine.jobs.__getitem__, held)
+    ]
 
 
 def failed(
@@ -285,7 +314,7 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
     else:
         ids = sorted(set(job_ids))
         for job_id in ids:
-            entry = machine.look(job_id)
+            entry = None if queue is None else machine.look(job_id, queue.number)
             if entry is None or entry.queue is not queue or entry.state != DEAD:
                 raise JobNotFoundError(
                     f"redrive: job {quoted(job_id)} is no dead letter of queue {name!r}; nothing was changed",
@@ -300,7 +329,7 @@ def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> list[E
     queue = machine.queues.get(name)
     events: list[Event] = []
     if queue is None:
-        number = len(machine.numbers) + 1
+        number = machine.next_queue
         events.append(QueueCreated(number, name))
         config = QueueConfig()
     else:
@@ -309,6 +338,27 @@ def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> list[E
     if (changed, changed.paused) != (config, config.paused):
         events.append(QueueConfigured(number, changed))
     return events
+
+
+def remove_queue(machine: Machine, name: str, now_ms: int) -> QueueRemoved | None:
+    """The end of a queue in which nothing is; None if there is no such queue."""
+    queue = machine.queues.get(name)
+    if queue is None:
+        return None
+    ready, scheduled, leased, dead = queue.counts
+    if any(queue.counts):
+        raise UsageError(
+            f"queue {name!r} cannot be removed: {ready} ready, {scheduled} scheduled, {leased} leased and {dead} dead "
+            f"jobs are in it; purge it first"
+        )
+    if queue.config.paused or queue.config != QueueConfig():
+        raise UsageError(f"queue {name!r} is paused or configured and cannot be removed; give it the defaults first")
+    if machine.keys.stand_in(queue.number, now_ms):
+        raise UsageError(
+            f"queue {name!r} has idempotency keys that are still in force and cannot be removed; they end "
+            f"{queue.config.idempotency_ttl:g} s after their jobs"
+        )
+    return QueueRemoved(queue.number)
 
 
 def ids(machine: Machine, count: int, block: int) -> IdsReserved | None:
@@ -320,17 +370,23 @@ def ids(machine: Machine, count: int, block: int) -> IdsReserved | None:
 class _Plan:
     """The decisions of one commit, each seeing those before it; the machine stays as it is."""
 
-    __slots__ = ("_created", "_events", "_keys", "_live", "_machine", "_new", "_next_id", "_now_ms", "_settled")
+    __slots__ = (
+        "_created", "_deadlines", "_events", "_keys", "_live", "_machine", "_new", "_next_id", "_now_ms", "_promised",
+        "_settled", "_wall_ms",
+    )  # fmt: skip
 
-    def __init__(self, machine: Machine, now_ms: int) -> None:
+    def __init__(self, machine: Machine, now_ms: int, wall_ms: Callable[[], int] | None) -> None:
         self._machine = machine
         self._now_ms = now_ms
+        self._wall_ms = wall_ms
         self._events: list[Event] = []
         self._settled: set[int] = set()
         self._keys: dict[tuple[str, str], int] = {}
         self._live: dict[str, int] = {}  # change of the occupied places per queue
         self._new: dict[str, int] = {}  # new jobs per queue
         self._created: dict[str, int] = {}  # numbers of queues that this commit creates
+        self._deadlines: dict[int, int] = {}  # of leases that this commit extends, by job
+        self._promised: set[int] = set()  # first ids of promises that this commit keeps
         self._next_id = machine.next_id
 
     @property
@@ -355,20 +411,19 @@ class _Plan:
                 event = failed(entry, operation.error, self._now_ms, operation.delay_ms)
                 if isinstance(event, Buried):
                     self._count(self._live, entry.queue.name, -1)
-                else:
-                    event.due_ms = self._due_ms(event.due_ms - self._now_ms)
                 self._events.append(event)
             case Release():
                 entry = self._settle(operation)
-                self._events.append(Released(entry.id, self._due_ms(operation.delay_ms), entry.attempts - 1))
+                self._events.append(Released(entry.id, self._now_ms + operation.delay_ms, entry.attempts - 1))
             case Reject():
                 entry = self._settle(operation)
                 self._events.append(Buried(entry.id, self._now_ms, operation.error))
                 self._count(self._live, entry.queue.name, -1)
             case Extend():
                 entry = self._held(operation)
-                deadline_ms = max(entry.deadline_ms, self._now_ms + operation.extra_ms)
-                if deadline_ms > entry.deadline_ms:
+                before_ms = self._deadlines.get(entry.id, entry.deadline_ms)
+                deadline_ms = self._deadlines[entry.id] = max(before_ms, self._now_ms + operation.extra_ms)
+                if deadline_ms > before_ms:
                     self._events.append(Extended(entry.id, deadline_ms))
                 return deadline_ms
             case _:
@@ -380,10 +435,13 @@ class _Plan:
         for name, count in self._new.items():
             queue = self._machine.queues.get(name)
             if queue is not None:
+                _check_burst(queue, count)  # of all batches together: no waiting would help
                 _check_limits(queue, count, self._live[name], self._now_ms)
 
     def _enqueue(self, operation: Enqueue) -> list[int]:
         name, payloads, keys = operation.queue, operation.payloads, operation.keys
+        if operation.promised is not None and not self._keeps_promise(operation, operation.promised):
+            return list(range(operation.promised, operation.promised + len(payloads)))
         answer: list[int | None] = []
         fresh = range(len(payloads)) if keys is None else self._fresh(operation, answer)
         count = len(fresh)
@@ -391,8 +449,6 @@ class _Plan:
             return [i for i in answer if i is not None]
         machine = self._machine
         queue = machine.queues.get(name)
-        if queue is not None:
-            _check_burst(queue, count)
         if operation.promised is not None:
             first_id = operation.promised
         else:
@@ -405,17 +461,34 @@ class _Plan:
         if count != len(payloads):
             payloads = [payloads[i] for i in fresh]
         new_keys = None if keys is None else [keys[i] for i in fresh]
-        due_ms = self._machine.due_ms(self._now_ms, operation.delay_ms)
+        due_ms = _due_ms(operation, self._now_ms, self._wall_ms)
         self._events.append(_new_jobs(operation, number, policy, first_id, payloads, new_keys, due_ms))
         self._count(self._live, name, count)
         self._count(self._new, name, count)
         if keys is None:
             return list(range(first_id, first_id + count))
         for job_id, i in enumerate(fresh, first_id):
-            answer[i] = job_id
+            answer[i] = JobId(job_id, created=True)
             if (key := keys[i]) is not None:
                 self._keys[name, key] = job_id
-        return [self._keys[name, keys[i] or ""] if job is None else job for i, job in enumerate(answer)]
+        return [JobId(self._keys[name, keys[i] or ""]) if job is None else job for i, job in enumerate(answer)]
+
+    def _keeps_promise(self, operation: Enqueue, first_id: int) -> bool:
+        """Whether jobs with these ids are still to be made; False: they are there, the commit is made once more.
+
+        Raises UsageError for ids that were never promised: a second job under one id would ruin the queue.
+        """
+        machine, count = self._machine, len(operation.payloads)
+        if machine.promised.get(first_id) == count and first_id not in self._promised:
+            self._promised.add(first_id)
+            return True
+        queue = machine.queues.get(operation.queue)
+        if queue is not None and all(machine.look(first_id + i, queue.number) for i in range(count)):
+            return False
+        raise UsageError(
+            f"queue {operation.queue!r}: ids from {first_id} on were never promised to {count} jobs, or not any more; "
+            f"nothing was enqueued"
+        )
 
     def _fresh(self, operation: Enqueue, answer: list[int | None]) -> list[int]:
         """Positions of the payloads that make new jobs; ids of the duplicates go into `answer`.
@@ -439,7 +512,7 @@ class _Plan:
                         key=key,
                     )
             if known is not None:
-                answer[i] = known
+                answer[i] = JobId(known)
             elif key is None or key not in seen:
                 fresh.append(i)
                 if key is not None:
@@ -456,7 +529,7 @@ class _Plan:
     def _number(self, name: str) -> int:
         """The number of a queue that does not exist yet."""
         if name not in self._created:
-            self._created[name] = len(self._machine.numbers) + len(self._created) + 1
+            self._created[name] = self._machine.next_queue + len(self._created)
             self._events.append(QueueCreated(self._created[name], name))
         return self._created[name]
 
@@ -464,10 +537,6 @@ class _Plan:
         if operation.id in self._settled:
             raise _settled_twice(operation)
         return held(self._machine, operation.id, operation.token, self._now_ms)
-
-    def _due_ms(self, delay_ms: int) -> int:
-        """Of a job that comes back."""
-        return self._machine.due_ms(self._now_ms, delay_ms) or self._now_ms
 
     def _settle(self, operation: Ack | Nack | Release | Reject) -> Entry:
         entry = self._held(operation)

@@ -39,6 +39,8 @@ class Enqueue:
     payloads: Sequence[bytes]
     priority: int = 5
     delay_ms: int = 0
+    eta_ms: int | None = None
+    """In place of a delay: a moment of the wall clock of whoever decides, in epoch milliseconds."""
     headers: Mapping[str, str] | None = None
     retry: RetryPolicy | None = None
     """None: the queue's policy."""
@@ -48,7 +50,8 @@ class Enqueue:
     keys: Sequence[str | None] | None = None
     raise_on_duplicate: bool = False
     promised: int | None = None
-    """First of the ids told in advance by `reserve`: the commit gives just these or raises."""
+    """First of the ids told in advance by one `reserve`, for just as many payloads: the commit gives these or raises.
+    Made once more while the jobs are there it changes nothing."""
 
 
 @attrs.define
@@ -157,19 +160,41 @@ class Engine(Protocol):
         ...
 
     def reserve(self, count: int) -> int:
-        """The first of `count` ids that will be given to nobody else, ever."""
+        """The first of `count` ids that will be given to nobody else, ever: one `Enqueue` may ask for them."""
+        ...
+
+    def unreserve(self, first_id: int) -> None:
+        """What `reserve` told is not wanted any more; the ids are given to nobody."""
         ...
 
     def lease(
-        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None, settler: Settler
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        wait_s: float | None,
+        settler: Settler,
+        *,
+        begun: bool = True,
     ) -> list[Lease]:
-        """Up to `max_jobs` leases that call back `settler`."""
+        """Up to `max_jobs` leases that call back `settler`; not `begun`: `begin` will tell of each."""
         ...
 
     def lease_soon(
-        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, settler: Settler, done: Done
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        settler: Settler,
+        done: Done,
+        *,
+        begun: bool = True,
     ) -> Waiting:
         """`lease` without a limit of time and without blocking: `done` gets the leases."""
+        ...
+
+    def begin(self, token: int) -> None:
+        """Work on a lease that was taken in advance begins. Cheap; nothing happens for any other token."""
         ...
 
     # Looking
@@ -186,6 +211,7 @@ class Engine(Protocol):
     def purge(self, queue: str, state: JobState | None) -> int: ...
     def cancel(self, job_id: int) -> bool: ...
     def redrive(self, queue: str, job_ids: Sequence[int] | None, limit: int | None) -> int: ...
+    def remove_queue(self, queue: str) -> bool: ...
 
     # Housekeeping
     def maintain(self, verb: str) -> None:
@@ -198,6 +224,10 @@ class Engine(Protocol):
 
     def metrics(self) -> dict[str, int]: ...
     def histograms(self) -> dict[str, Histogram]: ...
+
+    def check_open(self) -> None:
+        """Raises what every call would raise now."""
+        ...
 
     def health(self) -> Health:
         """Never raises, whatever state it is in."""

@@ -175,6 +175,13 @@ class KeyCopied:
 
 
 @attrs.define
+class QueueRemoved:
+    """A queue without jobs, configuration and keys is unknown from here on, its totals included."""
+
+    number: int
+
+
+@attrs.define
 class SegmentsDropped:
     """Segments up to this id hold nothing live and may be missing from here on."""
 
@@ -198,4 +205,5 @@ Event = (
     | Copied
     | KeyCopied
     | SegmentsDropped
+    | QueueRemoved
 )

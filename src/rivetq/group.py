@@ -86,6 +86,13 @@ class GroupCommit:
             self.failure = self.failure or error
             self._wake(_LAST)
 
+    def forked(self, error: BaseException) -> None:
+        """In the child: whoever leads in the parent does not exist here, so nobody may wait."""
+        self._lock = threading.Lock()
+        self.failure = error
+        for waiter in self._waiters:
+            waiter.wake()
+
     def close(self) -> None:
         """Lead a last time, after the present leader, and for good: nobody syncs when this has returned.
 

@@ -141,6 +141,21 @@ class Index:
         with env.begin() as txn:
             return [(int.from_bytes(key[:4], "big"), key[4:].decode()) for key, _ in _items(env, txn, b"keys")]
 
+    def keys_of(self, queue: int) -> Iterator[tuple[str, int]]:
+        """Text and end of the window of each saved key of a queue."""
+        env, prefix = self._env, queue.to_bytes(4, "big")
+        if env is None:
+            return
+        with env.begin() as txn:
+            cursor = txn.cursor(self._dbs[b"keys"])
+            more = cursor.set_range(prefix)
+            while more and cursor.key().startswith(prefix):
+                try:
+                    yield cursor.key()[4:].decode(), decode_key_value(cursor.key(), cursor.value())[1]
+                except ValueError as error:
+                    raise self._damaged(f"a key of queue {queue}", error) from error
+                more = cursor.next()
+
     def ended_keys(self, now_ms: int, limit: int) -> list[tuple[int, str]]:
         """Up to `limit` saved keys whose window is over."""
         env, found = self._env, list[tuple[int, str]]()

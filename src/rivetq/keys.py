@@ -63,6 +63,14 @@ class Keys:
             self._ends.add((key.expires_ms, number, text))
             self._count(key.segment, 1)
 
+    def stand_in(self, number: int, now_ms: int) -> bool:
+        """Whether a key of this queue is in force. Looks at all that changed lately."""
+        changed = {**self.frozen, **self.changed}
+        shelved = self.shelf.keys_of(number) if self.shelf is not None else ()
+        return any(
+            key.job_id and not 0 < key.expires_ms <= now_ms for (n, _), key in changed.items() if n == number
+        ) or any((number, text) not in changed and not 0 < expires_ms <= now_ms for text, expires_ms in shelved)
+
     def forget(self, number: int, text: str) -> None:
         """The key is free again."""
         self.hold(number, text, Key(0, 0))
@@ -85,23 +93,19 @@ class Keys:
     def freeze(self) -> dict[tuple[int, str], Key]:
         """The changed keys, to be written; looked up there until `thaw` or `written`."""
         assert not self.frozen, "one checkpoint at a time"
-        self.frozen, self.changed = self.changed, {}
-        self._ends = SortedList()
+        # In one line, as in the two below: whatever breaks in finds all of it done or nothing.
+        self.frozen, self.changed, self._ends = self.changed, {}, SortedList()
         return self.frozen
 
     def written(self, shelf: Shelf) -> None:
         """The shelf has what was frozen."""
-        self.frozen = {}
-        self.shelf = shelf
+        self.shelf, self.frozen = shelf, {}
 
     def thaw(self) -> None:
         """The checkpoint did not happen: these keys are still to be written."""
-        for name, key in self.frozen.items():
-            if name not in self.changed:
-                self.changed[name] = key
-                if key.expires_ms:
-                    self._ends.add((key.expires_ms, *name))
-        self.frozen = {}
+        changed = {**self.frozen, **self.changed}
+        ends = SortedList((key.expires_ms, *name) for name, key in changed.items() if key.expires_ms)
+        self.changed, self._ends, self.frozen = changed, ends, {}
 
     # Segments
 

@@ -25,6 +25,7 @@ from .entry import READY, SCHEDULED, STATES, Entry
 from .errors import (
     BrokerClosedError,
     BrokerFailedError,
+    DiskFullError,
     ForkedBrokerError,
     RateLimitedError,
     RivetQError,
@@ -32,12 +33,14 @@ from .errors import (
 )
 from .events import Event, Leased
 from .histogram import Histogram
-from .machine import NEVER_MS, Machine
+from .machine import Machine
 from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
 from .notifier import Notifier, Tell
-from .state import Place
+from .state import NEVER_MS, Place, Queue
 
 _LONGEST_SLEEP_S = 3600.0
+ROOM_RETRY_S = 1.0
+"""After the disk had no space for the record of ended leases."""
 EXPIRY_ROUNDS = 4
 """Records of ended leases that one call writes at most: a storm of them is shared among the calls and the timer."""
 JOIN_S = 2.0
@@ -76,8 +79,8 @@ class _Lessee:
         self._asleep.acquire(blocking=False)
 
 
-_Taken = tuple[int, Leased, list[Entry], list[str | None]]
-"""The lsn of a lease, its event, its jobs and their last errors."""
+_Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
+"""The lsn of a lease, its moment, its event, its jobs and their last errors."""
 
 
 class LiveEngine:
@@ -97,8 +100,10 @@ class LiveEngine:
         self._failure: BaseException | None = None
         self._lessees: dict[str, dict[_Lessee | SoonLease, None]] = {}  # by queue, in order of arrival
         self._behind = False  # the last tick left something for the next
+        self._needs_room: NeedRoomError | None = None  # the record of ended leases did; the timer makes it
         self._timer_at_ms = NEVER_MS  # when the timer thread wakes by itself, or was told to look
         self._timer_poked = threading.Event()
+        self._stopping = threading.Event()  # close() has begun
         self._close_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._unsubscribe: Callable[[], None] = _nothing
@@ -111,7 +116,8 @@ class LiveEngine:
         found = self._soon
         if found is None:
             with self._soon_lock:
-                found = self._soon = self._soon or Notifier(self._settle, self._start_thread)
+                self._check()  # close() ends the one that is there; none comes after it
+                found = self._soon = self._soon or Notifier(self._settle, self._start_thread, self._fail)
         return found
 
     def start(self) -> None:
@@ -121,8 +127,8 @@ class LiveEngine:
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)  # first: whatever breaks into the start, close() waits for it
         thread.start()
-        self._threads.append(thread)
 
     # With files
 
@@ -157,11 +163,16 @@ class LiveEngine:
         if enqueues and self._lessees:
             self._check()  # before the lock, as in _change
             self._wake_early(operations)
-        answers: list[Any] = self._change(partial(decide.commit, self._machine, operations), keep_reserve=enqueues)
+        answers: list[Any] = self._change(self._plan_of(operations), keep_reserve=enqueues)
         return answers
+
+    def _plan_of(self, operations: Sequence[Operation]) -> Callable[[int], tuple[list[Event], list[Any]]]:
+        machine, wall_ms = self._machine, self.clock.wall_ms
+        return lambda now_ms: decide.commit(machine, operations, now_ms, wall_ms)
 
     def commit_soon(self, operations: Sequence[Operation], done: Done) -> None:
         self._check()
+        self._notifier.start()  # first: nothing is done yet if there can be no thread
         enqueues = Enqueue in map(type, operations)
 
         def commit() -> None:
@@ -175,7 +186,7 @@ class LiveEngine:
         with self._lock:
             now_ms = self._tick()
             try:
-                events, answers = self._planned(partial(decide.commit, self._machine, operations), now_ms)
+                events, answers = self._planned(self._plan_of(operations), now_ms)
                 lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()
             except NeedRoomError:
                 self._notifier.call(commit)  # room is made by the disk
@@ -224,16 +235,21 @@ class LiveEngine:
             place = self._append(prepared, now_ms)
             for event in events:
                 machine.apply(event, now_ms, place)
+            if machine.woken:
+                self._wake_lessees()
+            if machine.wake_ms < self._timer_at_ms:
+                self._poke_timer()
         except BaseException as error:
-            # Log and machine may differ now, whatever it was, KeyboardInterrupt included: nobody may go on from here.
+            # Log and machine may differ now, or somebody sleeps who should not, whatever it was, KeyboardInterrupt
+            # included: nobody may go on from here.
             self._fail(error)
             raise
-        if machine.woken:
-            self._wake_lessees()
-        if machine.wake_ms < self._timer_at_ms:
-            self._timer_at_ms = machine.wake_ms  # one poke is enough
-            self._timer_poked.set()
         return place.lsn
+
+    def _poke_timer(self) -> None:
+        # Caller holds self._lock. The clock acts earlier than the timer thinks; one poke is enough.
+        self._timer_at_ms = self._machine.wake_ms
+        self._timer_poked.set()
 
     def check(self, operation: Operation) -> list[int | None]:
         ids: list[int | None] = self._look(lambda now_ms: decide.check(self._machine, operation, now_ms))
@@ -250,6 +266,9 @@ class LiveEngine:
                 self._check()
                 if decide.ids(self._machine, count, 0) is None:
                     return self._machine.take_ids(count)
+
+    def unreserve(self, first_id: int) -> None:
+        self._machine.promised.pop(first_id, None)  # atomic: no lock is needed
 
     def configure(self, queue: str, changes: Mapping[str, Any]) -> QueueConfig:
         self._change(lambda now_ms: (decide.configure(self._machine, queue, changes), None))
@@ -279,29 +298,66 @@ class LiveEngine:
         count: int = self._change(plan)
         return count
 
+    def remove_queue(self, queue: str) -> bool:
+        def plan(now_ms: int) -> tuple[list[Event], bool]:
+            event = decide.remove_queue(self._machine, queue, now_ms)
+            return ([], False) if event is None else ([event], True)
+
+        done: bool = self._change(plan)
+        return done
+
     # Leasing
 
     def lease(
-        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, wait_s: float | None, settler: Settler
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        wait_s: float | None,
+        settler: Settler,
+        *,
+        begun: bool = True,
     ) -> list[Lease]:
         lessee = None if wait_s == 0 else _Lessee()
+        if not begun:
+            self._ready_for_unbegun()
         try:
-            taken = self._take(queues, max_jobs, visibility_ms, wait_s, lessee)
+            taken = self._take(queues, max_jobs, visibility_ms, wait_s, lessee, begun=begun)
         except BaseException:
-            if lessee is not None:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
-                with self._lock:
+            if lessee is not None and self._ended is None:
+                with self._lock:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
                     self._unregister(lessee, queues)
                     self._wake_lessees(queues)
             raise
         return [] if taken is None else self._hand_out(*taken, settler)
 
     def lease_soon(
-        self, queues: Sequence[str], max_jobs: int, visibility_ms: int | None, settler: Settler, done: Done
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        settler: Settler,
+        done: Done,
+        *,
+        begun: bool = True,
     ) -> SoonLease:
         self._check()
-        found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done)
+        self._notifier.start()
+        if not begun:
+            self._ready_for_unbegun()
+        found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done, begun=begun)
         found.look()
         return found
+
+    def begin(self, token: int) -> None:
+        """What is leased in memory ends with the process: nobody asks afterwards."""
+
+    def _ready_for_unbegun(self) -> None:
+        """What `_note_unbegun` needs from the disk."""
+
+    def _note_unbegun(self, event: Leased) -> None:
+        """These leases are taken in advance: with files, an opening after a crash will know."""
+        # Caller holds self._lock.
 
     def _take(
         self,
@@ -310,6 +366,8 @@ class LiveEngine:
         visibility_ms: int | None,
         wait_s: float | None,
         lessee: _Lessee | None,
+        *,
+        begun: bool,
     ) -> _Taken | None:
         """Lease, waiting for a first job; None when the time is over."""
         until = time.monotonic() + wait_s if wait_s else None
@@ -319,14 +377,12 @@ class LiveEngine:
             timeout_s = until - time.monotonic() if until is not None else wait_s
             over = timeout_s is not None and timeout_s <= 0
             try:
-                taken, pause_s = self._attempt(queues, max_jobs, visibility_ms, lessee, waits=not over)
+                taken = self._attempt(queues, max_jobs, visibility_ms, lessee, waits=not over, begun=begun)
             except NeedRoomError as need:
                 self._make_room(need)
                 continue
             if taken is not None or over:
                 return taken
-            if pause_s is not None:
-                timeout_s = pause_s if timeout_s is None else min(timeout_s, pause_s)
             if self._ended is None:  # else whoever ended it may have looked for lessees before this one was there
                 assert lessee is not None
                 lessee.park(timeout_s)
@@ -339,47 +395,53 @@ class LiveEngine:
         lessee: _Lessee | SoonLease | None,
         *,
         waits: bool,
-    ) -> tuple[_Taken | None, float | None]:
-        """Look for jobs once: what was taken, and else after how many seconds a rate limit allows one, if it does.
-
-        A lessee that finds nothing and `waits` is woken from now on, in order of arrival; any other is not.
-        """
+        begun: bool,
+    ) -> _Taken | None:
+        """Look for jobs once. A lessee that finds nothing and `waits` is woken from now on, in order of arrival."""
         machine = self._machine
         with self._lock:
             if lessee is not None:
                 if lessee.over:
-                    return None, None
+                    return None
                 lessee.reset()
             now_ms = self._tick()
-            event, retry_at_ms = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms)
+            event, limited = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms)
             if event is None:
+                for queue in limited:
+                    queue.limited += 1
                 if lessee is not None:
                     if waits:
                         self._register(lessee, queues)  # it keeps its place in the line
+                        self._expect_tokens(limited, now_ms)
                     else:
                         self._unregister(lessee, queues)
-                if retry_at_ms is None:
-                    return None, None
-                self._tally_limited(queues)
-                return None, self.clock.timeout_s(retry_at_ms - now_ms)
-            lsn = self._record([event], now_ms)
+                return None
+            if not begun:
+                self._note_unbegun(event)  # first: a crash behind the record finds it
+            try:
+                lsn = self._record([event], now_ms)
+            except BaseException:
+                if not begun:  # these tokens may go to other leases
+                    for token in event.tokens:
+                        self.begin(token)
+                raise
             if lessee is not None:
                 self._unregister(lessee, queues)
                 lessee.over = True
             entries = [machine.jobs[job_id] for job_id in event.ids]
             if self._lessees:
                 self._wake_lessees(queues)  # this one may have been woken for another of its queues
-            return (lsn, event, entries, [entry.last_error for entry in entries]), None
+            return lsn, now_ms, event, entries, [entry.last_error for entry in entries]
 
-    def _tally_limited(self, queues: Sequence[str]) -> None:
-        # Caller holds self._lock.
-        for name in queues:
-            queue = self._machine.queues.get(name)
-            if queue is not None and queue.bucket is not None and queue.counts[READY] and not queue.config.paused:
-                queue.limited += 1
+    def _expect_tokens(self, limited: Sequence[Queue], now_ms: int) -> None:
+        # Caller holds self._lock. Somebody waits for these queues: they are woken when there is a token.
+        for queue in limited:
+            self._machine.expect_token(queue, now_ms)
+        if self._machine.wake_ms < self._timer_at_ms:
+            self._poke_timer()
 
     def _hand_out(
-        self, lsn: int, event: Leased, entries: list[Entry], errors: list[str | None], settler: Settler
+        self, lsn: int, at_ms: int, event: Leased, entries: list[Entry], errors: list[str | None], settler: Settler
     ) -> list[Lease]:
         self._settle(lsn, sync=False)
         at = moment if len(entries) == 1 else _Moments().__getitem__  # in a batch most moments are the same
@@ -394,6 +456,7 @@ class LiveEngine:
                 attempt=attempt,
                 token=token,
                 deadline=at(deadline_ms),
+                granted=(deadline_ms - at_ms) / 1000,
                 enqueued_at=at(entry.enqueued_at_ms),
                 max_attempts=entry.spec.max_attempts,
                 last_error=error,
@@ -436,15 +499,23 @@ class LiveEngine:
                             lessee.wake()
 
     def _wake_lessees(self, names: Sequence[str] | None = None) -> None:
-        # Caller holds self._lock. As many as there are jobs: nobody is woken for nothing, and nobody is forgotten.
-        woken = self._machine.woken
+        # Caller holds self._lock. As many as there are jobs that may be taken: nobody is woken for nothing, and nobody
+        # is forgotten.
+        machine = self._machine
         if self._lessees:
-            for name in woken if names is None else names:
-                waiting, queue = self._lessees.get(name), self._machine.queues.get(name)
-                if waiting and queue is not None and not queue.config.paused:
-                    for lessee in list(waiting)[: queue.counts[READY]]:
-                        lessee.wake()
-        woken.clear()
+            for name in machine.woken if names is None else names:
+                waiting, queue = self._lessees.get(name), machine.queues.get(name)
+                if not waiting or queue is None or queue.config.paused or not queue.counts[READY]:
+                    continue
+                count = queue.counts[READY]
+                if queue.bucket is not None and queue.bucket.limit.on == "lease":
+                    count = min(count, queue.bucket.available(machine.now_ms))
+                for lessee in list(waiting)[:count]:
+                    lessee.wake()
+                if count < queue.counts[READY]:
+                    machine.expect_token(queue, machine.now_ms)
+        if names is None:
+            machine.woken.clear()
 
     # Looking
 
@@ -518,27 +589,37 @@ class LiveEngine:
         now_ms = self.clock.boot_ms() + self._offset_ms
         if now_ms < machine.now_ms:
             now_ms = machine.now_ms
-        idle = now_ms < machine.wake_ms
-        machine.advance(now_ms)
-        if idle:
+        if now_ms < machine.wake_ms:
+            machine.now_ms = now_ms
             self._behind = False
             return now_ms
-        full = False
+        self._advance(now_ms)
+        self._needs_room = None
         for _ in range(EXPIRY_ROUNDS):
             ended = decide.expiry(machine, now_ms)
             if not ended:
                 break
             try:
                 self._record(ended, now_ms)
-                machine.tally_expired(ended)
-            except NeedRoomError:
-                full = True  # a full disk: these leases end when there is room
+            except NeedRoomError as need:
+                self._needs_room = need  # these leases end when there is room, which the timer makes
+                self._timer_poked.set()
                 break
-            machine.advance(now_ms)
-        self._behind = machine.wake_ms <= now_ms and not full
-        if machine.woken:
-            self._wake_lessees()
+            machine.tally_expired(ended)
+            self._advance(now_ms)
+        self._behind = machine.wake_ms <= now_ms and self._needs_room is None
         return now_ms
+
+    def _advance(self, now_ms: int) -> None:
+        # Caller holds self._lock.
+        try:
+            self._machine.advance(now_ms)
+            if self._machine.woken:
+                self._wake_lessees()
+        except BaseException as error:
+            # What the clock changes is in no record: a machine that is half changed may not go on.
+            self._fail(error)
+            raise
 
     def _run_timer(self) -> None:
         while True:
@@ -549,16 +630,29 @@ class LiveEngine:
                     now_ms = self._tick()
                     at_ms = self._machine.next_wakeup_ms()
                     self._timer_at_ms = NEVER_MS if at_ms is None else at_ms
-                    lsn = self._last_lsn()
+                    lsn, need = self._last_lsn(), self._needs_room
                 if lsn != before:
                     self._settle(lsn, sync=False)
+                has_room = need is None or self._room_for_ends(need)
             except RivetQError:
                 return  # closed, failed or forked: no more time here
             except BaseException as error:
                 self._fail(error)
                 return
+            if need is not None:
+                if not has_room:
+                    self._stopping.wait(ROOM_RETRY_S)
+                continue
             timeout_s = None if at_ms is None else self.clock.timeout_s(max(1, at_ms - now_ms))
             self._timer_poked.wait(None if timeout_s is None else min(timeout_s, _LONGEST_SLEEP_S))
+
+    def _room_for_ends(self, need: NeedRoomError) -> bool:
+        """Make room for the record of ended leases; whether there is some now."""
+        try:
+            self._make_room(need)
+        except DiskFullError:
+            return False
+        return True
 
     def _clock_moved(self) -> None:
         """A manual clock jumped: everything due happens now, in the thread that moved it."""
@@ -569,15 +663,21 @@ class LiveEngine:
                     before = self._last_lsn()
                     self._tick()
                     lsn = self._last_lsn()
+                    need = self._needs_room
                     for waiting in self._lessees.values():
                         for lessee in waiting:
                             lessee.wake()
                 if lsn != before:
                     self._settle(lsn, sync=False)
+                if need is not None:
+                    self._behind = self._room_for_ends(need)
         except RivetQError:
             return  # the next call tells its caller
 
     # Ending
+
+    def check_open(self) -> None:
+        self._check()
 
     def _check(self) -> None:
         if self._ended is None:
@@ -623,12 +723,15 @@ class LiveEngine:
                         lessee.wake()
             unsubscribe, self._unsubscribe = self._unsubscribe, _nothing
             unsubscribe()
+            self._stopping.set()
             self._timer_poked.set()
-            if self._soon is not None:
-                self._soon.stop()
+            with self._soon_lock:
+                soon = self._soon
+            if soon is not None:
+                soon.stop()
             self._stop()
             for thread in self._threads:
-                if thread is not threading.current_thread():
+                if thread is not threading.current_thread() and thread.is_alive():
                     thread.join(JOIN_S)
             # Not after a failure, nor a second time: the first may have been cut short in the middle, by Ctrl-C say.
             save, self._saving = self._failure is None and not self._saving, True
@@ -643,8 +746,12 @@ class LiveEngine:
         """Save, and let go of what the threads used; they have ended."""
 
     def forked(self) -> None:
-        """In the child: no lock is touched, its holder does not exist here."""
+        """In the child: no call works any more. Locks are made anew, since their holders do not exist here."""
         self._ended = "forked"
+        self._lock, self._close_lock, self._soon_lock = threading.Lock(), threading.Lock(), threading.Lock()
+        self._timer_poked, self._stopping = threading.Event(), threading.Event()
+        if self._soon is not None:
+            self._soon.forked()
 
     # For tests: a look at everything, while the threads of the engine stand still
 
@@ -690,7 +797,7 @@ class LiveEngine:
 class SoonLease:
     """A lessee without a thread: it looks again when it is woken, in the notifier's thread."""
 
-    __slots__ = ("_arguments", "_done", "_engine", "_is_timed", "_settler", "_woken", "over")
+    __slots__ = ("_arguments", "_begun", "_done", "_engine", "_settler", "_woken", "over")
 
     def __init__(
         self,
@@ -700,14 +807,16 @@ class SoonLease:
         visibility_ms: int | None,
         settler: Settler,
         done: Done,
+        *,
+        begun: bool,
     ) -> None:
         self._engine = engine
         self._arguments = queues, max_jobs, visibility_ms
+        self._begun = begun
         self._settler = settler
         self._done = done
         self._woken = False  # guarded by the engine's lock, as is `over`
         self.over = False  # it has taken jobs, or was told, or cancelled
-        self._is_timed = False  # it will look again when a rate limit allows
 
     def wake(self) -> None:
         # Caller holds the engine's lock.
@@ -721,6 +830,8 @@ class SoonLease:
 
     def cancel(self) -> bool:
         engine = self._engine
+        if engine._ended == "forked":
+            engine._check()
         with engine._lock:
             if self.over:
                 return False
@@ -731,28 +842,20 @@ class SoonLease:
 
     def look(self) -> None:
         """Take what there is and tell it, else wait to be woken."""
-        engine = self._engine
         try:
-            taken, pause_s = self._attempt()
+            taken = self._attempt()
         except BaseException as error:
             self._end(error)
             return
         if taken is not None:
             self._hand_out(taken)
-        elif pause_s is not None and not self._is_timed:
-            self._is_timed = True
-            engine._notifier.call(self._look_in_time, pause_s)
 
-    def _look_in_time(self) -> None:
-        self._is_timed = False
-        self.look()
-
-    def _attempt(self) -> tuple[_Taken | None, float | None]:
+    def _attempt(self) -> _Taken | None:
         engine = self._engine
         while True:
             engine._check()
             try:
-                return engine._attempt(*self._arguments, self, waits=True)
+                return engine._attempt(*self._arguments, self, waits=True, begun=self._begun)
             except NeedRoomError as need:
                 # Here, not in the notifier's thread: whoever does not wait at all must not be told that there is none.
                 engine._make_room(need)
@@ -768,7 +871,7 @@ class SoonLease:
 
     def _hand_out(self, taken: _Taken) -> None:
         """At once if nothing has to be waited for, else from the notifier's thread."""
-        engine, entries = self._engine, taken[2]
+        engine, entries = self._engine, taken[3]
 
         def tell(error: BaseException | None) -> None:
             leases = None
@@ -780,10 +883,17 @@ class SoonLease:
             self._done(leases, error)
 
         with engine._lock:
-            if engine._settle_soon(max(entry.lsn for entry in entries), tell):
+            # An end since they were taken: the notifier may have gone, so nothing is left with it any more.
+            is_open = engine._ended is None
+            if is_open and engine._settle_soon(max(entry.lsn for entry in entries), tell):
                 return
-        if any(entry.payload is None for entry in entries):
-            engine._notifier.call(partial(tell, None))  # they are read from the disk
+            if is_open and any(entry.payload is None for entry in entries):
+                engine._notifier.call(partial(tell, None))  # they are read from the disk
+                return
+        try:
+            engine._check()
+        except RivetQError as error:
+            self._done(None, error)
         else:
             tell(None)
 

@@ -14,7 +14,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from typing import Any, NamedTuple
@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import lmdb
 
 from . import decide
+from .ahead import Ahead, read_ahead
 from .backup import take
 from .clock import Clock
 from .codec import decode_record, encode_record, encode_snapshot
 from .engine import Backup, Capabilities, FsyncMode
-from .entry import Entry
-from .errors import DiskFullError, StorageError, UsageError
+from .entry import LEASED, Entry
+from .errors import DiskFullError, ForkedBrokerError, StorageError, UsageError
 from .events import (
     Acked,
     Buried,
@@ -131,7 +132,7 @@ class LocalEngine(LiveEngine):
         self._cache_bytes = cache_bytes
         self._window_jobs = window_jobs
         self._runs_read = 0  # what the index had read back when runs were last put away
-        self._must_sync_lsn = 0  # a record that is synced in every mode
+        self._must_sync: tuple[int, ...] = ()  # records that are synced in every mode and are not known to be
         self._keeper_lock = threading.Lock()  # one checkpoint or compaction at a time
         self._keeper_poked = threading.Event()
         self._sync_poked = threading.Event()
@@ -216,10 +217,16 @@ class LocalEngine(LiveEngine):
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
         self._keeper_poked.set()
+        ahead = os.path.join(self._path, "ahead")
+        unbegun = read_ahead(ahead)
         if release_on_open:
             # Leases whose deadline passed meanwhile end as such: in every call the clock comes first.
-            ended: list[Event] = self._change(lambda now_ms: (events := decide.owner_gone(machine, now_ms), events))
-            machine.tally_expired(ended)
+            ended: list[Event] = self._change(
+                lambda now_ms: (events := decide.owner_gone(machine, now_ms, unbegun), events)
+            )
+            machine.tally_expired([event for event in ended if not isinstance(event, Released)])
+        held = (machine.jobs[job_id] for queue in machine.queues.values() for job_id in queue.leased)
+        self._ahead = Ahead(ahead, [(entry.token, entry.id) for entry in held if entry.token in unbegun])
         log.drop(machine.oldest_segment - 1)
 
     def start(self) -> None:
@@ -253,7 +260,8 @@ class LocalEngine(LiveEngine):
             self._begin_segment(snapshot, now_ms, len(body))
         place = self._log.append(body)
         if must_sync:
-            self._must_sync_lsn = place.lsn
+            durable_lsn = self._log.durable_lsn
+            self._must_sync = (*(lsn for lsn in self._must_sync if lsn > durable_lsn), place.lsn)
         self._log.jobs += jobs
         self._unsaved_bytes += len(body)
         if (place.lsn % LOOK_RECORDS == 0 or len(body) > LOOK_BYTES) and (self._is_due() or self._log.wants_space()):
@@ -281,10 +289,8 @@ class LocalEngine(LiveEngine):
 
     def _settle(self, lsn: int, *, sync: bool = True) -> None:
         log = self._log
-        if sync and self._fsync != "always":
-            sync = log.durable_lsn < self._must_sync_lsn <= lsn
         try:
-            if sync:
+            if sync and self._is_to_sync(lsn):
                 self._group.wait(lsn)
             else:
                 log.write(lsn)
@@ -296,9 +302,15 @@ class LocalEngine(LiveEngine):
                 self._fail(error)
             raise
 
+    def _is_to_sync(self, lsn: int) -> bool:
+        """Whoever answers for this record waits for the disk: in a relaxed mode, for one up to it that must not go."""
+        if self._fsync == "always":
+            return True
+        must_sync = self._must_sync
+        return bool(must_sync) and any(self._log.durable_lsn < each <= lsn for each in must_sync)
+
     def _settle_soon(self, lsn: int, tell: Tell) -> bool:
-        must_sync = self._fsync == "always" or self._log.durable_lsn < self._must_sync_lsn <= lsn
-        if not must_sync or (self._log.durable_lsn >= lsn and self._ended is None):
+        if not self._is_to_sync(lsn) or (self._log.durable_lsn >= lsn and self._ended is None):
             return False
         self._notifier.when_durable(lsn, tell)
         return True
@@ -306,6 +318,26 @@ class LocalEngine(LiveEngine):
     def _fail(self, error: BaseException) -> None:
         super()._fail(error)
         self._group.fail(error)
+
+    def begin(self, token: int) -> None:
+        self._ahead.begin(token)
+
+    def _ready_for_unbegun(self) -> None:
+        self._ahead.make()
+
+    def _note_unbegun(self, event: Leased) -> None:
+        self._ahead.note(zip(event.tokens, event.ids, strict=True), self._is_held)
+
+    def _is_held(self, token: int, job_id: int) -> bool:
+        # Caller holds self._lock.
+        entry = self._machine.jobs.get(job_id)
+        return entry is not None and entry.token == token and entry.state == LEASED
+
+    def _look(self, read: Callable[[int], Any]) -> Any:
+        value = super()._look(read)
+        if self._index.reads - self._runs_read > RUNS_READ:
+            self._keeper_poked.set()  # what was looked at does not stay in memory
+        return value
 
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
         if len(entries) == 1:
@@ -792,6 +824,7 @@ class LocalEngine(LiveEngine):
         with ExitStack() as last:  # each of them, whatever becomes of the others
             last.callback(self._owner.release)
             last.callback(self._index.close)
+            last.callback(self._ahead.close)
             last.callback(self._log.abandon)
             try:
                 if save:
@@ -814,6 +847,12 @@ class LocalEngine(LiveEngine):
 
     def forked(self) -> None:
         super().forked()
+        self._keeper_lock, self._keeper_poked, self._sync_poked = threading.Lock(), threading.Event(), threading.Event()
+        # Also of a fork in the middle of an opening or a call, by a signal handler say: there may be less than all.
+        if hasattr(self, "_group"):
+            self._group.forked(ForkedBrokerError("this broker belongs to the process that was forked"))
+        if hasattr(self, "_ahead"):
+            self._ahead.forked()
         self._index.forget()
 
     def metrics(self) -> dict[str, int]:

@@ -37,6 +37,7 @@ from .events import (
     Purged,
     QueueConfigured,
     QueueCreated,
+    QueueRemoved,
     Redriven,
     Released,
     Retried,
@@ -50,6 +51,7 @@ from .state import (
     COPY_BYTES,
     JOB_BYTES,
     KEY_BYTES,
+    NEVER_MS,
     RECORD_BYTES,
     Changes,
     Place,
@@ -59,7 +61,6 @@ from .state import (
 )
 from .window import Window
 
-NEVER_MS = 2**62
 RIPE_JOBS = 5000
 """Loose jobs that one call to `advance` moves at most, so that no caller pays for a storm; the rest is moved next."""
 FEW_JOBS = 64
@@ -84,6 +85,7 @@ class Machine:
         self.reserved_id = 1
         self.next_token = 1
         self.next_run = 1
+        self.next_queue = 1
         self.oldest_segment = 1
         self.now_ms = 0  # the latest moment that the state has seen: the time line never steps back
         self.wake_ms = NEVER_MS  # nothing happens by the clock alone before this; may be earlier than what does happen
@@ -91,6 +93,8 @@ class Machine:
         self.changes: Changes | None = None if keep_payloads else Changes()
         self.woken: set[str] = set()  # queues in which something became ready since the engine last looked
         self._due: list[tuple[int, int, int]] = []  # heap of (due_ms, queue number, priority); stale ones are skipped
+        self._due_limit = FEW_JOBS  # above it the stale ones are dropped
+        self._tokens: list[tuple[int, int]] = []  # heap of (moment of a token, queue number); stale ones are skipped
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline_ms, id); stale pairs are skipped
         self._leased = 0
         self._keep_payloads = keep_payloads
@@ -98,16 +102,16 @@ class Machine:
         self._cached_bytes = 0
         self._cached: deque[Columns] = deque()  # those with payloads, oldest first
         self.id_block = id_block
-        self.grain_ms = 0  # of the clock that moments come from, which it rounds down
-
-    def due_ms(self, now_ms: int, delay_ms: int) -> int:
-        """The moment at which a delay has surely passed that begins now; 0 without a delay."""
-        return now_ms + delay_ms + self.grain_ms if delay_ms else 0
+        self.grain_ms = 0
+        """Of the clock that moments come from, which rounds them down: a job is due so much later, and no delay is too
+        short."""
+        self.promised: dict[int, int] = {}  # ids that were told in advance and have no job yet: first id -> how many
 
     def take_ids(self, count: int) -> int:
         """The first of `count` ids that nobody else gets; a reservation covers them (see decide.ids)."""
         first, self.next_id = self.next_id, self.next_id + count
         assert self.next_id <= self.reserved_id, f"ids up to {self.next_id} told, reserved are {self.reserved_id}"
+        self.promised[first] = count
         return first
 
     # Time
@@ -122,10 +126,17 @@ class Machine:
         if now_ms < self.wake_ms:
             return
         room = RIPE_JOBS
-        due = self._due
-        while due and due[0][0] <= now_ms and room > 0:
+        due, due_upto_ms = self._due, now_ms - self.grain_ms
+        while due and due[0][0] <= due_upto_ms and room > 0:
             _, number, priority = heapq.heappop(due)
-            room -= self._ripen(self.numbers[number], priority, now_ms, room)
+            if (queue := self.numbers.get(number)) is not None:
+                room -= self._ripen(queue, priority, due_upto_ms, room)
+        while self._tokens and self._tokens[0][0] <= now_ms:
+            at_ms, number = heapq.heappop(self._tokens)
+            queue = self.numbers.get(number)
+            if queue is not None and queue.token_at_ms == at_ms:
+                queue.token_at_ms = NEVER_MS
+                self._wake(queue)
         while room > 0 and (end := self.keys.first_end()) is not None and end[0] <= now_ms:
             self.keys.forget(*end[1:])
             room -= 1
@@ -171,7 +182,7 @@ class Machine:
     def next_wakeup_ms(self) -> int | None:
         """When the clock acts next: a delay falls due or a lease ends."""
         lease = self._first_deadline()
-        at_ms = min(self._first_due_ms(), NEVER_MS if lease is None else lease[0])
+        at_ms = min(self._first_due_ms(), self._first_token_ms(), NEVER_MS if lease is None else lease[0])
         end = self.keys.first_end()
         self.wake_ms = at_ms if end is None else min(at_ms, end[0])
         return None if at_ms == NEVER_MS else at_ms
@@ -180,14 +191,36 @@ class Machine:
         due = self._due
         while due:
             due_ms, number, priority = due[0]
-            window = self.numbers[number].scheduled[priority]
+            queue = self.numbers.get(number)
+            window = None if queue is None else queue.scheduled[priority]
             first = None if window is None else window.first()
             if first is not None and first[0] == due_ms:
-                return due_ms
-            heapq.heappop(due)
+                return due_ms + self.grain_ms
             if first is not None and first[0] > due_ms:
-                heapq.heappush(due, (first[0], number, priority))
+                heapq.heapreplace(due, (first[0], number, priority))
+            else:
+                heapq.heappop(due)
         return NEVER_MS
+
+    def _first_token_ms(self) -> int:
+        tokens = self._tokens
+        while tokens:
+            at_ms, number = tokens[0]
+            queue = self.numbers.get(number)
+            if queue is not None and queue.token_at_ms == at_ms:
+                return at_ms
+            heapq.heappop(tokens)
+        return NEVER_MS
+
+    def expect_token(self, queue: Queue, now_ms: int) -> None:
+        """Somebody waits for the rate limit of a queue: its next token is a moment at which the clock acts."""
+        bucket = queue.bucket
+        if bucket is not None and bucket.limit.on == "lease":
+            at_ms = bucket.ready_at_ms(1, now_ms)
+            if at_ms < queue.token_at_ms:
+                queue.token_at_ms = at_ms
+                heapq.heappush(self._tokens, (at_ms, queue.number))
+                self._expect(at_ms)
 
     def _expect(self, at_ms: int) -> None:
         if at_ms < self.wake_ms:
@@ -197,15 +230,37 @@ class Machine:
         """A scheduled job was added."""
         if window.first() == key:
             heapq.heappush(self._due, (key[0], queue.number, priority))
-            self._expect(key[0])
+            self._expect(key[0] + self.grain_ms)
+            if len(self._due) > self._due_limit:
+                self._trim_due()
+
+    def _trim_due(self) -> None:
+        """Jobs that were cancelled leave their moment behind; without this they would fill memory until it comes."""
+        self._due = [
+            (window.first()[0], queue.number, priority)
+            for queue in self.queues.values()
+            for priority, window in enumerate(queue.scheduled)
+            if window is not None and window.count
+        ]
+        heapq.heapify(self._due)
+        self._due_limit = FEW_JOBS + 2 * len(self._due)
 
     def ended_leases(self, now_ms: int, limit: int) -> list[tuple[int, int]]:
         """(deadline_ms, id) of up to `limit` leases whose deadline has come, earliest first."""
+        if self._first_deadline() is None:
+            return []
         ended: dict[tuple[int, int], None] = {}  # an extend may have left the same pair twice
-        while len(ended) < limit and (first := self._first_deadline()) and first[0] <= now_ms:
-            ended[heapq.heappop(self._deadlines)] = None
-        for pair in ended:  # nothing has happened yet: apply makes these pairs stale
-            heapq.heappush(self._deadlines, pair)
+        # In the order of the heap without changing it: nothing has happened yet, apply makes these pairs stale.
+        heap, jobs = self._deadlines, self.jobs
+        coming = [(heap[0], 0)]
+        while coming and len(ended) < limit and coming[0][0][0] <= now_ms:
+            pair, at = heapq.heappop(coming)
+            entry = jobs.get(pair[1])
+            if entry is not None and entry.state == LEASED and entry.deadline_ms == pair[0]:
+                ended[pair] = None
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < len(heap):
+                    heapq.heappush(coming, (heap[child], child))
         return list(ended)
 
     def _first_deadline(self) -> tuple[int, int] | None:
@@ -255,19 +310,21 @@ class Machine:
                 queue = self.numbers[event.queue]
                 queue.cancelled += 1
                 if self._loosen(event.id, (queue,)) is not None:
-                    self._remove((event.id,), now_ms)
+                    self._remove((event.id,))
             case Purged():
                 queue = self.numbers[event.queue]
                 queue.purged += len(event.ids)
-                self._apply_purged(queue, event.ids, now_ms)
+                self._apply_purged(queue, event.ids)
             case Redriven():
-                for job_id in event.ids:
-                    if (entry := self._loosen(job_id, self.queues.values(), DEAD)) is not None:
-                        entry.attempts = entry.died_at_ms = 0
-                        self._wait(entry, 0, now_ms)
+                self._apply_redriven(event.ids, now_ms)
             case QueueCreated():
                 if event.number not in self.numbers:
                     self._add_queue(Queue(event.number, event.name))
+            case QueueRemoved():
+                gone = self.numbers.get(event.number)
+                if gone is not None and not any(gone.counts):  # in a salvaged log it may still hold something
+                    del self.numbers[event.number], self.queues[gone.name]
+                    self.woken.discard(gone.name)
             case QueueConfigured():
                 queue = self.numbers[event.queue]
                 queue.configure(event.config, now_ms)
@@ -300,6 +357,7 @@ class Machine:
         offset, segment = place.body_offset + event.payload_at, place.segment
         keep = self._keep_payloads or (self._cache_bytes > 0 and bool(event.payloads))
         if first_id < self.next_id:
+            self.promised.pop(first_id, None)
             for job_id in range(first_id, first_id + count):
                 if (known := self._known(job_id)) is not None:  # a checkpoint took the job while the log went on
                     if known.indexed and self.changes is not None:
@@ -517,34 +575,70 @@ class Machine:
             ]
             heapq.heapify(self._deadlines)
 
-    def _apply_purged(self, queue: Queue, ids: Sequence[int], now_ms: int) -> None:
-        self._remove([i for i in ids if i in self.jobs], now_ms)
+    def _apply_purged(self, queue: Queue, ids: Sequence[int]) -> None:
+        self._remove([i for i in ids if i in self.jobs])
         if len(ids) == 1:
             if self._loosen(ids[0], (queue,)) is not None:
-                self._remove(ids, now_ms)
+                self._remove(ids)
             return
-        doomed = set(ids)
-        low, high = min(ids), max(ids)
         for state, window in list(queue.waiting()):
-            for run in [run for run in window.runs if run.low <= high and run.high >= low]:
-                columns, at = run.peek()
-                here = doomed.intersection(columns.ids[at:])
-                if not here:
-                    continue
-                cells = range(at, len(columns))
-                gone = columns.picked([i for i in cells if columns.ids[i] in here])
-                window.remove(run)
-                run.keep([i for i in cells if columns.ids[i] not in here])
-                if run.left:
-                    window.insert(run)
-                self._touch(run)
+            for _, gone in self._extract(window, ids):
                 queue.counts[state] -= len(gone)
                 for segment, size in gone.live().items():
                     if segment in self.live:
                         self.live[segment] -= size
                 for i, text in enumerate(gone.keys or ()):
                     if text is not None:
-                        self._end_key(queue, text, gone.ids[i], gone.segments[i], now_ms)
+                        self._free_key(queue, text, gone.ids[i])
+
+    def _extract(self, window: Window, ids: Sequence[int]) -> Iterator[tuple[Run, Columns]]:
+        """Take the jobs of these ids out of the runs of a window: each run, and what left it."""
+        wanted = set(ids)
+        low, high = min(ids), max(ids)
+        for run in [run for run in window.runs if run.low <= high and run.high >= low]:
+            columns, at = run.peek()
+            here = wanted.intersection(columns.ids[at:])
+            if not here:
+                continue
+            cells = range(at, len(columns))
+            gone = columns.picked([i for i in cells if columns.ids[i] in here])
+            window.remove(run)
+            run.keep([i for i in cells if columns.ids[i] not in here])
+            if run.left:
+                window.insert(run)
+            self._touch(run)
+            yield run, gone
+
+    def _apply_redriven(self, ids: Sequence[int], now_ms: int) -> None:
+        """All of them are dead letters of one queue, which the event does not name: those with such ids are few."""
+        for job_id in ids:
+            if (entry := self._known(job_id)) is not None:
+                self._revive(entry, now_ms)
+        left = [i for i in ids if i not in self.jobs]
+        if not left:
+            return
+        low, high = min(left), max(left)
+        for queue in list(self.queues.values()):
+            for window in queue.windows(DEAD):
+                if not window.around(low, high):
+                    continue
+                if len(left) < FEW_JOBS:
+                    for job_id in left:
+                        if (entry := self._loosen(job_id, (queue,), DEAD)) is not None:
+                            self._revive(entry, now_ms)
+                    break
+                for run, columns in self._extract(window, left):
+                    columns.start_anew()
+                    again = Run(queue, run.priority, columns, READY)
+                    queue.window(READY, run.priority).insert(again)
+                    self._touch(again, again.left)
+                    queue.counts[DEAD] -= again.left
+                    queue.counts[READY] += again.left
+            self._wake(queue)
+
+    def _revive(self, entry: Entry, now_ms: int) -> None:
+        entry.attempts = entry.died_at_ms = 0
+        self._wait(entry, 0, now_ms)
 
     def _apply_copied(self, event: Copied, now_ms: int, place: Place) -> None:
         queue = self.numbers[event.queue]
@@ -639,7 +733,7 @@ class Machine:
         entry = self.jobs.get(job_id)
         if entry is not None:
             return entry
-        queues = (self.numbers[number],) if number else self.queues.values()
+        queues = self._numbered(number) if number else self.queues.values()
         found = self._locate(job_id, queues, priority=priority)
         if found is None:
             return None
@@ -649,10 +743,16 @@ class Machine:
     def alive(self, number: int, priority: int, first_id: int, last_id: int) -> set[int]:
         """Which jobs of a queue and priority with ids in this range there still are."""
         found = {i for i in range(first_id, last_id + 1) if i in self.jobs}
-        for _, window in self.numbers[number].waiting(priority):
-            for run in window.around(first_id, last_id):
-                found.update(run.between(first_id, last_id))
+        for queue in self._numbered(number):
+            for _, window in queue.waiting(priority):
+                for run in window.around(first_id, last_id):
+                    found.update(run.between(first_id, last_id))
         return found
+
+    def _numbered(self, number: int) -> tuple[Queue, ...]:
+        """The queue of a number, unless it was removed."""
+        queue = self.numbers.get(number)
+        return () if queue is None else (queue,)
 
     def _wait(self, entry: Entry, due_ms: int, now_ms: int) -> None:
         """Back to its place: ready, or scheduled until `due_ms`."""
@@ -698,8 +798,8 @@ class Machine:
         if entry.segment in self.live:
             self.live[entry.segment] -= entry.size
 
-    def _remove(self, ids: Iterable[int], now_ms: int) -> None:
-        """Loose jobs are gone for good; their keys stay for the queue's window."""
+    def _remove(self, ids: Iterable[int], acked_ms: int | None = None) -> None:
+        """Loose jobs are gone for good. Their keys stay for the queue's window if they were acked, else they go."""
         changed = set[int]() if self.changes is None else self.changes.jobs
         live, jobs = self.live, self.jobs
         for job_id in ids:
@@ -719,8 +819,12 @@ class Machine:
                 changed.add(job_id)
             else:
                 changed.discard(job_id)
-            if entry.key is not None:
-                self._end_key(entry.queue, entry.key, job_id, entry.segment, now_ms)
+            if entry.key is None:
+                continue
+            if acked_ms is None:
+                self._free_key(entry.queue, entry.key, job_id)
+            else:
+                self._end_key(entry.queue, entry.key, job_id, entry.segment, acked_ms)
 
     def _insert(self, entry: Entry, state: int, now_ms: int) -> None:
         """A whole job from the index or a copy, into the structures of its state."""
@@ -764,6 +868,7 @@ class Machine:
     def _add_queue(self, queue: Queue) -> None:
         self.queues[queue.name] = queue
         self.numbers[queue.number] = queue
+        self.next_queue = max(self.next_queue, queue.number + 1)
 
     def _wake(self, queue: Queue) -> None:
         if queue.counts[READY] and not queue.config.paused:
@@ -790,6 +895,12 @@ class Machine:
         if queue.ttl_ms:
             self._hold_key(queue.number, text, Key(job_id, segment, now_ms + queue.ttl_ms))
         else:
+            self.keys.forget(queue.number, text)
+
+    def _free_key(self, queue: Queue, text: str, job_id: int) -> None:
+        """The job was cancelled or purged: nobody did its work, so a second enqueue may."""
+        key = self.keys.get(queue.number, text)
+        if key is not None and key.job_id == job_id:
             self.keys.forget(queue.number, text)
 
     def thaw_keys(self) -> None:

@@ -158,6 +158,25 @@ def _limit_on(value: LimitOn) -> LimitOn:
     return value
 
 
+class JobId(int):
+    """The id of a job that was enqueued with an idempotency key: an int that knows whether the job is new.
+
+    >>> JobId(7, created=True)
+    7
+    """
+
+    created: bool
+    """This call made the job; False: the key stood for it already."""
+
+    def __new__(cls, value: int, *, created: bool = False) -> Self:
+        job_id = super().__new__(cls, value)
+        job_id.created = created
+        return job_id
+
+    def __getnewargs_ex__(self) -> tuple[tuple[int], dict[str, bool]]:
+        return (int(self),), {"created": self.created}
+
+
 @attrs.frozen(kw_only=True)
 class RetryPolicy:
     """How often a job is delivered and how long it waits in between.
@@ -336,6 +355,9 @@ class Lease:
     token: int
     """The fencing token: strictly increasing over the deliveries of a job."""
     deadline: datetime
+    granted: float = 0.0
+    """Seconds from the lease, or from the answer that extended it, to the deadline: for whoever renews it by a clock of
+    their own. The deadline is on the queue's time line, which a step of the wall clock does not move."""
     enqueued_at: datetime
     max_attempts: int | None
     last_error: str | None

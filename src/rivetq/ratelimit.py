@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .model import RateLimit
+from .model import MAX_DURATION_MS, RateLimit
 
 _EPSILON = 1e-6  # refills are sums of floats: ten tenths of a token are a token
 
@@ -29,9 +29,11 @@ class TokenBucket:
         self._at_ms = max(now_ms, self._at_ms)
 
     def ready_at_ms(self, count: int, now_ms: int) -> int:
-        """The first moment at which `count` tokens (at most `burst`) are there."""
+        """The first moment at which `count` tokens (at most `burst`) are there; in 100 years if it is later still."""
         missing = count - self._level(now_ms) - _EPSILON
-        return now_ms if missing <= 0 else now_ms + math.ceil(missing * 1000 / self.limit.per_second)
+        if missing <= 0:
+            return now_ms
+        return now_ms + math.ceil(min(missing * 1000 / self.limit.per_second, MAX_DURATION_MS))
 
     def _level(self, now_ms: int) -> float:
         elapsed_ms = max(0, now_ms - self._at_ms)

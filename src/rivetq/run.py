@@ -42,6 +42,10 @@ class Shelf(Protocol):
         """All of them, for checks."""
         ...
 
+    def keys_of(self, queue: int) -> Iterable[tuple[str, int]]:
+        """Text and end of the window of each key of a queue."""
+        ...
+
 
 class Columns:
     """The jobs of a run, one cell each in every column."""
@@ -193,6 +197,12 @@ class Columns:
             kept = {i: self.extras[i] for i in found.ids if i in self.extras}
             found.extras = kept or None
         return found
+
+    def start_anew(self) -> None:
+        """Dead letters become ready jobs, attempts from 0. For columns that nobody else has."""
+        self.dues = array("Q", bytes(8 * len(self.ids)))
+        if self.extras is not None:
+            self.extras = {i: (0, token, 0, error) for i, (_, token, _, error) in self.extras.items()}
 
     def payload_bytes(self) -> int:
         """What the payloads that are still here take in memory, about."""

@@ -13,6 +13,7 @@ from .run import Run
 from .window import Window
 
 PRIORITIES = 10
+NEVER_MS = 2**62
 RECORD_BYTES, JOB_BYTES, COPY_BYTES, KEY_BYTES = 112, 8, 176, 64
 """What a record, a job in it, a copied job and a key weigh in the log besides payloads, about: for the garbage ratio
 only, so keys and headers of the caller are not counted."""
@@ -24,7 +25,7 @@ class Queue:
     __slots__ = (
         "acked", "bucket", "buried", "cancelled", "config", "counts", "dead", "enqueued", "expired", "leased",
         "limited", "name", "number", "purged", "ready", "released", "retried", "scheduled", "started",
-        "ttl_ms", "visibility_ms",
+        "token_at_ms", "ttl_ms", "visibility_ms",
     )  # fmt: skip
 
     def __init__(self, number: int, name: str) -> None:
@@ -42,6 +43,7 @@ class Queue:
         self.retried = self.released = self.buried = self.expired = self.limited = 0
         self.started = (0, 0)
         self.bucket: TokenBucket | None = None
+        self.token_at_ms = NEVER_MS  # when those who wait for a token are woken
         self.configure(QueueConfig(), 0)
 
     def configure(self, config: QueueConfig, now_ms: int) -> None:
@@ -49,6 +51,7 @@ class Queue:
             self.bucket = None
         elif self.bucket is None or self.bucket.limit != config.rate_limit:
             self.bucket = TokenBucket(config.rate_limit, now_ms)
+            self.token_at_ms = NEVER_MS  # that of the former bucket says nothing of this one
         self.config = config
         self.visibility_ms = round(config.visibility_timeout * 1000)
         self.ttl_ms = round(config.idempotency_ttl * 1000)

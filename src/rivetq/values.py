@@ -24,6 +24,8 @@ from .state import Queue
 
 _ENTRY = struct.Struct("<IBBIQiqidddBQQQQIQIIIQiii")
 _KEY_VALUE = struct.Struct("<QQI")
+CACHED_HEADERS = 4096
+"""Characters: options with longer headers get an object of their own each, so that 1,024 of them cannot fill memory."""
 
 
 def encode_entry(entry: Entry) -> bytes:
@@ -66,12 +68,19 @@ def decode_entry(key: bytes, value: bytes, queues: Mapping[int, Any]) -> tuple[E
         reader = Reader(body)
         reader.at = _ENTRY.size
         last_error, headers, text = (None if n < 0 else reader.data(n).decode() for n in rest[17:])
-    spec = _spec(priority, *rest[:7], headers)
+    spec = _spec_of(priority, *rest[:7], headers)
     job_id = int.from_bytes(key, "big")
     entry = Entry(job_id, queues[number], spec, enqueued_at_ms, due_ms, text, segment, offset, length, crc, size, lsn)
     entry.attempts, entry.token, entry.deadline_ms, entry.died_at_ms = attempts, token, deadline_ms, died_at_ms
     entry.last_error = last_error
     return entry, state
+
+
+def _spec_of(priority: int, *rest: Any) -> Spec:
+    headers = rest[-1]
+    if headers is not None and len(headers) > CACHED_HEADERS:
+        return _spec.__wrapped__(priority, *rest)
+    return _spec(priority, *rest)
 
 
 @lru_cache(maxsize=1024)
@@ -216,7 +225,7 @@ def decode_columns(key: bytes, value: bytes) -> Columns:
         for _ in range(reader.take(COUNT)[0]):
             priority, *values, size = reader.take(_SPEC)
             headers = None if size < 0 else reader.data(size).decode()
-            distinct.append(_spec(priority, *values, headers))
+            distinct.append(_spec_of(priority, *values, headers))
         if len(distinct) > 1:
             columns.specs = [distinct[i] for i in reader.column(f"<{n}I")]
         else:

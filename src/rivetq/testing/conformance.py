@@ -45,6 +45,7 @@ from rivetq import (
     Deliveries,
     DuplicateJobError,
     Job,
+    JobId,
     JobNotFoundError,
     Lease,
     LeaseLostError,
@@ -1949,16 +1950,45 @@ def test_a_second_enqueue_with_the_key_of_a_living_job_creates_nothing(broker: B
     assert (caught.value.job_id, caught.value.queue, caught.value.key) == (first, "q", "k")
 
 
-@_every_end
-def test_a_key_stands_for_its_job_after_the_end_of_it(broker: Broker, end: Callable[[Broker], object]) -> None:
+def test_a_key_stands_for_its_job_after_the_ack(broker: Broker) -> None:
     first = broker.enqueue("q", b"", idempotency_key="k")
-    end(broker)
+    _lease(broker).ack()
     assert broker.get(first) is None
     assert broker.find("q", "k") == first
     assert broker.enqueue("q", b"", idempotency_key="k") == first
     assert broker.jobs("q") == []
     with _refuses(broker, DuplicateJobError):
         broker.enqueue("q", b"", idempotency_key="k", on_duplicate="raise")
+
+
+@pytest.mark.parametrize("end", ["cancel", "purge"])
+@pytest.mark.parametrize("state", ["ready", "scheduled", "dead"])
+def test_cancel_and_purge_free_the_key_at_once_since_nobody_did_the_work(broker: Broker, state: str, end: str) -> None:
+    first = broker.enqueue("q", b"", idempotency_key="k", delay=1000 if state == "scheduled" else 0)
+    broker.enqueue("q", b"", idempotency_key="other")
+    if state == "dead":
+        _lease(broker).reject()
+    _END[end](broker)
+    assert broker.find("q", "k") is None
+    second = broker.enqueue("q", b"", idempotency_key="k", on_duplicate="raise")
+    assert second > first
+    assert broker.find("q", "k") == second
+
+
+def test_with_a_key_the_answer_says_whether_the_job_is_new(broker: Broker) -> None:
+    first = broker.enqueue("q", b"", idempotency_key="k")
+    assert isinstance(first, JobId)
+    assert first.created
+    again = broker.enqueue("q", b"", idempotency_key="k")
+    assert isinstance(again, JobId)
+    assert (again, again.created) == (first, False)
+    many = broker.enqueue_many("q", [b"", b"", b""], idempotency_keys=["k", "new", "new"])
+    assert [getattr(job_id, "created", None) for job_id in many] == [False, True, False]
+    assert many[1] == many[2]
+    with broker.transaction() as tx:
+        ids = [tx.enqueue("q", b"", idempotency_key=key) for key in ("k", "tx", "tx")]
+    assert [getattr(job_id, "created", None) for job_id in ids] == [False, True, False]
+    assert pickle.loads(pickle.dumps(first)).created
 
 
 @_every_end

@@ -146,8 +146,8 @@ BUGS = (
     Bug(
         "loop waits for the disk",
         "local.py",
-        '        must_sync = self._fsync == "always" or self._log.durable_lsn < self._must_sync_lsn <= lsn\n',
-        '        must_sync = self._fsync == "always"\n',
+        "        if not self._is_to_sync(lsn) or",
+        '        if self._fsync != "always" or',
         "test_aio.py::test_in_a_relaxed_mode_an_id_is_told_when_its_block_is_on_disk_and_the_loop_does_not_wait_for_that[never]",
     ),
     Bug(
@@ -284,8 +284,8 @@ BUGS = (
     Bug(
         "failed checkpoint brings old keys back",
         "keys.py",
-        "            if name not in self.changed:\n",
-        "            if True:\n",
+        "        changed = {**self.frozen, **self.changed}\n        ends",
+        "        changed = {**self.changed, **self.frozen}\n        ends",
         "test_machine.py::test_keys_that_a_failed_checkpoint_took_are_still_to_be_written_and_still_end",
     ),
     Bug(
@@ -303,10 +303,10 @@ BUGS = (
         "test_decide.py::test_a_queue_that_is_unknown_empty_or_paused_gives_nothing",
     ),
     Bug(
-        "last bucket waited for",
-        "decide.py",
-        "retry_at_ms = at_ms if retry_at_ms is None else min(retry_at_ms, at_ms)",
-        "retry_at_ms = at_ms",
+        "token of a bucket not expected",
+        "machine.py",
+        "            if at_ms < queue.token_at_ms:\n",
+        "            if at_ms > queue.token_at_ms:\n",
         "test_decide.py::test_the_first_of_several_buckets_is_waited_for",
     ),
     Bug(

@@ -255,7 +255,6 @@ def test_after_jobs_were_given_back_none_is_leased_in_advance_for_a_while() -> N
         batch = deliveries(8)
         bench.room.took(batch)
         assert bench.room.waits_since() == bench.now
-        assert bench.room.waiting_queues() == {"default"}
         for delivery in batch:
             bench.room.left(delivery)
             delivery.ending = GIVEN_BACK

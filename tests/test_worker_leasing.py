@@ -105,16 +105,22 @@ def test_an_urgent_job_is_the_next_to_begin_though_many_were_leased_in_advance(a
         app.broker.purge("default")
 
 
-def test_the_jobs_of_a_paused_queue_go_back_and_do_not_begin(app: App) -> None:
-    gate = Gate(app)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_when_pause_has_returned_no_job_of_the_queue_begins(
+    app: App, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)  # they stay in the pool
+    gate = Gate(app, kind)
     gate.fill(2000, 300)
-    with Worker(app, concurrency=2):
-        until(gate.is_shut(2, 300))
+    with Worker(app, concurrency=2) as worker:
+        until(lambda: sum(name.startswith("slow") for name in list(gate.begun)) == 2)
+        assert app.broker.stats().leased > 2
         app.broker.pause("default")
         begun = len(gate.begun)
         gate.open.set()
         until(lambda: app.broker.stats().leased == 0)
         assert len(gate.begun) == begun
+        until(lambda: not worker._rooms["loop" if kind == "async" else "thread"].jobs)
         app.broker.resume("default")
         until(lambda: app.broker.stats().acked == 2300)
 

@@ -336,6 +336,10 @@ class AsyncBroker:
         """See `Broker.resume`."""
         await self._call(Broker.resume, queue)
 
+    async def is_paused(self, queue: str) -> bool:
+        """See `Broker.is_paused`."""
+        return await self._call(Broker.is_paused, queue)
+
     async def purge(self, queue: str, *, state: JobState | str | None = None) -> int:
         """See `Broker.purge`."""
         return await self._call(Broker.purge, queue, state=state)

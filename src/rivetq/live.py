@@ -579,6 +579,12 @@ class LiveEngine:
         config: QueueConfig = self._look(read)
         return config
 
+    def is_paused(self, queue: str) -> bool | None:
+        if self._ended is not None:
+            self._check()
+        found = self._machine.queues.get(queue)  # no lock: a change puts another configuration in the place of this one
+        return None if found is None else found.config.paused
+
     # Time
 
     def _tick(self) -> int:

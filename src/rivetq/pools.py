@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import attrs
 
-from rivetq import Lease
+from rivetq import Broker, Lease, RivetQError
 
 from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, running, seconds_of
 from .texts import ERROR_CHARS, cut
@@ -57,8 +57,8 @@ class Delivery:
     """A leased job on its way through a pool."""
 
     __slots__ = (
-        "args", "ending", "error", "is_answered", "is_told", "is_untouched", "job", "kwargs", "lease", "renew_at",
-        "seconds", "started_at", "task", "visibility",
+        "args", "broker", "ending", "error", "is_answered", "is_in_pool", "is_told", "is_untouched", "job", "kwargs",
+        "lease", "renew_at", "seconds", "started_at", "task", "visibility",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -72,7 +72,9 @@ class Delivery:
         self.ending: Ending | None = None
         self.is_told = False  # the worker knows the ending
         self.is_answered = False  # and the broker, too
-        self.is_untouched = False  # it did not begin and was taken back
+        self.is_in_pool = False  # it was handed over and counts there
+        self.is_untouched = False  # it did not begin and is given back
+        self.broker: Broker | None = None  # to ask before it begins
         self.error: BaseException | None = None  # that the handler raised, in this process
         self.visibility = 0.0  # seconds that its lease is extended by
         self.renew_at = 0.0  # monotonic
@@ -142,7 +144,13 @@ def may_begin(delivery: Delivery) -> bool:
     if delivery.job.cancelled:  # before it began, so it does not begin
         delivery.ending = stopped(delivery)
         return False
-    return True
+    try:
+        if delivery.broker is None or not delivery.broker.is_paused(delivery.lease.queue):
+            return True
+    except RivetQError:  # it was closed or failed, and the worker ends
+        pass
+    delivery.is_untouched, delivery.ending = True, GIVEN_BACK
+    return False
 
 
 def run_here(delivery: Delivery, app: App) -> None:

@@ -157,7 +157,6 @@ class _Batch(NamedTuple):
     last: Delivery
     behind: int
     """Jobs that waited then, these included."""
-    queues: set[str]
 
 
 class Room:
@@ -206,8 +205,7 @@ class Room:
         self.bytes += sum(len(delivery.lease.payload) for delivery in batch)
         behind = self.jobs - self.pool.slots
         if batch and behind > 0:
-            queues = {delivery.lease.queue for delivery in batch}
-            self._batches.append(_Batch(self._clock(), batch[-1], behind, queues))
+            self._batches.append(_Batch(self._clock(), batch[-1], behind))
 
     def ran(self, delivery: Delivery) -> None:
         """It ended."""
@@ -231,12 +229,6 @@ class Room:
             if first.last.started_at is not None:
                 self._learn(first.behind, first.last.started_at - first.since)
         return None
-
-    def waiting_queues(self) -> set[str]:
-        """The queues of jobs that have not begun."""
-        if self.waits_since() is None:
-            return set()
-        return set().union(*(batch.queues for batch in self._batches))
 
     def _learn(self, behind: int, waited: float) -> None:
         """The last of so many jobs that had to wait began after `waited` seconds."""

@@ -617,6 +617,7 @@ class Worker:
             if kind not in self._rooms:  # the first such task of the app came after the start
                 self._add_room(kind)
             delivery = Delivery(lease, task, args, kwargs)
+            delivery.broker = self._broker
             seconds = self._granted(lease, task, lease.deadline.timestamp() - now_ms / 1000, timeouts)
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
@@ -636,6 +637,8 @@ class Worker:
             with self._changed:
                 batch = self._fitting(kind, room, batch)
                 room.took(batch)
+                for delivery in batch:
+                    delivery.is_in_pool = True
                 self._left -= len(batch)
                 if not self._watching and room.waits_since() is not None:
                     self._watching = True
@@ -682,31 +685,36 @@ class Worker:
         # Caller holds self._changed. A thread of the pool that takes a job at this moment has it, or has it not.
         found = room.pool.take_back()
         for delivery in found:
-            room.left(delivery)
-            self._left += 1
             self._give_back(delivery)
         return bool(found)
 
     def _give_back(self, delivery: Delivery) -> None:
-        delivery.is_untouched = True
-        self._came_back.append(delivery)
+        # Caller holds self._changed.
+        self._undo(delivery)
         self._end(delivery)
 
-    def _give_back_late(self, now: float) -> float:
-        """Give back what was leased in advance and has waited for too long, or must not begin now.
+    def _undo(self, delivery: Delivery) -> None:
+        """It did not begin: as if it had not been leased."""
+        # Caller holds self._changed.
+        delivery.is_untouched = True
+        self._came_back.append(delivery)
+        if delivery.is_in_pool:
+            delivery.is_in_pool = False
+            self._rooms[_kind(delivery.task)].left(delivery)
+            self._left += 1
 
-        When to look again, monotonic.
+    def _give_back_late(self, now: float) -> float:
+        """Give back what was leased in advance and has waited for too long; when to look again, monotonic.
+
+        What comes is leased afresh when a slot is free, the most urgent first.
         """
-        with self._changed:
-            waiting = {name for room in self._rooms.values() for name in room.waiting_queues()}
-        paused = {name for name in waiting if self._broker.configure_queue(name).paused}
         next_at = math.inf
         with self._changed:
             for room in () if self._stopping else self._rooms.values():
                 since = room.waits_since()
                 if since is None:
                     continue
-                if now >= since + PREFETCH_S or not paused.isdisjoint(room.waiting_queues()):
+                if now >= since + PREFETCH_S:
                     if self._take_back(room):
                         room.took_back()
                     since = now
@@ -837,6 +845,8 @@ class Worker:
             for delivery in batch:
                 if not delivery.is_untouched:
                     self._rooms[_kind(delivery.task)].ran(delivery)
+                elif delivery.is_in_pool:  # its pool saw that it must not begin
+                    self._undo(delivery)
             for room in self._rooms.values():
                 room.waits_since()  # it learns from those that began
             if self._stopping or any(room.is_wanting() for room in self._rooms.values()):

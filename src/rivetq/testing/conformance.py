@@ -1679,6 +1679,7 @@ _BY_QUEUE: dict[str, Callable[[Broker, Any], object]] = {
     "configure_queue": lambda broker, queue: broker.configure_queue(queue, max_jobs=5),
     "pause": lambda broker, queue: broker.pause(queue),
     "resume": lambda broker, queue: broker.resume(queue),
+    "is_paused": lambda broker, queue: broker.is_paused(queue),
     "purge": lambda broker, queue: broker.purge(queue),
     "find": lambda broker, queue: broker.find(queue, "k"),
     "jobs": lambda broker, queue: broker.jobs(queue),
@@ -1699,12 +1700,15 @@ def test_every_verb_of_a_queue_refuses_a_bad_name(
 
 
 def test_a_paused_queue_takes_jobs_and_gives_none(broker: Broker) -> None:
+    assert not broker.is_paused("q")
     broker.pause("q")
+    assert broker.is_paused("q")
     job_id = broker.enqueue("q", b"")
     assert broker.lease("q") is None
     assert broker.lease_many("q", 5, wait=0.05) == []
     assert _job(broker, job_id).state == "ready"
     broker.resume("q")
+    assert not broker.is_paused("q")
     assert _lease(broker).id == job_id
 
 
@@ -2316,6 +2320,7 @@ _CALLS: dict[str, Callable[[Broker, Lease], object]] = {
     "configure_queue that asks": lambda broker, lease: broker.configure_queue("q"),
     "pause": lambda broker, lease: broker.pause("q"),
     "resume": lambda broker, lease: broker.resume("q"),
+    "is_paused": lambda broker, lease: broker.is_paused("q"),
     "purge": lambda broker, lease: broker.purge("q"),
     "find": lambda broker, lease: broker.find("q", "k"),
     "cancel": lambda broker, lease: broker.cancel(lease.id),

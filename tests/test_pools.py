@@ -484,12 +484,14 @@ def test_a_job_that_began_in_a_child_that_dies_with_an_answer_in_its_pipe_failed
         return put(self, *call)
 
     pids, stopped = list[int](), list[bool]()
-    monkeypatch.setattr(children._Child, "run", run)
-    monkeypatch.setattr(children._Child, "_put", put_to_stopped)
     with one_child(of_children) as (pool, done):
         pool.submit([delivery_of(of_children, worker_tasks.sleep, 0)])
         until(lambda: done)
-    ending = done[0].ending
+        monkeypatch.setattr(children._Child, "run", run)
+        monkeypatch.setattr(children._Child, "_put", put_to_stopped)
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0)])
+        until(lambda: len(done) == 2)
+    ending = done[1].ending
     assert ending is not None
     assert (len(runs), ending.verb, str(ending.error).partition(":")[0]) == (1, "nack", "ChildDied")
 
@@ -499,11 +501,14 @@ def test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone(
 ) -> None:
     """It finds the child of its job, which has just ended that, and would have the next one before it is killed."""
     ended, held, go = threading.Event(), threading.Event(), threading.Event()
-    run_, kill_ = children._Child.run, children._Child.kill
+    run_, kill_, put_ = children._Child.run, children._Child.kill, children._Child._put
+
+    def put(self: children._Child, *call: Any) -> tuple[bool, Any]:
+        if ended.is_set():  # the next job has begun
+            go.set()
+        return put_(self, *call)
 
     def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
-        if delivery is second:
-            go.set()
         ending = run_(self, delivery)
         if delivery is first:
             ended.set()
@@ -516,6 +521,7 @@ def test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone(
         kill_(self)
 
     monkeypatch.setattr(children._Child, "run", run)
+    monkeypatch.setattr(children._Child, "_put", put)
     with one_child(of_children) as (pool, done):
         first, second = (delivery_of(of_children, worker_tasks.sleep, each) for each in (0, 0.5))
         pool.submit([first, second])
@@ -566,10 +572,20 @@ def runs():
 @app.task(queue="thread", max_attempts=1)
 def later():
     print("began after the end")
+    began.set()
+began = threading.Event()
+def count():
+    return len([each for each in threading.enumerate() if each.name.startswith("rivetq-worker-")])
+def before_the_stop():
+    n = count()
+    later.enqueue()
+    while count() == n and not began.is_set():  # a thread that meets the job ends, or runs it
+        time.sleep(0.001)
 if __name__ == "__main__":
     worker = Worker(app, grace=20, concurrency={{"threads": 4, "tasks": 100}})
     worker.start()
     atexit.register(worker.stop)
+    atexit.register(before_the_stop)
     copies.enqueue_many([()] * 3)
     begins_late.enqueue_many([()] * 3)
     runs.enqueue()
@@ -589,7 +605,7 @@ def test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time(tmp_
     assert program(tmp_path, "sys.exit(3)") == ""
     with Broker(tmp_path / "data", release_on_open=False) as broker:
         stats = broker.stats()
-        assert (stats.acked, stats.dead, stats.leased, stats.ready) == (7, 0, 0, 4)
+        assert (stats.acked, stats.dead, stats.leased, stats.ready) == (7, 0, 0, 5)
         assert {job.attempts for job in broker.jobs("thread")} == {0}
 
 

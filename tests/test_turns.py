@@ -151,6 +151,14 @@ def test_a_queue_whose_pool_was_full_for_long_starves_no_other_when_it_is_free()
     assert queues["loop"].got > got
 
 
+def test_a_queue_gets_back_what_it_paid_for_jobs_that_did_not_begin() -> None:
+    order = Order({"a": 1, "b": 1})
+    order.gave(["a", "b"], {"a": 100}, 100, lambda name: ["thread"])
+    order.took_back("a", 100, ["thread"])
+    order.gave(["b", "a"], {"b": 10}, 10, lambda name: ["thread"])
+    assert order.turns("thread", ["b", "a"]) == ["a", "b"]
+
+
 def test_without_weights_the_order_is_that_of_preference() -> None:
     order = Order(["b", "a"])
     for _ in range(3):

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rivetq import Broker, LeaseLostError
-from rivetq.pools import Delivery
+from rivetq.pools import Delivery, ThreadPool
 from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
-from rivetq.turns import PREFETCH_JOBS
+from rivetq.turns import PREFETCH_JOBS, Room
 from rivetq.worker import Settled, Worker, _in_parts
 
 PATIENCE_S = 30.0
@@ -138,6 +138,63 @@ def test_a_job_in_its_last_attempt_is_not_leased_in_advance(app: App) -> None:
         gate.task.options(max_attempts=2).enqueue("quick")
         until(lambda: not worker._careful)  # the queue had no more
         assert not any(room.careful for room in worker._rooms.values())
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred jobs are leased in advance, once: until the first are handed over."""
+    ahead, took = [100], Room.took
+
+    def hand_over(room: Room, batch: Sequence[Delivery]) -> None:
+        took(room, batch)
+        ahead[0] = 0
+
+    monkeypatch.setattr(Room, "ahead", lambda room: ahead[0])
+    monkeypatch.setattr(Room, "took", hand_over)
+
+
+@pytest.mark.usefixtures("ahead")
+def test_a_last_attempt_in_the_first_batch_waits_in_its_queue_too(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was known of the queue when the batch was leased."""
+    submit, handed_over = ThreadPool.submit, list[int]()
+
+    def watch(pool: ThreadPool, batch: Sequence[Delivery]) -> None:
+        handed_over.append(len(batch))
+        submit(pool, batch)
+
+    monkeypatch.setattr(ThreadPool, "submit", watch)
+    gate = Gate(app, max_attempts=1)
+    gate.fill(0, 100)
+    with Worker(app, concurrency=2):
+        until(gate.is_shut(2, 100))
+        assert handed_over == [2]
+        gate.open.set()
+        until(lambda: app.broker.stats().acked == 100)
+
+
+@pytest.mark.usefixtures("ahead")
+def test_jobs_that_were_given_back_do_not_count_against_max_jobs(app: App) -> None:
+    gate = Gate(app)
+    gate.fill(0, 150)
+    with Worker(app, concurrency=2, max_jobs=140) as worker:
+        until(gate.is_shut(2, 150))
+        assert app.broker.deliveries().released == 100
+        gate.open.set()
+        until(worker._wanted.is_set)
+    assert app.broker.stats().acked == 140
+
+
+@pytest.mark.usefixtures("ahead")
+def test_the_share_of_a_queue_is_refunded_what_did_not_begin(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(app)
+    gate.fill(0, 150)
+    refunded: Counter[str] = Counter()
+    with Worker(app, concurrency=2) as worker:
+        monkeypatch.setattr(worker._order, "took_back", lambda name, count, pools: refunded.update({name: count}))
+        until(gate.is_shut(2, 150))
+        gate.open.set()
+        until(lambda: app.broker.stats().acked == 150)
+    assert refunded == {"default": 100}
 
 
 def test_jobs_with_attempts_left_are_leased_in_advance_again(app: App) -> None:

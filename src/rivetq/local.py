@@ -523,6 +523,8 @@ class LocalEngine(LiveEngine):
         """
         if not last:
             self._check()  # whoever waited for _keeper_lock while close() had it comes too late
+        with self._or_fail():
+            self._check_files()
         machine = self._machine
         self._tidy()
         taken, unsaved = Changes(), 0
@@ -546,6 +548,8 @@ class LocalEngine(LiveEngine):
                 key_counts = dict(machine.keys.counts)
                 last_lsn = self._last_lsn()
             self._wait_durable(last_lsn)  # the index is never ahead of the disk
+            with self._or_fail():
+                self._check_files()  # once more: it took a while
             try:
                 self._index.write(
                     self._log_id,
@@ -831,6 +835,18 @@ class LocalEngine(LiveEngine):
                     self._save()
             except BaseException:  # close() never raises; the log holds everything that was answered
                 logger.exception("rivetq: %s: closing could not save all", self._path)
+            try:
+                self._check_files()
+            except OSError:  # LMDB would close a number that may be another file's
+                self._index.forget()
+
+    def _check_files(self) -> None:
+        """Raises OSError if the program closed files of ours.
+
+        Then that of the index, whose descriptor is LMDB's own, may be another's as well, and the lock is gone.
+        """
+        self._owner.check()
+        self._log.check()
 
     def _save(self) -> None:
         machine = self._machine

@@ -36,7 +36,7 @@ from crc32c import crc32c
 
 from .errors import DiskFullError
 from .histogram import Tally, doubling
-from .io import Disk, write_all
+from .io import Disk, OwnFile, write_all
 from .record import ALIGN, HEADER_BYTES, encode_frame, frame_bytes
 from .segment import (
     OPEN_SEGMENTS,
@@ -81,6 +81,7 @@ def read_payload(file: SegmentFile, offset: int, length: int, crc: int) -> bytes
     """Bytes of a segment that were written as a payload. Raises CorruptLogError if these are others."""
     data = file.read(length, offset)
     if len(data) != length or crc32c(data) != crc:
+        file.check()  # not damaged, if the program opened another file in its place
         raise corrupt(file.path, offset, f"a payload of {length} bytes does not match its checksum", so="")
     return data
 
@@ -136,7 +137,7 @@ class Log:
         # Set before and cleared after: whatever breaks in leaves them set.
         self._writing = 0  # the thread that does it
         self._syncing = 0
-        self._mark_fd = -1
+        self._mark: OwnFile | None = None
         # Of the tail and the spares there are references of their own: they stay open whatever is let go here.
         self._files = SegmentFiles(disk, directory, OPEN_SEGMENTS)
         self.records = self.syncs = self.bytes_written = 0
@@ -414,6 +415,7 @@ class Log:
         # A segment is begun only when all before it is on disk: its header testifies that.
         old = self._file
         if old is not None:
+            old.check()
             self._disk.fdatasync(old.fd)
             self.syncs += 1
             self.durable_lsn = max(self.durable_lsn, item.header.first_lsn - 1)
@@ -455,6 +457,7 @@ class Log:
         if lsn > self.durable_lsn:
             if self._syncing:
                 raise OSError("an earlier sync of the log failed")
+            file.check()  # else another file is synced, and this one said to be
             self._syncing = threading.get_ident()
             started = time.perf_counter()
             done: list[None] = []
@@ -477,13 +480,16 @@ class Log:
         """Make the mark file writable, so that a later sync needs no space for it."""
         path = os.path.join(self._directory, "mark")
         try:
-            self._mark_fd = self._disk.open(path, write=True)
+            fd = self._disk.open(path, write=True)
         except FileNotFoundError:
-            self._mark_fd = self._disk.create(path)
+            fd = self._disk.create(path)
+        self._mark = OwnFile(self._disk, path, fd)
         self._write_mark()
 
     def _write_mark(self) -> None:
-        write_all(self._disk, self._mark_fd, encode_mark(self._log_id, self.durable_lsn), 0)
+        assert self._mark is not None, "open_mark comes first"
+        self._mark.check()
+        write_all(self._disk, self._mark.fd, encode_mark(self._log_id, self.durable_lsn), 0)
 
     # Read and drop
 
@@ -529,6 +535,12 @@ class Log:
         """The open file of a segment. Raises FileNotFoundError if it was dropped."""
         return self._files.get(segment)
 
+    def check(self) -> None:
+        """Raises OSError if the program closed the files that are written to."""
+        for file in (self._file, self._mark):
+            if file is not None:
+                file.check()
+
     def drop(self, upto: int) -> None:
         """Remove the segments up to this id, oldest first. That they are not needed is on disk already."""
         numbers = sorted(s for s in self.sizes if s <= upto)
@@ -561,9 +573,9 @@ class Log:
         self._file = self._tail = None
         self._spares.clear()
         self._buffer.clear()
-        fd, self._mark_fd = self._mark_fd, -1
-        if fd >= 0:
-            self._disk.close(fd)
+        mark, self._mark = self._mark, None
+        if mark is not None:
+            mark.close()
 
 
 def list_segments(disk: Disk, directory: str) -> list[int]:

@@ -15,10 +15,9 @@ import json
 import os
 import weakref
 from datetime import datetime
-from io import FileIO
 
 from .errors import BrokerLockedError, StorageError
-from .io import FILE_MODE
+from .io import FILE_MODE, OwnFile, SystemDisk
 from .model import moment
 
 _OWN = ("LOCK", "log", "index")
@@ -45,11 +44,11 @@ class DirectoryLock:
         self._former = os.pread(self._file.fileno(), 4096, 0)
         self._write(json.dumps({"pid": os.getpid(), "since_ms": wall_ms}).encode())
 
-    def _acquire(self, directory: str) -> FileIO:
+    def _acquire(self, directory: str) -> OwnFile:
         while True:
             self._created = not os.path.exists(self._path)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            file = FileIO(os.open(self._path, flags, FILE_MODE), "r+")
+            file = OwnFile(SystemDisk(), self._path, os.open(self._path, flags, FILE_MODE))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._is_there(file):
@@ -65,14 +64,19 @@ class DirectoryLock:
                 file.close()
                 raise
 
-    def _is_there(self, file: FileIO) -> bool:
+    def _is_there(self, file: OwnFile) -> bool:
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
         return False
 
     def _write(self, note: bytes) -> None:
+        self._file.check()
         os.ftruncate(self._file.fileno(), 0)
         os.pwrite(self._file.fileno(), note, 0)
+
+    def check(self) -> None:
+        """Raises OSError if the program closed the lock's file, and so let go of the lock."""
+        self._file.check()
 
     def release(self) -> None:
         self._file.close()

@@ -38,7 +38,7 @@ import attrs
 from crc32c import crc32c
 
 from .errors import CorruptLogError, FormatError
-from .io import Disk, write_all
+from .io import Disk, OwnFile, write_all
 from .record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes, mask
 
 VERSION = 1
@@ -216,16 +216,12 @@ def segment_id(name: str) -> int | None:
     return int(stem) if dot and suffix == "log" and len(stem) == 16 and stem.isascii() and stem.isdigit() else None
 
 
-class SegmentFile:
-    """An open segment: the descriptor is closed with the last reference, so no reader ever meets a reused number."""
-
-    _fd = -1
+class SegmentFile(OwnFile):
+    """An open segment."""
 
     def __init__(self, disk: Disk, path: str, fd: int, size: int, zeroed: int) -> None:
-        self._disk = disk
-        self._fd = fd
+        super().__init__(disk, path, fd)
         self._zeroed = zeroed  # zeros or frames were written up to here
-        self.path = path
         self.size = size
 
     @classmethod
@@ -234,17 +230,18 @@ class SegmentFile:
 
         On an error (no space, say) nothing stays behind.
         """
-        fd = disk.create(path)
+        made = cls(disk, path, disk.create(path), size, min(FIRST_ZEROS_BYTES, size))
         try:
-            disk.allocate(fd, 0, size)
-            zeroed = min(FIRST_ZEROS_BYTES, size)
-            write_all(disk, fd, bytes(zeroed), 0)
-            disk.fdatasync(fd)
+            disk.allocate(made.fd, 0, size)
+            made.check()
+            write_all(disk, made.fd, bytes(made._zeroed), 0)
+            made.check()
+            disk.fdatasync(made.fd)
         except BaseException:
-            disk.close(fd)
+            made.close()
             disk.unlink(path)
             raise
-        return cls(disk, path, fd, size, zeroed)
+        return made
 
     @classmethod
     def open(cls, disk: Disk, path: str) -> SegmentFile:
@@ -258,10 +255,6 @@ class SegmentFile:
         size = disk.size(fd)
         return cls(disk, path, fd, size, min(FIRST_ZEROS_BYTES, size))
 
-    @property
-    def fd(self) -> int:
-        return self._fd
-
     def read(self, size: int, offset: int) -> bytes:
         return self._disk.pread(self._fd, size, offset)
 
@@ -270,11 +263,13 @@ class SegmentFile:
 
     def write_header(self, header: Header) -> None:
         """Make the spare a segment but for its name."""
+        self.check()
         write_all(self._disk, self._fd, header_bytes(header), 0)
         self._zeroed = max(self._zeroed, header.size)
 
     def publish(self, final_path: str) -> None:
         """Sync what is in it, then give it its name, durably: a segment that has its name is whole up to here."""
+        self.check()
         self._disk.fdatasync(self._fd)
         self._disk.rename(self.path, final_path)
         self._disk.sync_directory(os.path.dirname(final_path))
@@ -282,6 +277,7 @@ class SegmentFile:
 
     def write(self, data: bytes, offset: int) -> int:
         """Write frames; zeros go ahead of them in steps. Returns where they end."""
+        self.check()
         end = offset + len(data)
         written = offset + self._disk.pwrite(self._fd, data, offset)
         if written < end:
@@ -296,6 +292,7 @@ class SegmentFile:
     def extend(self, size: int) -> None:
         """Preallocate further, to `size` bytes in all. Raises OSError if there is no space."""
         if size > self.size:
+            self.check()
             try:
                 self._disk.allocate(self._fd, self.size, size - self.size)
             except OSError:
@@ -305,17 +302,9 @@ class SegmentFile:
 
     def truncate(self, size: int) -> None:
         """Give back what was preallocated behind `size`."""
+        self.check()
         self._disk.truncate(self._fd, size)
         self.size = size
-
-    def close(self) -> None:
-        """Close it now. Only at the end of all: a reader that is just about to use the descriptor meets an error."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            self._disk.close(fd)
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class SegmentFiles:

@@ -19,6 +19,7 @@ from inside import inside
 import rivetq.local
 from rivetq import Broker, LeaseLostError, LeaseRef, RateLimit, RetryPolicy, UsageError
 from rivetq.index import Index
+from rivetq.run import RUN_JOBS
 from rivetq.testing import ManualClock
 
 SMALL = 65_536
@@ -400,6 +401,118 @@ def test_after_a_checkpoint_that_failed_the_next_one_takes_acked_single_jobs_awa
         broker.ack_many(broker.lease_many("q", 200))
         broker.checkpoint()
         assert reopened_and_drained(broker, clock) == [left]
+
+
+def test_jobs_that_come_while_a_checkpoint_writes_their_run_are_in_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Index.write
+    clock = ManualClock()
+    with Broker(tmp_path / "q", clock=clock) as broker:
+        ids = list(broker.enqueue_many("q", [b"x"] * 100))
+
+        def write_behind_more(*args: Any, **items: Any) -> None:
+            ids.extend(broker.enqueue_many("q", [b"y"] * 100))  # into the same run, which is still open
+            write(*args, **items)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Index, "write", write_behind_more)
+            broker.checkpoint()
+        assert reopened_and_drained(broker, clock) == ids
+
+
+def test_a_run_that_is_used_up_while_a_checkpoint_fails_is_gone_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = ManualClock()
+    with Broker(tmp_path / "q", clock=clock) as broker:
+        broker.enqueue_many("q", [b"x"] * 100)
+        broker.checkpoint()
+        broker.enqueue_many("q", [b"x"] * 10)  # it has changed since
+
+        def fail(*args: object, **items: object) -> None:
+            broker.ack_many(broker.lease_many("q", 110))
+            raise OSError(5, "Input/output error")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Index, "write", fail)
+            broker.checkpoint()
+        left = broker.enqueue("q", b"y")
+        broker.checkpoint()
+        assert reopened_and_drained(broker, clock) == [left]
+
+
+def test_after_a_checkpoint_that_failed_its_log_is_still_to_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "q") as broker:
+        broker.checkpoint()
+        broker.enqueue("q", bytes(10_000))
+        lag = broker.health().checkpoint_lag_bytes
+        assert lag is not None
+        assert lag > 10_000
+        fail_a_checkpoint(broker, monkeypatch)
+        assert broker.health().checkpoint_lag_bytes == lag
+        broker.checkpoint()
+        assert broker.health().checkpoint_lag_bytes == 0
+
+
+def test_a_run_that_has_changed_stays_in_memory_until_it_is_in_the_index(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q", cache_bytes=0) as broker:
+        engine: Any = broker._engine
+        ids = [job_id for _ in range(5) for job_id in broker.enqueue_many("q", [b"x"] * RUN_JOBS)]
+        broker.checkpoint()
+        assert broker.cancel(ids[-3])
+        ids.remove(ids[-3])
+        with engine._keeper_lock:
+            engine._put_away_all()
+        check(broker)
+        assert [lease.id for lease in broker.lease_many("q", 10_000)] == ids
+
+
+def test_keys_whose_window_is_over_leave_the_index(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with Broker(tmp_path / "q", clock=clock) as broker:
+        broker.configure_queue("q", idempotency_ttl=60)
+        broker.enqueue_many("q", [b""] * 300, idempotency_keys=[f"k{n}" for n in range(300)])
+        living = broker.enqueue("q", b"", priority=0, idempotency_key="of a living job")
+        broker.ack_many(broker.lease_many("q", 300))
+        broker.checkpoint()
+        assert len(set(inside(broker)._index.key_names())) == 301
+        clock.advance(60)
+        broker.checkpoint()
+        assert len(set(inside(broker)._index.key_names())) == 1
+        assert broker.find("q", "of a living job") == living
+
+
+def test_a_payload_whose_segment_goes_while_it_is_read_is_read_from_its_new_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "q", cache_bytes=0, segment_bytes=SMALL) as broker:
+        job_id = broker.enqueue("q", b"moved")
+        log = inside(broker)._log
+        read, is_first = log.read, [True]
+
+        def read_late(*place: Any) -> Any:
+            if is_first.pop() if is_first else False:
+                broker.rotate()
+                broker.enqueue_many("other", [bytes(1000)] * 100)
+                broker.ack_many(broker.lease_many("other", 100))
+                broker.compact()
+            return read(*place)
+
+        monkeypatch.setattr(log, "read", read_late)
+        job = broker.get(job_id)
+        assert job is not None
+        assert job.payload == b"moved"
+        assert not is_first
+
+
+@pytest.mark.parametrize("fsync", ["interval", "never"])
+def test_a_clean_end_in_a_relaxed_mode_skips_no_ids(tmp_path: Path, fsync: Any) -> None:
+    for n in (1, 2, 3):
+        with Broker(tmp_path / "q", fsync=fsync) as broker:
+            assert broker.enqueue("q", b"") == n
 
 
 # -- Rotation and compaction

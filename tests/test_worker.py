@@ -485,7 +485,7 @@ class SteppedClock(SystemClock):
         return super().wall_ms() + self.step_ms
 
 
-@pytest.mark.parametrize("whose", ["task", "queue", "worker"])
+@pytest.mark.parametrize("whose", ["job", "task", "queue", "worker"])
 @pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000])
 def test_leases_are_renewed_in_time_after_a_step_of_the_wall_clock(step_ms: int, whose: str) -> None:
     clock = SteppedClock()
@@ -502,7 +502,7 @@ def test_leases_are_renewed_in_time_after_a_step_of_the_wall_clock(step_ms: int,
             broker.configure_queue("default", visibility_timeout=0.5)
         with Worker(app, visibility_timeout=0.5 if whose == "worker" else None):
             clock.step_ms = step_ms
-            task.enqueue()
+            task.options(visibility_timeout=0.5 if whose == "job" else None).enqueue()
             until(lambda: broker.stats().acked == 1)
     assert runs == [1]
 

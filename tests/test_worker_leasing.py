@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,6 +207,52 @@ def test_jobs_with_attempts_left_are_leased_in_advance_again(app: App) -> None:
     with Worker(app, concurrency=2) as worker:
         until(lambda: app.broker.stats().acked == 1050)
         assert not worker._careful
+
+
+KILLED = """
+import asyncio, os, sys, time
+import rivetq.worker
+from rivetq.tasks import App
+from rivetq.worker import Worker
+
+rivetq.worker.PREFETCH_S = 60.0  # what is leased in advance stays so until the process is killed
+app = App(sys.argv[1], fsync="never")
+
+def sync(n):
+    os.write(1, f"{n}\\n".encode())
+    time.sleep(0 if n < 2000 else 60)
+
+async def asynchronous(n):
+    os.write(1, f"{n}\\n".encode())
+    await asyncio.sleep(0 if n < 2000 else 60)
+
+task = app.task(name="task", max_attempts=int(sys.argv[2]))(globals()[sys.argv[3]])
+task.enqueue_many([(n,) for n in range(3000)])
+Worker(app, concurrency=8).run()
+"""
+
+
+@pytest.mark.parametrize("kind", ["sync", "asynchronous"])
+@pytest.mark.parametrize("max_attempts", [1, 2])
+def test_a_job_that_had_not_begun_when_its_worker_was_killed_keeps_its_attempt(
+    tmp_path: Path, max_attempts: int, kind: str
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(KILLED)
+    command = [sys.executable, str(program), str(tmp_path / "data"), str(max_attempts), kind]
+    begun: set[int] = set()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            while len(begun) < 2008 and (line := process.stdout.readline()):
+                begun.add(int(line))
+        finally:
+            process.kill()
+    with Broker(tmp_path / "data") as broker:
+        jobs = broker.jobs("default", limit=3000)
+    paid = {job.json()["args"][0] for job in jobs if job.attempts or job.state == "dead"}
+    assert set(range(2000, 2008)) <= paid <= begun
+    assert {job.json()["args"][0] for job in jobs} - begun == set(range(2008, 3000))
 
 
 # -- Cancelling what is just being leased

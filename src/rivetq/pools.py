@@ -145,7 +145,10 @@ def may_begin(delivery: Delivery) -> bool:
         delivery.ending = stopped(delivery)
         return False
     try:
-        if delivery.broker is None or not delivery.broker.is_paused(delivery.lease.queue):
+        broker = delivery.broker
+        if broker is None or not broker.is_paused(delivery.lease.queue):
+            if broker is not None:
+                broker.begin(delivery.lease)  # from here on a death of the process costs the job its attempt
             return True
     except RivetQError:  # it was closed or failed, and the worker ends
         pass

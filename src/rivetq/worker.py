@@ -522,7 +522,7 @@ class Worker:
         return most, min(room.free_bytes() for room in rooms)
 
     def _lease_now(self, names: list[str], most: int, max_bytes: int | None) -> list[Lease]:
-        leases = self._broker.lease_many(names, most, visibility_timeout=self._visibility)
+        leases = self._broker.lease_many(names, most, visibility_timeout=self._visibility, begun=False)
         self._note_given(names, most, max_bytes, leases)
         return leases
 
@@ -573,7 +573,7 @@ class Worker:
         if not most:
             return []
         self._leased, wanted = None, [group.names for group in groups]
-        waiting = self._broker.lease_soon(names, most, self._told, visibility_timeout=self._visibility)
+        waiting = self._broker.lease_soon(names, most, self._told, visibility_timeout=self._visibility, begun=False)
         with self._changed:
             while (
                 self._leased is None
@@ -601,9 +601,8 @@ class Worker:
 
     def _hand_out(self, leases: list[Lease]) -> None:
         """Give each job to the pool of its task; what is no call of a task is answered at once."""
-        now_ms, now = self._broker.clock.wall_ms(), time.monotonic()
+        now = time.monotonic()
         batches: dict[str, list[Delivery]] = {}
-        timeouts: dict[str, float] = {}
         for lease in leases:
             try:
                 task, args, kwargs = self.app.find(lease)
@@ -618,7 +617,7 @@ class Worker:
                 self._add_room(kind)
             delivery = Delivery(lease, task, args, kwargs)
             delivery.broker = self._broker
-            seconds = self._granted(lease, task, lease.deadline.timestamp() - now_ms / 1000, timeouts)
+            seconds = lease.granted
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
             self._held[lease.token] = delivery
@@ -774,20 +773,6 @@ class Worker:
                         return
             else:
                 return
-
-    def _granted(self, lease: Lease, task: Any, by_wall: float, timeouts: dict[str, float]) -> float:
-        """Seconds to renew a lease for. The wall clock may have been set: it counts where it says less than is known.
-
-        `timeouts` are those of the queues, as far as this batch asked for them.
-        """
-        known = self._visibility
-        if known is None and task.opts.visibility_timeout is not None:
-            known = seconds_of(task.opts.visibility_timeout, "visibility_timeout")
-        if known is None:
-            known = timeouts.get(lease.queue)
-        if known is None:
-            known = timeouts[lease.queue] = self._broker.configure_queue(lease.queue).visibility_timeout
-        return by_wall if 0 < by_wall < known else known
 
     def _add_room(self, kind: str) -> None:
         many, done = self._concurrency, self._done

@@ -572,4 +572,41 @@ BUGS = (
         "                pass\n",
         "test_local.py::test_a_clean_end_in_a_relaxed_mode_skips_no_ids[never]",
     ),
+    Bug(
+        "notifier ends without a last look",
+        "notifier.py",
+        "            if not stopping:\n                self._poked.wait()\n            return not stopping",
+        "            stopping = self._stopping\n"
+        "            if not stopping:\n"
+        "                self._poked.wait()\n"
+        "            return not stopping",
+        "test_notifier.py::test_what_comes_just_before_the_end_is_still_told",
+    ),
+    Bug(
+        "earliest record waited for",
+        "notifier.py",
+        "self._wait(max(lsn for lsn, _ in batch))",
+        "self._wait(min(lsn for lsn, _ in batch))",
+        "test_notifier.py::test_one_wait_is_for_all_and_none_is_told_before_its_record_is_durable",
+    ),
+    Bug(
+        "notifier dies in silence",
+        "notifier.py",
+        "            self._failed(error)\n"
+        "            self._stopping = True\n"
+        "            while self._turn():  # each is told why\n"
+        "                pass",
+        "            self._failed(error)",
+        "test_notifier.py::test_a_thread_that_cannot_go_on_says_so_and_tells_all_why",
+    ),
+    Bug(
+        "a callback ends the notifier",
+        "notifier.py",
+        "    try:\n"
+        "        do(*arguments)\n"
+        "    except BaseException:\n"
+        '        logger.exception("a callback raised; nobody else is disturbed")',
+        "    do(*arguments)",
+        "test_notifier.py::test_a_callback_that_raises_disturbs_no_other",
+    ),
 )

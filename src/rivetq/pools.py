@@ -158,42 +158,59 @@ def may_begin(delivery: Delivery) -> bool:
 
 def run_here(delivery: Delivery, app: App) -> None:
     """Run a sync handler in this thread; sets how it ended."""
-    started, own = time.perf_counter(), os.getpid()
-    failures: list[BaseException] = []  # the last one that came out of the handler or a hook
+    started, own = time.perf_counter(), _copies
     try:
         with running(delivery.job):
             if app.around_hooks:
-                with ExitStack() as stack:
-                    stack.push(_noted(failures))
-                    for hook in app.around_hooks:
-                        made: Any = hook(delivery.job)
-                        if not hasattr(made, "__aenter__") or hasattr(made, "__enter__"):
-                            stack.enter_context(made)
-                            stack.push(_noted(failures))
-                    value = _called(delivery, own)
-                if failures:
-                    raise failures[0]
+                value = _hooked(delivery, app)
             else:
-                value = _called(delivery, own)
+                value = delivery.task.function(*delivery.args, **delivery.kwargs)
+            if _copies != own:
+                _end_copy(delivery, None)
         delivery.ending = ACK if value is None else _returned(value)
     except BaseException as error:
+        if _copies != own:
+            _end_copy(delivery, error)
         delivery.error = error
         delivery.ending = ending_of(error)
         _log_failure(delivery, error)
     delivery.seconds = time.perf_counter() - started
 
 
-def _called(delivery: Delivery, own: int) -> Any:
-    """What the handler returns, in this process: a copy of it that the handler forked does not come back."""
-    try:
-        value = delivery.task.function(*delivery.args, **delivery.kwargs)
-    except BaseException as error:
-        if os.getpid() != own:
-            _end_copy(delivery, error)
-        raise
-    if os.getpid() != own:
-        _end_copy(delivery, None)
+def _hooked(delivery: Delivery, app: App) -> Any:
+    """What the handler returns, with the hooks that are not async around it."""
+    own = _copies
+    failures: list[BaseException] = []  # the last one that came out of the handler or a hook
+    with ExitStack() as stack:
+        stack.push(_noted(failures))
+        for hook in app.around_hooks:
+            made: Any = hook(delivery.job)
+            if not hasattr(made, "__aenter__") or hasattr(made, "__enter__"):
+                stack.enter_context(made)
+                stack.push(_noted(failures))
+        try:
+            value = delivery.task.function(*delivery.args, **delivery.kwargs)
+        except BaseException as error:
+            if _copies != own:
+                _end_copy(delivery, error)
+            raise
+        if _copies != own:
+            _end_copy(delivery, None)
+    if failures:
+        raise failures[0]
     return value
+
+
+_copies = 0
+"""How many forks lie between the first process of the program and this one."""
+
+
+def _note_copy() -> None:
+    global _copies  # of the process, as the fork is
+    _copies += 1
+
+
+os.register_at_fork(after_in_child=_note_copy)  # a question for the process at each job would be a system call
 
 
 def _end_copy(delivery: Delivery, error: BaseException | None) -> NoReturn:
@@ -223,28 +240,17 @@ def _noted(failures: list[BaseException]) -> Callable[..., None]:
 
 async def run_async(delivery: Delivery, app: App) -> None:
     """Run an async handler in this event loop; sets how it ended. Raises nothing, whatever happens."""
-    started = time.perf_counter()
+    started, own = time.perf_counter(), _copies
     delivery.started_at = time.monotonic()
-    failures: list[BaseException] = []  # the last one that came out of the handler or a hook
     try:
         with running(delivery.job):
-            if app.around_hooks:
-                async with AsyncExitStack() as stack:
-                    stack.push(_noted(failures))
-                    for hook in app.around_hooks:
-                        made: Any = hook(delivery.job)
-                        if hasattr(made, "__aenter__"):
-                            await stack.enter_async_context(made)
-                        else:
-                            stack.enter_context(made)
-                        stack.push(_noted(failures))
-                    value = await _limited(delivery)
-                if failures:
-                    raise failures[0]
-            else:
-                value = await _limited(delivery)
+            value = await (_hooked_async(delivery, app) if app.around_hooks else _limited(delivery))
+            if _copies != own:
+                _end_copy(delivery, None)
         delivery.ending = ACK if value is None else _returned(value)
     except BaseException as error:
+        if _copies != own:
+            _end_copy(delivery, error)
         delivery.error = error
         delivery.ending = ending_of(error)
         if not isinstance(error, asyncio.CancelledError):
@@ -252,34 +258,46 @@ async def run_async(delivery: Delivery, app: App) -> None:
     delivery.seconds = time.perf_counter() - started
 
 
+async def _hooked_async(delivery: Delivery, app: App) -> Any:
+    """As `_hooked`, with the async ones too."""
+    own = _copies
+    failures: list[BaseException] = []
+    async with AsyncExitStack() as stack:
+        stack.push(_noted(failures))
+        for hook in app.around_hooks:
+            made: Any = hook(delivery.job)
+            if hasattr(made, "__aenter__"):
+                await stack.enter_async_context(made)
+            else:
+                stack.enter_context(made)
+            stack.push(_noted(failures))
+        try:
+            value = await _limited(delivery)
+        except BaseException as error:
+            if _copies != own:
+                _end_copy(delivery, error)
+            raise
+        if _copies != own:
+            _end_copy(delivery, None)
+    if failures:
+        raise failures[0]
+    return value
+
+
 async def _limited(delivery: Delivery) -> Any:
     """What the handler returns, within the time limit of its task."""
-    limit = delivery.task.time_limit
+    task, limit = delivery.task, delivery.task.time_limit
     if limit is None:
-        return await _awaited(delivery)
+        return await task.function(*delivery.args, **delivery.kwargs)
     timer = asyncio.timeout(limit)
     try:
         async with timer:
-            return await _awaited(delivery)
+            return await task.function(*delivery.args, **delivery.kwargs)
     except BaseException as error:
         if timer.expired():
             delivery.job.cancel(TIME_LIMIT)
             raise TimeLimitError(f"{TIME_LIMIT} ({limit:g} s)") from error
         raise
-
-
-async def _awaited(delivery: Delivery) -> Any:
-    """As `_called`."""
-    own = os.getpid()
-    try:
-        value = await delivery.task.function(*delivery.args, **delivery.kwargs)
-    except BaseException as error:
-        if os.getpid() != own:
-            _end_copy(delivery, error)
-        raise
-    if os.getpid() != own:
-        _end_copy(delivery, None)
-    return value
 
 
 def _log_failure(delivery: Delivery, error: BaseException) -> None:

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from rivetq import Broker, RateLimit, UsageError
@@ -87,6 +89,27 @@ def test_stats_counts_the_age_of_the_oldest_job_from_now_though_nothing_is_writt
     assert ages[0] >= 0.2
     assert ages[1] >= ages[0] + 0.2
     assert "oldest_age" in filled.json("stats")["queues"]["dead"]
+
+
+def test_a_job_that_was_ready_in_the_moment_of_the_last_record_has_grown_older(filled: Run) -> None:
+    with tools.look(filled.directory) as found:
+        stats = attrs.evolve(found.stats("mail"), oldest_age=0.0)
+        found.stats = lambda queue=None: stats  # type: ignore[method-assign]
+        found.as_of = datetime.now(UTC) - timedelta(seconds=5)
+        assert 5 <= (cli._now(found, "mail").oldest_age or 0) < 60
+
+
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(filled: Run) -> None:
+    with Broker(filled.directory) as broker:
+        broker.enqueue("q", b"x" * 2**20)  # more than a pipe holds
+    command = [sys.executable, "-m", "rivetq.cli", "-d", str(filled.directory), "dump", "--payloads"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_stats_goes_on_into_a_pipe(filled: Run, tmp_path: Path) -> None:
@@ -234,7 +257,7 @@ def test_enqueue_takes_json_a_text_or_the_standard_input(run: Run) -> None:
     assert run.json("enqueue", "q", "another", "--key", "k") == {"id": 2}
     assert run("enqueue", "q", "-", stdin=b"\x00\xff") == "job 3\n"
     assert run("enqueue", "q", '["ada"]', "--task", "send", "--delay", "60") == "job 4\n"
-    assert run("enqueue", "q", '{"to": "ada"}', "--task", "send") == "job 5\n"
+    assert run("enqueue", "q", '{"to": "ada"}', "--task", "send", "--max-attempts", "7") == "job 5\n"
     with Broker(run.directory) as broker:
         jobs = broker.jobs("q")
     assert [job.payload for job in jobs] == [
@@ -242,6 +265,7 @@ def test_enqueue_takes_json_a_text_or_the_standard_input(run: Run) -> None:
     ]  # fmt: skip
     assert (jobs[1].priority, dict(jobs[1].headers), jobs[3].state) == (7, {"a": "b=c"}, "scheduled")
     assert jobs[3].headers["rivetq-task"] == "send"
+    assert [job.max_attempts for job in jobs] == [5, 5, 5, 5, 7]
 
 
 def test_pause_resume_redrive_cancel_and_purge_change_what_they_say(filled: Run) -> None:

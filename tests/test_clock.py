@@ -131,6 +131,20 @@ def test_a_manual_clock_does_not_move_by_what_is_no_duration(seconds: object) ->
     assert (clock.boot_ms(), told) == (0, [])
 
 
+def test_who_goes_while_others_are_told_hides_none_of_them() -> None:
+    clock, seen = ManualClock(start=0), []
+
+    def last_time() -> None:
+        seen.append("first")
+        leave()
+
+    leave = clock.subscribe(last_time)
+    clock.subscribe(lambda: seen.append("second"))
+    clock.advance(1)
+    clock.advance(1)
+    assert seen == ["first", "second", "second"]
+
+
 def test_who_subscribed_is_told_after_each_move_and_sees_the_new_time() -> None:
     clock, seen = ManualClock(start=0), []
     first = clock.subscribe(lambda: seen.append(("a", clock.boot_ms())))

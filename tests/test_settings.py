@@ -95,7 +95,8 @@ def test_texts_of_the_environment_become_values(variable: str, text: str, value:
 BAD = [
     ("fsync", "sometimes"), ("segment_bytes", "1KiB"), ("segment_bytes", "5 bananas"), ("threads", "0"),
     ("threads", "many"), ("grace", "-1"), ("grace", "nan"), ("release_on_open", "perhaps"), ("log_level", "LOUD"),
-    ("queues", "mail=0"), ("queues", "mail=x"), ("metrics_port", "-1"), ("metrics_port", "65536"), ("path", ""),
+    ("queues", "mail=0"), ("queues", "mail=x"), ("queues", "mail=inf"),
+    ("metrics_port", "-1"), ("metrics_port", "65536"), ("path", ""),
     ("visibility_timeout", "0"), ("fsync_interval", "0"), ("grace", "5e9"), ("max_payload_bytes", "900GiB"),
     ("window_jobs", "1_000_000_000_000_000_000"), ("segment_bytes", "2048GiB"),
 ]  # fmt: skip
@@ -118,6 +119,11 @@ def test_a_zero_in_a_file_is_a_value(tmp_path: Path) -> None:
     assert load(write(tmp_path / "x.toml", "metrics_port = 0"), environ={}).metrics_port == 0
     with pytest.raises(UsageError, match="max_jobs: a whole number"):
         load(write(tmp_path / "x.toml", "max_jobs = 0"), environ={})
+
+
+def test_a_table_of_its_own_beside_other_settings_hides_none_of_them(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="unknown setting 'rivetq'"):
+        load(write(tmp_path / "x.toml", "threads = 4\n[rivetq]\nthreads = 5\n"), environ={})
 
 
 @pytest.mark.parametrize("value", ["true", "[1]", "1.5", "{a = 1}"])

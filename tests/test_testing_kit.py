@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -79,6 +79,10 @@ def test_outcomes_are_no_errors() -> None:
         end.enqueue_many([("retry",), ("snooze",), ("reject",)])
         done = testing.drain()
         assert (done.failed, done.released, done.errors) == (2, 1, [])
+        waits = {job.attempts: job for job in testing.broker.jobs("default", state="scheduled")}
+        assert {n: (job.due_at or testing.clock.now()) - testing.clock.now() for n, job in waits.items()} == {
+            1: timedelta(seconds=5), 0: timedelta(seconds=5),
+        }  # fmt: skip
 
 
 def test_inline_runs_a_job_at_its_enqueue_and_raises_its_error() -> None:
@@ -97,6 +101,29 @@ def test_inline_runs_a_job_at_its_enqueue_and_raises_its_error() -> None:
         assert ("tx", 1) not in seen
         testing.drain()
         assert ("tx", 1) in seen
+
+
+def test_inline_runs_its_own_job_and_no_other_of_the_queue() -> None:
+    with app.testing(inline=True) as testing:
+        first = testing.broker.enqueue("mail", {"args": ["first"]}, headers={"rivetq-task": "send"})
+        send.enqueue("second")
+        assert seen == [("second", 1)]
+        job = testing.broker.get(first)
+        assert job is not None
+        assert (job.state, job.attempts) == ("ready", 0)
+
+
+def test_an_app_awaits_its_own_broker_again_after_the_block() -> None:
+    async def main() -> None:
+        with App(":memory:") as other:
+            other.task(name="task")(lambda: None)
+            await other.tasks["task"].aenqueue()
+            with other.testing():
+                await other.tasks["task"].aenqueue()
+            await other.tasks["task"].aenqueue()
+            assert other.broker.stats().enqueued == 2
+
+    asyncio.run(main())
 
 
 def test_async_tasks_run_in_a_test_that_has_a_loop_itself() -> None:

@@ -120,6 +120,33 @@ def test_verify_finds_a_healthy_directory_whole_and_changes_nothing(which: str, 
     assert contents(directory) == before
 
 
+@pytest.mark.parametrize("note", [b"", b'{"pid": 7, "since_ms": 8}', None])
+def test_verify_leaves_the_lock_as_it_was(closed: Path, note: bytes | None) -> None:
+    lock = closed / "LOCK"
+    if note is None:
+        lock.unlink()
+    else:
+        lock.write_bytes(note)
+    assert tools.verify(closed).is_whole
+    assert (lock.read_bytes() if lock.exists() else None) == note
+
+
+def test_verify_does_not_go_on_without_the_lock_because_descriptors_are_used_up(
+    closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_descriptor(directory: str, wall_ms: int) -> Any:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(tools, "DirectoryLock", no_descriptor)
+    with pytest.raises(StorageError, match="cannot be locked"):
+        tools.verify(closed)
+
+
+@pytest.mark.parametrize(("key", "has_ended"), [(None, False), ((1, 0), False), ((1, 99), True), ((1, 101), False)])
+def test_a_key_that_an_index_may_lack_is_one_whose_window_is_over(key: tuple[int, int] | None, has_ended: bool) -> None:
+    assert tools._has_ended(key, 100) == has_ended
+
+
 def test_verify_counts_what_a_crash_left_unsynced(tmp_path: Path) -> None:
     with Broker(tmp_path / "live", fsync="never") as broker:
         broker.enqueue_many("q", [b"x"] * 7)

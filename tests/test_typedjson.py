@@ -335,6 +335,26 @@ def test_a_class_is_known_whether_its_program_is_run_or_imported(here: str) -> N
             other.loads(writer.dumps(written(3)))  # of another module, it is another class
 
 
+def test_of_two_classes_that_a_script_could_mean_none_is_taken() -> None:
+    codec = TypedJson()
+    for module in ("shop", "billing"):
+        kind = dataclasses.make_dataclass("Order", [("number", int)])
+        kind.__module__ = module
+        codec.register(kind)
+    assert codec.loads(b'{"$class": ["shop:Order", {"number": 1}]}').number == 1
+    with pytest.raises(UsageError, match="__main__:Order"):
+        codec.loads(b'{"$class": ["__main__:Order", {"number": 1}]}')
+
+
+def test_a_class_of_the_same_name_is_another_class() -> None:
+    first, second = (dataclasses.make_dataclass("Order", [(name, int)]) for name in ("a", "b"))
+    codec = TypedJson()
+    codec.register(first)
+    assert codec.loads(codec.dumps(first(1))) == first(1)
+    with pytest.raises(UsageError, match="Order is not known here"):
+        codec.dumps(second(1))
+
+
 def test_a_time_in_a_zone_without_a_name_is_refused() -> None:
     class Odd(tzinfo):
         def utcoffset(self, moment: datetime | None) -> timedelta | None:

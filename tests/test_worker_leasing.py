@@ -128,6 +128,19 @@ def test_when_pause_has_returned_no_job_of_the_queue_begins(
         until(lambda: app.broker.stats().acked == 2300)
 
 
+def test_what_is_leased_in_advance_has_a_limit_of_bytes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)  # it stays in the pool
+    monkeypatch.setattr("rivetq.turns.PREFETCH_BYTES", 40_000)
+    gate = Gate(app)
+    gate.fill(2000, 0)
+    gate.task.enqueue_many([("slow " + "x" * 9000,)] * 300)
+    with Worker(app, concurrency=2, prefetch=512):
+        until(lambda: sum(name.startswith("slow") for name in list(gate.begun)) == 2)
+        assert app.broker.stats().leased <= 2 + 40_000 // 9000
+        gate.open.set()
+        until(lambda: app.broker.stats().acked == 2300)
+
+
 def test_a_job_in_its_last_attempt_is_not_leased_in_advance(app: App) -> None:
     gate = Gate(app, max_attempts=1)
     gate.fill(2000, 100)

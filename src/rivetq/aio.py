@@ -219,17 +219,26 @@ class AsyncBroker:
         visibility_timeout: Duration | None = None,
         wait: Duration | None = 0,
         begun: bool = True,
+        max_bytes: int | None = None,
     ) -> list[AsyncLease]:
         """See `Broker.lease_many`. No thread waits, and a cancelled call loses no job."""
         queues = checked_queues(queue)
         visibility_ms = None if visibility_timeout is None else checked_visibility(visibility_timeout)
         wait_s = None if wait is None else duration_ms(wait, "wait") / 1000
         checked_int(max_jobs, "max_jobs", 1)
+        if max_bytes is not None:
+            checked_int(max_bytes, "max_bytes", 1)
         mailbox = self._box()
         answer = _Answer(mailbox, self._give_back)
         future, broker = answer.future, self.broker
         waiting = broker._engine.lease_soon(
-            queues, max_jobs, visibility_ms, broker, answer.tell, begun=checked_bool(begun, "begun")
+            queues,
+            max_jobs,
+            visibility_ms,
+            broker,
+            answer.tell,
+            begun=checked_bool(begun, "begun"),
+            max_bytes=max_bytes,
         )
 
         def end() -> None:

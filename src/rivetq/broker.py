@@ -348,12 +348,15 @@ class Broker(_Enqueues):
         visibility_timeout: Duration | None = None,
         wait: Duration | None = 0,
         begun: bool = True,
+        max_bytes: int | None = None,
     ) -> list[Lease]:
         """Up to `max_jobs` leases, most urgent first; blocks for the first one only. See `lease`.
 
         Args:
             begun: False: the jobs are leased in advance, and `begin` will be called for each whose work begins. If the
                 process dies before, the next opening gives that job back with its attempt refunded.
+            max_bytes: of their payloads together, so that a batch has a bound in memory; one job is leased whatever its
+                size. None: no limit.
         """
         return self._engine.lease(
             checked_queues(queue),
@@ -362,6 +365,7 @@ class Broker(_Enqueues):
             None if wait is None else duration_ms(wait, "wait") / 1000,
             self,
             begun=checked_bool(begun, "begun"),
+            max_bytes=None if max_bytes is None else checked_int(max_bytes, "max_bytes", 1),
         )
 
     def begin(self, lease: LeaseLike) -> None:
@@ -380,6 +384,7 @@ class Broker(_Enqueues):
         *,
         visibility_timeout: Duration | None = None,
         begun: bool = True,
+        max_bytes: int | None = None,
     ) -> Waiting:
         """`lease_many` that waits for ever and blocks nobody: for event loops, and for a wait that must end early.
 
@@ -387,7 +392,7 @@ class Broker(_Enqueues):
             done: called once, with the leases and None, or None and an error: perhaps before this returns, perhaps in
                 a thread of the broker's, which everybody who waits like this shares. So it must not raise and must not
                 wait for anything: put the leases into a queue of yours.
-            begun: as in `lease_many`.
+            begun, max_bytes: as in `lease_many`.
 
         Returns:
             Something to `cancel()`. True: no job was taken and `done` is never called; False: it was called, or will
@@ -400,6 +405,7 @@ class Broker(_Enqueues):
             self,
             done,
             begun=checked_bool(begun, "begun"),
+            max_bytes=None if max_bytes is None else checked_int(max_bytes, "max_bytes", 1),
         )
 
     def ack(self, lease: LeaseLike) -> None:

@@ -205,9 +205,17 @@ def held(machine: Machine, job_id: int, token: int, now_ms: int) -> Entry:
 
 
 def lease(
-    machine: Machine, names: Sequence[str], max_jobs: int, visibility_ms: int | None, now_ms: int
+    machine: Machine,
+    names: Sequence[str],
+    max_jobs: int,
+    visibility_ms: int | None,
+    now_ms: int,
+    max_bytes: int | None = None,
 ) -> tuple[Leased | None, list[Queue]]:
-    """The most urgent jobs of the queues in the order given, and the queues whose rate limit refused some."""
+    """The most urgent jobs of the queues in the order given, and the queues whose rate limit refused some.
+
+    Their payloads have `max_bytes` together at most; but one job there is, whatever its size.
+    """
     ids: list[int] = []
     attempts: list[int] = []
     deadlines: list[int] = []
@@ -231,7 +239,18 @@ def lease(
             window = queue.ready[priority]
             if window is None or not window.count:
                 continue
-            here, before, visibilities = machine.head(window, room)
+            wanted = room
+            if max_bytes is not None:
+                wanted, size = machine.within(window, room, max_bytes)
+                if not wanted and not ids:
+                    wanted, size = 1, max_bytes
+                if wanted < min(room, window.count):
+                    max_jobs = len(ids) + wanted  # the next one is too large
+                    room = wanted
+                max_bytes -= size
+            if not wanted:
+                break
+            here, before, visibilities = machine.head(window, wanted)
             count = len(here)
             room -= count
             ids += here

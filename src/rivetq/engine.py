@@ -176,8 +176,12 @@ class Engine(Protocol):
         settler: Settler,
         *,
         begun: bool = True,
+        max_bytes: int | None = None,
     ) -> list[Lease]:
-        """Up to `max_jobs` leases that call back `settler`; not `begun`: `begin` will tell of each."""
+        """Up to `max_jobs` leases that call back `settler`; not `begun`: `begin` will tell of each.
+
+        `max_bytes`: of their payloads together, if it is not one job alone.
+        """
         ...
 
     def lease_soon(
@@ -189,6 +193,7 @@ class Engine(Protocol):
         done: Done,
         *,
         begun: bool = True,
+        max_bytes: int | None = None,
     ) -> Waiting:
         """`lease` without a limit of time and without blocking: `done` gets the leases."""
         ...

@@ -317,12 +317,13 @@ class LiveEngine:
         settler: Settler,
         *,
         begun: bool = True,
+        max_bytes: int | None = None,
     ) -> list[Lease]:
         lessee = None if wait_s == 0 else _Lessee()
         if not begun:
             self._ready_for_unbegun()
         try:
-            taken = self._take(queues, max_jobs, visibility_ms, wait_s, lessee, begun=begun)
+            taken = self._take(queues, max_jobs, visibility_ms, wait_s, lessee, begun=begun, max_bytes=max_bytes)
         except BaseException:
             if lessee is not None and self._ended is None:
                 with self._lock:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
@@ -340,12 +341,13 @@ class LiveEngine:
         done: Done,
         *,
         begun: bool = True,
+        max_bytes: int | None = None,
     ) -> SoonLease:
         self._check()
         self._notifier.start()
         if not begun:
             self._ready_for_unbegun()
-        found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done, begun=begun)
+        found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done, begun=begun, max_bytes=max_bytes)
         found.look()
         return found
 
@@ -368,6 +370,7 @@ class LiveEngine:
         lessee: _Lessee | None,
         *,
         begun: bool,
+        max_bytes: int | None,
     ) -> _Taken | None:
         """Lease, waiting for a first job; None when the time is over."""
         until = time.monotonic() + wait_s if wait_s else None
@@ -377,7 +380,9 @@ class LiveEngine:
             timeout_s = until - time.monotonic() if until is not None else wait_s
             over = timeout_s is not None and timeout_s <= 0
             try:
-                taken = self._attempt(queues, max_jobs, visibility_ms, lessee, waits=not over, begun=begun)
+                taken = self._attempt(
+                    queues, max_jobs, visibility_ms, lessee, waits=not over, begun=begun, max_bytes=max_bytes
+                )
             except NeedRoomError as need:
                 self._make_room(need)
                 continue
@@ -396,6 +401,7 @@ class LiveEngine:
         *,
         waits: bool,
         begun: bool,
+        max_bytes: int | None,
     ) -> _Taken | None:
         """Look for jobs once. A lessee that finds nothing and `waits` is woken from now on, in order of arrival."""
         machine = self._machine
@@ -405,7 +411,7 @@ class LiveEngine:
                     return None
                 lessee.reset()
             now_ms = self._tick()
-            event, limited = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms)
+            event, limited = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms, max_bytes)
             if event is None:
                 for queue in limited:
                     queue.limited += 1
@@ -803,7 +809,7 @@ class LiveEngine:
 class SoonLease:
     """A lessee without a thread: it looks again when it is woken, in the notifier's thread."""
 
-    __slots__ = ("_arguments", "_begun", "_done", "_engine", "_settler", "_woken", "over")
+    __slots__ = ("_arguments", "_begun", "_done", "_engine", "_max_bytes", "_settler", "_woken", "over")
 
     def __init__(
         self,
@@ -815,10 +821,12 @@ class SoonLease:
         done: Done,
         *,
         begun: bool,
+        max_bytes: int | None,
     ) -> None:
         self._engine = engine
         self._arguments = queues, max_jobs, visibility_ms
         self._begun = begun
+        self._max_bytes = max_bytes
         self._settler = settler
         self._done = done
         self._woken = False  # guarded by the engine's lock, as is `over`
@@ -861,7 +869,7 @@ class SoonLease:
         while True:
             engine._check()
             try:
-                return engine._attempt(*self._arguments, self, waits=True, begun=self._begun)
+                return engine._attempt(*self._arguments, self, waits=True, begun=self._begun, max_bytes=self._max_bytes)
             except NeedRoomError as need:
                 # Here, not in the notifier's thread: whoever does not wait at all must not be told that there is none.
                 engine._make_room(need)

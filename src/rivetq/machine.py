@@ -1034,6 +1034,25 @@ class Machine:
                 break
         return ids, attempts, visibilities
 
+    def within(self, window: Window, count: int, max_bytes: int) -> tuple[int, int]:
+        """How many of the first `count` jobs of a window have payloads of `max_bytes` together, and of how many."""
+        found = size = 0
+        for run, start, stop in window.walk():
+            stop = min(stop, start + count - found)
+            lengths: Iterable[int]
+            if run is None:
+                lengths = [self.jobs[i].length for i in window.loose[start:stop]]
+            else:
+                lengths = run.load().lengths[start:stop]
+            for length in lengths:
+                if size + length > max_bytes:
+                    return found, size
+                size += length
+                found += 1
+            if found == count:
+                break
+        return found, size
+
     def tally_expired(self, events: Sequence[Event]) -> None:
         """These retries and deaths, just applied, were not an answer's."""
         for event in events:

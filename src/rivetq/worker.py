@@ -522,7 +522,9 @@ class Worker:
         return most, min(room.free_bytes() for room in rooms)
 
     def _lease_now(self, names: list[str], most: int, max_bytes: int | None) -> list[Lease]:
-        leases = self._broker.lease_many(names, most, visibility_timeout=self._visibility, begun=False)
+        leases = self._broker.lease_many(
+            names, most, visibility_timeout=self._visibility, begun=False, max_bytes=max_bytes
+        )
         self._note_given(names, most, max_bytes, leases)
         return leases
 
@@ -573,7 +575,9 @@ class Worker:
         if not most:
             return []
         self._leased, wanted = None, [group.names for group in groups]
-        waiting = self._broker.lease_soon(names, most, self._told, visibility_timeout=self._visibility, begun=False)
+        waiting = self._broker.lease_soon(
+            names, most, self._told, visibility_timeout=self._visibility, begun=False, max_bytes=max_bytes
+        )
         with self._changed:
             while (
                 self._leased is None

@@ -1699,6 +1699,26 @@ def test_every_verb_of_a_queue_refuses_a_bad_name(
         verb(broker, queue)
 
 
+def test_a_batch_of_leases_has_a_limit_of_bytes(broker: Broker) -> None:
+    ids = [broker.enqueue("q", b"x" * size) for size in (10, 20, 30, 40, 1)]
+    other = broker.enqueue("r", b"x")
+    for max_bytes in (0, -1, True, 1.5):
+        with pytest.raises(UsageError, match="max_bytes"):
+            broker.lease_many("q", 9, max_bytes=max_bytes)  # type: ignore[arg-type]
+    leases = broker.lease_many(["q", "r"], 9, max_bytes=59)  # the next one would be too large, and none is left out
+    assert [lease.id for lease in leases] == ids[:2]
+    [large] = broker.lease_many(["q", "r"], 9, max_bytes=1)  # one there is, whatever its size
+    assert large.id == ids[2]
+    leases[0].release()
+    large.release()
+    assert [lease.id for lease in broker.lease_many(["q", "r"], 9, max_bytes=81)] == [ids[0], ids[2], ids[3], ids[4]]
+    assert [lease.id for lease in broker.lease_many(["q", "r"], 9, max_bytes=1)] == [other]
+    urgent = broker.enqueue("q", b"x" * 5, priority=9)
+    less = broker.enqueue("q", b"x" * 5, priority=0)
+    assert [lease.id for lease in broker.lease_many("q", 9, max_bytes=9)] == [urgent]
+    assert [lease.id for lease in broker.lease_many("q", 9, max_bytes=9)] == [less]
+
+
 def test_a_paused_queue_takes_jobs_and_gives_none(broker: Broker) -> None:
     assert not broker.is_paused("q")
     broker.pause("q")

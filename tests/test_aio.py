@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from inside import inside
 
-from rivetq import Broker, BrokerClosedError, BrokerFailedError, LeaseLostError, UsageError
+from rivetq import Broker, BrokerClosedError, BrokerFailedError, LeaseLostError, RateLimit, UsageError
 from rivetq.aio import THREADS, AsyncBroker, _Answer, _Mailbox
 
 PATIENCE_S = 20.0
@@ -525,3 +525,75 @@ def test_a_lease_that_is_given_up_after_it_was_woken_takes_nothing() -> None:
             time.sleep(0.001)
         assert told == []
         assert broker.stats("q").ready == 1
+
+
+def test_a_limit_that_is_changed_is_the_one_that_is_waited_for() -> None:
+    async def main() -> None:
+        async with AsyncBroker(":memory:") as broker:
+            await broker.configure_queue("q", rate_limit=RateLimit(1 / 3600, 1))
+            await broker.enqueue_many("q", [b""] * 3)
+            assert await broker.lease("q") is not None  # the only token
+            waits = [asyncio.create_task(broker.lease("q", wait=PATIENCE_S)) for _ in range(2)]
+            await asyncio.sleep(0)
+            await broker.configure_queue("q", rate_limit=RateLimit(20, 1))
+            assert all(await asyncio.gather(*waits))
+
+    asyncio.run(main())
+
+
+def test_polls_of_a_limited_queue_leave_nothing_behind() -> None:
+    async def main() -> None:
+        async with AsyncBroker(":memory:") as broker:
+            await broker.configure_queue("q", rate_limit=RateLimit(1 / 86_400, 1))
+            await broker.enqueue_many("q", [b""] * 2)
+            assert await broker.lease("q") is not None
+            for _ in range(500):
+                assert await broker.lease("q") is None
+            engine = inside(broker.broker)
+            assert not engine._lessees
+            assert len(engine._machine._tokens) <= 1
+            assert not engine._notifier._later
+
+    asyncio.run(main())
+
+
+def test_a_loop_that_is_closed_under_a_waiting_lease_leaves_no_lessee_behind() -> None:
+    with Broker(":memory:") as broker:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(AsyncBroker(broker).lease("q", wait=None))
+        loop.run_until_complete(asyncio.sleep(0))
+        assert inside(broker)._lessees
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is the point
+        loop.close()
+        coroutine = task.get_coro()
+        assert coroutine is not None
+        coroutine.close()  # type: ignore[union-attr]  # what the garbage collector does
+        assert not inside(broker)._lessees
+        broker.enqueue("q", b"")
+        assert broker.lease("q") is not None
+
+
+def test_what_is_told_to_a_loop_that_was_closed_is_given_back() -> None:
+    with Broker(":memory:") as broker:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(AsyncBroker(broker).lease("q", wait=None))
+        loop.run_until_complete(asyncio.sleep(0))
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        loop.close()
+        broker.enqueue("q", b"")
+        end = time.monotonic() + PATIENCE_S
+        while (lease := broker.lease("q")) is None:
+            assert time.monotonic() < end, "a lease that nobody has"
+            time.sleep(0.001)
+        assert lease.attempt == 1
+
+
+def test_an_async_broker_that_was_closed_is_not_entered() -> None:
+    async def main() -> None:
+        async with AsyncBroker(":memory:") as broker:
+            pass
+        with pytest.raises(BrokerClosedError):
+            async with broker:
+                pass
+
+    asyncio.run(main())

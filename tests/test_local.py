@@ -17,10 +17,14 @@ import pytest
 from inside import inside
 
 import rivetq.local
-from rivetq import Broker, LeaseLostError, LeaseRef, RateLimit, RetryPolicy, UsageError
+from rivetq import Broker, LeaseLostError, LeaseRef, QueueFullError, RateLimit, RetryPolicy, UsageError, decide, values
+from rivetq.engine import Enqueue
+from rivetq.entry import LEASED, READY
 from rivetq.index import Index
+from rivetq.local import LocalEngine
 from rivetq.run import RUN_JOBS
 from rivetq.testing import ManualClock
+from rivetq.testing.disk import SimulatedDisk
 
 SMALL = 65_536
 AT_ONCE = RetryPolicy(base=0, jitter="none")
@@ -844,3 +848,115 @@ def test_the_histogram_of_jobs_per_sync_counts_jobs_and_not_events(tmp_path: Pat
         found = broker.histograms()
         assert found["jobs_per_fsync"].sum - before == 111
         assert found["fsync_seconds"].count == found["jobs_per_fsync"].count > 0
+
+
+# -- What a second look found
+
+
+def test_ids_that_were_told_in_a_relaxed_mode_stay_told_whoever_reserves_next(tmp_path: Path) -> None:
+    """The second reservation is appended while the first caller is on its way to the disk."""
+    root = tmp_path / "live"
+    root.mkdir()
+    disk, clock = SimulatedDisk(root, opaque=("index",)), ManualClock()
+    engine = LocalEngine(
+        str(root / "q"), fsync="never", fsync_interval=1.0, segment_bytes=2**20, release_on_open=True, cache_bytes=0,
+        window_jobs=10**9, clock=clock, disk=disk,
+    )  # fmt: skip
+    settle, told = engine._settle, list[int]()
+
+    def late(lsn: int, *, sync: bool = True) -> None:
+        engine._settle = settle  # type: ignore[method-assign]
+        with engine._lock:
+            now_ms = engine._tick()
+            engine._record([decide.ids(engine._machine, 200_000, 65_536)], now_ms)  # type: ignore[list-item]
+        settle(lsn, sync=sync)
+
+    engine._settle = late  # type: ignore[method-assign]
+    told += engine.commit([Enqueue("q", [b""] * 70_000)])[0]
+    after = tmp_path / "after"
+    after.mkdir()
+    disk.crash(after, 1, "none")
+    engine.close()
+    disk.abandon()
+    with Broker(after / "q", clock=ManualClock()) as broker:
+        assert broker.enqueue("q", b"new") > told[-1]
+
+
+def test_leases_that_end_get_the_room_that_their_record_needs(tmp_path: Path) -> None:
+    """A snapshot of many queues is longer than a spare: nobody else asks for room meanwhile."""
+    with Broker(tmp_path / "q", fsync="never", segment_bytes=SMALL) as broker:
+        for i in range(300):
+            broker.configure_queue(f"queue number {i}", visibility_timeout=5)
+        broker.enqueue_many("q", [b""] * 1500, retry=RetryPolicy(max_attempts=None, base=0))
+        broker.lease_many("q", 1500, visibility_timeout=0.5)
+        log: Any = inside(broker)._log
+        while log._tail.size - log._tail_offset > 20_000:
+            broker.enqueue("fill", bytes(2000))
+        end = time.monotonic() + 20
+        while inside(broker)._machine.queues["q"].counts[LEASED]:  # no call of the broker: only its timer acts
+            assert time.monotonic() < end, "they never end"
+            time.sleep(0.01)
+        check(broker)
+
+
+def test_what_single_looks_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q", fsync="never") as broker:
+        for _ in range(300):
+            broker.enqueue_many("q", [b""] * 1024)
+    with Broker(tmp_path / "q", fsync="never") as broker:
+        window = inside(broker)._machine.queues["q"].window(READY, 5)
+        for job_id in range(500, 300 * 1024, 1024):
+            assert broker.get(job_id) is not None
+        end = time.monotonic() + 20
+        while sum(run.columns is not None for run in window.runs) > 100:
+            assert time.monotonic() < end, "the columns of all runs are in memory"
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("path", [":memory:", "q"])
+def test_ids_are_given_to_whom_they_were_promised_and_once(tmp_path: Path, path: str) -> None:
+    with Broker(path if path == ":memory:" else tmp_path / path) as broker:
+        engine = inside(broker)
+        mine = broker.enqueue("q", b"mine")
+        first = engine.reserve(2)
+        for promised, count in ((first, 1), (first + 1, 1), (first + 2, 1), (10**6, 2)):
+            with pytest.raises(UsageError, match="never promised"):
+                engine.commit([Enqueue("q", [b"yours"] * count, promised=promised)])
+        with pytest.raises(UsageError, match="never promised"):
+            engine.commit([Enqueue("other", [b"yours"], promised=mine)])
+        assert engine.commit([Enqueue("q", [b"a", b"b"], promised=first)]) == [[first, first + 1]]
+        assert engine.commit([Enqueue("q", [b"a", b"b"], promised=first)]) == [[first, first + 1]], (
+            "once more: no change"
+        )
+        assert engine.commit([Enqueue("q", [b"yours"], promised=mine)]) == [[mine]]
+        assert [lease.payload for lease in broker.lease_many("q", 10)] == [b"mine", b"a", b"b"]
+        engine.audit()
+        twice = engine.reserve(1)
+        with pytest.raises(UsageError, match="never promised"):
+            engine.commit([Enqueue("q", [b"a"], promised=twice), Enqueue("q", [b"b"], promised=twice)])
+
+
+def test_a_transaction_that_ends_without_its_jobs_leaves_no_promise_behind() -> None:
+    with Broker(":memory:") as broker:
+        broker.configure_queue("full", max_jobs=1)
+        for _ in range(3):
+            with pytest.raises(ZeroDivisionError), broker.transaction() as tx:
+                tx.enqueue("q", b"")
+                raise ZeroDivisionError
+            with pytest.raises(QueueFullError), broker.transaction() as tx:
+                tx.enqueue_many("full", [b"", b""])
+        with broker.transaction() as tx:
+            tx.enqueue("q", b"")
+        assert inside(broker)._machine.promised == {}
+
+
+def test_headers_of_many_jobs_do_not_stay_when_these_are_gone(tmp_path: Path) -> None:
+    with Broker(tmp_path / "q", fsync="never") as broker:
+        for i in range(50):
+            broker.enqueue("q", b"", headers={"h": chr(65 + i % 26) * 50_000 + str(i)}, max_attempts=1)
+        for lease in broker.lease_many("q", 50):
+            lease.reject()
+    values._spec.cache_clear()
+    with Broker(tmp_path / "q", fsync="never") as broker:
+        assert len(broker.dead_letters("q")) == 50
+    assert values._spec.cache_info().currsize < 10

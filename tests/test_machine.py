@@ -2373,3 +2373,79 @@ def test_an_index_that_is_fed_with_the_changes_alone_is_enough_at_every_opening(
                 writer.step(*action)
             writer.machine.check()
         keeper.crash()
+
+
+# What the caller's worst day does to memory, and to the machine
+
+
+def test_delayed_jobs_that_are_cancelled_leave_no_moment_behind() -> None:
+    bench = Bench()
+    bench.enqueue(due=NOW + 50, priority=1)
+    for job_id in range(2, 3000):
+        bench.enqueue(due=NOW + 10_000 + job_id)
+        bench.apply(Cancelled(MAIL, job_id))
+        assert len(bench.machine._due) <= 200
+    bench.machine.check()
+    bench.apply(at=NOW + 50)
+    assert bench.states()["ready"] == [1], "none that counts was dropped"
+
+
+def test_looking_for_leases_that_ended_changes_nothing() -> None:
+    """So whatever breaks in, no deadline is forgotten."""
+    bench = Bench()
+    bench.enqueue(50)
+    for job_id in range(1, 51):
+        bench.lease(job_id, deadline=1 + job_id * 37 % 50)
+    bench.machine.apply(Extended(3, NOW + 1000), NOW, bench.place)
+    before = list(bench.machine._deadlines)
+    expected = sorted((NOW + 1 + i * 37 % 50, i) for i in range(1, 51) if i != 3)
+    for limit in (1, 7, 100):
+        assert bench.machine.ended_leases(NOW + 100, limit) == expected[:limit]
+    assert bench.machine.ended_leases(NOW + 20, 100) == [pair for pair in expected if pair[0] <= NOW + 20]
+    assert bench.machine._deadlines == before
+
+
+@pytest.mark.parametrize("loose", [(), (2, 5, 9), tuple(range(1, 13))], ids=["runs", "some loose", "all loose"])
+@pytest.mark.parametrize("few_jobs", [1, 100], ids=["many", "few"])
+def test_a_redrive_takes_dead_letters_of_one_queue_out_of_their_runs(loose: tuple[int, ...], few_jobs: int) -> None:
+    with small(4, few_jobs):
+        bench = Bench()
+        for i in range(12):
+            bench.enqueue(keys=[f"k{i}"], priority=1 + i % 2)
+        bench.bury(*range(1, 13))
+        for state, window in bench.machine.crowded(0):
+            while bench.machine.pack(state, window, 3):
+                pass
+        for job_id in loose:
+            bench.loosen(job_id)
+        bench.machine.apply(QueueCreated(9, "between"), NOW, Place())
+        bench.apply(Redriven([2, 3, 5, 8, 9, 12, 77]))
+        bench.machine.check()
+        assert bench.states() == {"ready": [2, 3, 5, 8, 9, 12], "dead": [1, 4, 6, 7, 10, 11]}
+        for job_id in (2, 9):
+            job = bench.job(job_id)
+            assert (job.attempts, job.died_at_ms, job.due_ms, job.key) == (0, 0, 0, f"k{job_id - 1}")
+            assert job.token, "tokens go on above this one"
+        assert bench.machine.head(bench.mail.window(READY, 2), 9)[0] == [2, 8, 12]
+        bench.apply(Redriven(list(range(1, 13))))  # of some that are ready already: as a replay may meet it
+        assert bench.states()["ready"] == list(range(1, 13))
+
+
+def test_a_removed_queue_is_unknown_and_its_number_is_not_given_again() -> None:
+    bench = Bench()
+    bench.enqueue(due=NOW + 5)
+    bench.apply(Cancelled(MAIL, 1), QueueRemoved(AUDIT), QueueRemoved(MAIL), QueueRemoved(77))
+    assert bench.machine.queues == {}
+    assert bench.machine.next_queue == AUDIT + 1
+    bench.machine.advance(NOW + 10)
+    assert bench.machine.next_wakeup_ms() is None
+    assert bench.machine.alive(MAIL, 5, 1, 9) == set()
+    assert bench.machine.look(1, MAIL) is None
+    bench.machine.check()
+
+
+def test_a_queue_that_holds_a_job_is_kept_by_a_salvaged_log() -> None:
+    bench = Bench()
+    bench.enqueue()
+    bench.apply(QueueRemoved(MAIL))
+    assert bench.states()["ready"] == [1]

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import random
+import signal
 import sys
 import threading
 import time
@@ -13,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from inside import inside
@@ -29,6 +31,7 @@ from rivetq import (
     Lease,
     LeaseLostError,
     LeaseRef,
+    RateLimit,
     RetryPolicy,
     StorageError,
 )
@@ -955,3 +958,154 @@ def _await(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end, "it never became true"
         time.sleep(0.001)
+
+
+# -- tokens of a rate limit, and callbacks
+
+
+def test_who_waits_behind_one_that_gave_up_gets_the_token(tmp_path: Path) -> None:
+    """The first in the line is woken for a job, finds no token, and its own wait ends before there is one."""
+    with opened(tmp_path, "never") as broker:
+        broker.configure_queue("q", rate_limit=RateLimit(2, 1))
+        broker.enqueue("q", b"")
+        assert broker.lease("q") is not None
+        took: dict[int, bool] = {}
+
+        def work(number: int) -> None:
+            if number == 0:
+                took[number] = broker.lease("q", wait=0.2) is not None
+            elif number == 1:
+                waits_until(broker, 1)
+                took[number] = broker.lease("q", wait=PATIENCE / 2) is not None
+            else:
+                waits_until(broker, 2)
+                broker.enqueue("q", b"")
+
+        started = time.monotonic()
+        in_threads(3, work)
+        assert took == {0: False, 1: True}
+        assert time.monotonic() - started < PATIENCE / 2
+
+
+def waits_until(broker: Broker, count: int) -> None:
+    """So many wait for the queue "q"."""
+    end = time.monotonic() + PATIENCE
+    while len(inside(broker)._lessees.get("q", ())) < count:
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_token_wakes_as_many_as_there_are_tokens_and_jobs() -> None:
+    clock = ManualClock()
+    with Broker(":memory:", clock=clock) as broker:
+        broker.configure_queue("q", rate_limit=RateLimit(1, 1))
+        broker.enqueue_many("q", [b"first", b"second", b"third"])
+        assert broker.lease("q") is not None
+        got: list[bytes] = []
+
+        def done(leases: list[Lease] | None, error: BaseException | None) -> None:
+            got.extend(lease.payload for lease in leases or ())
+
+        for _ in range(3):
+            broker.lease_soon("q", 1, done)
+        for second, payload in enumerate((b"second", b"third"), 1):
+            assert inside(broker)._machine.next_wakeup_ms() is not None
+            clock.advance(1)
+            settles(lambda second=second: len(got) == second)
+            assert got[-1] == payload
+
+
+def settles(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.001)
+
+
+def test_a_callback_that_raises_disturbs_nobody_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(tmp_path, "always") as broker:
+        told: list[int] = []
+
+        def mistake(leases: list[Lease] | None, error: BaseException | None) -> None:
+            told.append(0)
+            raise ZeroDivisionError
+
+        broker.lease_soon("q", 1, mistake)
+        broker.lease_soon("other", 1, lambda leases, error: told.append(1))
+        broker.enqueue("q", b"")
+        settles(lambda: told == [0])
+        broker.enqueue("other", b"")
+        settles(lambda: told == [0, 1])
+        assert "a callback raised" in caplog.text
+        assert broker.health().is_well
+
+
+def test_a_notifier_that_cannot_go_on_fails_the_broker_and_tells_all(tmp_path: Path) -> None:
+    """Out of memory in its own code, say."""
+    with opened(tmp_path, "always") as broker:
+        told: list[BaseException | None] = []
+        broker.lease_soon("q", 1, lambda leases, error: told.append(error))
+        notifier = inside(broker)._notifier
+        turn = notifier._turn
+        notifier._turn = mock.Mock(side_effect=[MemoryError("no memory"), *[True] * 3, False])  # type: ignore[method-assign]
+        notifier._poked.set()
+        settles(lambda: broker.health().state == "failed")
+        notifier._turn = turn  # type: ignore[method-assign]
+        assert "no memory" in str(broker.health().last_error)
+        with pytest.raises(BrokerFailedError):
+            broker.enqueue("q", b"")
+
+
+def test_a_lease_that_is_taken_while_the_broker_closes_tells_its_waiter_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the taking and the callback the notifier has ended: nothing may be left with it."""
+    broker = opened(tmp_path, "always")
+    broker.enqueue("q", b"")
+    hand_out = rivetq.live.SoonLease._hand_out
+
+    def late(self: rivetq.live.SoonLease, taken: Any) -> None:
+        broker.close()
+        hand_out(self, taken)
+
+    monkeypatch.setattr(rivetq.live.SoonLease, "_hand_out", late)
+    told: list[BaseException | None] = []
+    broker.lease_soon("q", 1, lambda leases, error: told.append(error))
+    settles(lambda: bool(told))
+    assert isinstance(told[0], BrokerClosedError)
+
+
+def test_no_notifier_begins_behind_a_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = opened(tmp_path, "always")
+    engine, before = inside(broker), set(threading.enumerate())
+    check = engine._check
+
+    def then_close() -> None:
+        monkeypatch.setattr(engine, "_check", check)
+        check()
+        broker.close()
+
+    monkeypatch.setattr(engine, "_check", then_close)  # of the call below: a close right behind its first look
+    with pytest.raises(BrokerClosedError):
+        broker.lease_soon("q", 1, lambda leases, error: None)
+    settles(lambda: not {t for t in threading.enumerate() if t.name.startswith("rivetq")} - before)
+
+
+def test_a_waiting_lease_in_a_child_that_was_forked_under_the_lock_is_refused_at_once(tmp_path: Path) -> None:
+    with opened(tmp_path, "always") as broker:
+        engine = inside(broker)
+        waiting = broker.lease_soon("empty", 1, lambda leases, error: None)
+        with engine._lock:  # as if another thread had it: it does not exist in the child
+            child = os.fork()
+            if not child:
+                signal.alarm(5)  # the bar is a second; a machine may be slow, a hang is for ever
+                refused = 0
+                for call in (lambda: broker.lease("q", wait=None), lambda: broker.enqueue("q", b""), waiting.cancel):
+                    try:
+                        call()
+                    except ForkedBrokerError:
+                        refused += 1
+                broker.close()
+                os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        broker.enqueue("q", b"")

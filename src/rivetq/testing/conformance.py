@@ -25,8 +25,10 @@ lower bounds of real time and generous upper ones, so that a slow machine fails 
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -2379,3 +2381,111 @@ def test_close_may_be_repeated_and_ends_a_with_block(broker: Broker) -> None:
 
 
 __all__ = [name for name in dir() if name.startswith("test_")]
+
+
+# A second look at the contract
+
+
+@pytest.mark.parametrize("nothing", [0, 0.0, timedelta(0)], ids=repr)
+def test_a_visibility_timeout_is_more_than_nothing(broker: Broker, nothing: Any) -> None:
+    broker.enqueue("q", b"")
+    for call in (
+        lambda: broker.enqueue("q", b"", visibility_timeout=nothing),
+        lambda: broker.enqueue_many("q", [b""], visibility_timeout=nothing),
+        lambda: broker.lease("q", visibility_timeout=nothing),
+        lambda: broker.lease_many("q", 2, visibility_timeout=nothing),
+        lambda: broker.configure_queue("q", visibility_timeout=nothing),
+    ):
+        with _refuses(broker, UsageError):
+            call()
+
+
+@pytest.mark.parametrize("buffer", [array("I", [1]), mmap.mmap(-1, 1)], ids=["array", "mmap"])
+def test_a_buffer_that_is_no_bytes_is_no_payload(broker: Broker, buffer: Any) -> None:
+    """Its bytes alone do not say what they were."""
+    with _refuses(broker, UsageError):
+        broker.enqueue("q", buffer)
+
+
+def test_headers_have_a_limit_in_all(broker: Broker) -> None:
+    broker.enqueue("q", b"", headers={"h": "x" * (64 * 1024 - 1)})
+    broker.enqueue("q", b"", headers={str(n): "ü" * 1000 for n in range(10, 42)})
+    for headers in ({"h": "x" * 64 * 1024}, {str(n): "ü" * 1000 for n in range(10, 43)}, {"x" * 64 * 1024: ""}):
+        with _refuses(broker, UsageError):
+            broker.enqueue("q", b"", headers=headers)
+
+
+def test_a_lease_says_for_how_long_it_was_granted(broker: Broker) -> None:
+    broker.configure_queue("q", visibility_timeout=20)
+    broker.enqueue("q", b"of the queue")
+    broker.enqueue("q", b"of the job", visibility_timeout=7)
+    broker.enqueue("q", b"of the call", visibility_timeout=7)
+    assert [lease.granted for lease in broker.lease_many("q", 2)] == [20.0, 7.0]
+    lease = _lease(broker, visibility_timeout=2.5)
+    assert lease.granted == 2.5
+    assert lease.extend(60).granted == 60.0
+    assert pickle.loads(pickle.dumps(lease)).granted == 2.5
+
+
+def test_of_two_extends_in_one_call_the_longer_holds(broker: Broker) -> None:
+    broker.enqueue("q", b"")
+    lease = _lease(broker, visibility_timeout=10)
+    first, second = broker.extend_many([lease, lease], 100)
+    assert first == second > lease.deadline
+
+
+def test_batches_of_one_transaction_that_exceed_the_burst_never_pass(broker: Broker) -> None:
+    broker.configure_queue("q", rate_limit=RateLimit(1, 2, on="enqueue"))
+    with _refuses(broker, UsageError), broker.transaction() as tx:
+        for _ in range(3):
+            tx.enqueue("q", b"")
+
+
+def test_a_closed_broker_is_not_entered(broker: Broker) -> None:
+    broker.close()
+    with pytest.raises(BrokerClosedError), broker:
+        pass
+
+
+def test_an_unknown_keyword_is_a_type_error(broker: Broker) -> None:
+    options: Any = {"prioritty": 1}
+    for verb in ("enqueue", "enqueue_many", "lease", "configure_queue", "redrive"):
+        with pytest.raises(TypeError, match="prioritty"):
+            getattr(broker, verb)("q", **options)
+
+
+def test_a_queue_in_which_nothing_is_can_be_removed(broker: Broker) -> None:
+    broker.enqueue("q", b"", idempotency_key="k")
+    with _refuses(broker, UsageError):
+        broker.remove_queue("q")
+    _lease(broker).ack()
+    with _refuses(broker, UsageError):  # its key stands
+        broker.remove_queue("q")
+    broker.configure_queue("other", max_jobs=1)
+    with _refuses(broker, UsageError):
+        broker.remove_queue("other")
+    broker.configure_queue("other", max_jobs=None)
+    broker.pause("other")
+    with _refuses(broker, UsageError):
+        broker.remove_queue("other")
+    broker.resume("other")
+    assert broker.remove_queue("other") is True
+    assert broker.remove_queue("other") is False
+    assert broker.queues() == ["q"]
+    broker.enqueue("other", b"again")
+    assert broker.stats("other").enqueued == 1
+    broker.purge("other")
+    assert broker.remove_queue("other") is True
+    assert broker.stats().enqueued == 1
+
+
+def test_what_is_leased_in_advance_is_a_lease_like_any_other(broker: Broker) -> None:
+    broker.enqueue_many("q", [b"a", b"b"])
+    first, second = broker.lease_many("q", 2, begun=False)
+    broker.begin(first)
+    broker.begin(first)
+    broker.begin(LeaseRef(12345, 67890))
+    first.ack()
+    second.release()
+    again = _lease(broker)
+    assert (again.payload, again.attempt) == (b"b", 1)

@@ -140,6 +140,8 @@ def test_a_queue_whose_pool_was_full_for_long_starves_no_other_when_it_is_free()
     }
     desk = Desk(queues, random.Random(0))
     desk.rng.random = lambda: 1.0  # type: ignore[method-assign]
+    for _ in range(4):
+        desk.turn("loop", 10)
     for _ in range(1000):
         desk.turn("loop", 100, ["loop"])  # threads are full
     before = queues["mixed"].got
@@ -149,6 +151,18 @@ def test_a_queue_whose_pool_was_full_for_long_starves_no_other_when_it_is_free()
     for _ in range(20):
         desk.turn("loop", 10)
     assert queues["loop"].got > got
+
+
+def test_a_turn_is_short_while_another_queue_waits_for_its_own() -> None:
+    order = Order({"a": 10, "b": 1, "c": 1})
+    assert order.most(["a", "b", "c"], 520) == TURN_JOBS
+    assert order.most(["b", "a", "c"], 520) == TURN_JOBS // 10
+    assert order.most(["a", "b", "c"], 5) == 5
+    order.gave(["b", "c"], {"b": 3}, 520, lambda name: ["thread"])  # they have no more
+    assert order.idle == {"b", "c"}
+    assert order.most(["b", "c", "a"], 520) == 520
+    order.took_back("b", 1, ["thread"])  # and now it has
+    assert order.most(["b", "a", "c"], 520) == TURN_JOBS // 10
 
 
 def test_a_queue_gets_back_what_it_paid_for_jobs_that_did_not_begin() -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rivetq import Broker, LeaseLostError
+from rivetq.local import LocalEngine
 from rivetq.pools import Delivery, ThreadPool
 from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
@@ -31,6 +32,27 @@ def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
     while not holds():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.002)
+
+
+def test_looking_for_calls_in_other_queues_reads_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    payloads = LocalEngine._payloads
+
+    def reading(self: LocalEngine, entries: Sequence[Any]) -> list[bytes | None]:
+        read.extend(entries)
+        return payloads(self, entries)
+
+    with App(tmp_path / "data") as app:
+        app.task(name="other", queue="own")(lambda: None)
+        app.broker.enqueue_many("elsewhere", [b"{}"] * 30)
+        for _ in range(2):
+            app.broker.enqueue("calls", {"args": []}, delay=1000, headers={"rivetq-task": "other"})
+        monkeypatch.setattr(LocalEngine, "_payloads", reading)
+        worker = Worker(app, concurrency=1)
+        with worker:
+            until(lambda: "calls" in worker._order)
+    assert "elsewhere" not in worker._order
+    assert read == []
 
 
 @pytest.fixture

@@ -376,10 +376,16 @@ class AsyncBroker:
         return await self._call(Broker.get, job_id)
 
     async def jobs(
-        self, queue: str, *, state: JobState | str | None = None, after: int = 0, limit: int = 100
+        self,
+        queue: str,
+        *,
+        state: JobState | str | None = None,
+        after: int = 0,
+        limit: int = 100,
+        payloads: bool = True,
     ) -> list[Job]:
         """See `Broker.jobs`."""
-        return await self._call(Broker.jobs, queue, state=state, after=after, limit=limit)
+        return await self._call(Broker.jobs, queue, state=state, after=after, limit=limit, payloads=payloads)
 
     async def dead_letters(self, queue: str, *, after: int = 0, limit: int = 100) -> list[Job]:
         """See `Broker.dead_letters`."""

@@ -589,13 +589,25 @@ class Broker(_Enqueues):
         """The job as it is now; None if it is gone."""
         return self._engine.get(checked_int(job_id, "job_id", 0))
 
-    def jobs(self, queue: str, *, state: JobState | str | None = None, after: int = 0, limit: int = 100) -> list[Job]:
-        """Jobs of a queue by id: up to `limit` (1 to 10,000) with ids above `after`; page with the last id."""
+    def jobs(
+        self,
+        queue: str,
+        *,
+        state: JobState | str | None = None,
+        after: int = 0,
+        limit: int = 100,
+        payloads: bool = True,
+    ) -> list[Job]:
+        """Jobs of a queue by id: up to `limit` (1 to 10,000) with ids above `after`; page with the last id.
+
+        Without `payloads` none is read, and b"" stands in the place of each: a page of large ones takes much memory.
+        """
         return self._engine.jobs(
             checked_text(queue, "queue", MAX_QUEUE_BYTES),
             checked_state(state),
             checked_int(after, "after", 0),
             checked_int(limit, "limit", 1, 10_000),
+            payloads=checked_bool(payloads, "payloads"),
         )
 
     def dead_letters(self, queue: str, *, after: int = 0, limit: int = 100) -> list[Job]:

@@ -543,19 +543,12 @@ class LiveEngine:
         found = self._with_payloads(self._look(read))
         return found[0] if found else None
 
-    def jobs(self, queue: str, state: JobState | None, after: int, limit: int) -> list[Job]:
-        return self._with_payloads(self._listing(queue, state, after, limit))
-
-    def _listing(
-        self, queue: str, state: JobState | None, after: int, limit: int
-    ) -> list[tuple[Entry, dict[str, Any]]]:
-        """What `jobs` tells of each but for the payload."""
-
+    def jobs(self, queue: str, state: JobState | None, after: int, limit: int, *, payloads: bool = True) -> list[Job]:
         def read(now_ms: int) -> list[tuple[Entry, dict[str, Any]]]:
             return [(e, _view(e)) for e in self._machine.listing(queue, _number(state), after, limit)]
 
         found: list[tuple[Entry, dict[str, Any]]] = self._look(read)
-        return found
+        return self._with_payloads(found) if payloads else [Job(payload=b"", **view) for _, view in found]
 
     def _with_payloads(self, found: list[tuple[Entry, dict[str, Any]]]) -> list[Job]:
         payloads = self._payloads([entry for entry, _ in found])

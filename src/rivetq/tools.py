@@ -245,10 +245,10 @@ class Look:
         limit: int = 100,
         payloads: bool = True,
     ) -> list[Job]:
-        """See `Broker.jobs`. Without `payloads` none is read, and b"" stands in the place of each."""
+        """See `Broker.jobs`."""
         page = checked_state(state), checked_int(after, "after", 0), checked_int(limit, "limit", 1, 10_000)
         if not payloads:
-            return self._engine.listed(queue, *page)
+            return self._engine.jobs(queue, *page, payloads=False)
         return self._with_payloads(lambda engine: engine.jobs(queue, *page))
 
     def get(self, job_id: int) -> Job | None:

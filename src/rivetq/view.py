@@ -21,7 +21,7 @@ from .io import Disk
 from .live import LiveEngine
 from .log import read_payload
 from .machine import Machine
-from .model import Job, JobState, moment
+from .model import moment
 from .recovery import Recovered, beside_its_owner, recover, replay
 from .segment import OPEN_SEGMENTS, SegmentFile, segment_name
 from .state import Place
@@ -61,10 +61,6 @@ class ViewEngine(LiveEngine):
             return recover(self._disk, directory, self._index, SystemClock(), Machine)
 
         return beside_its_owner(directory, read)
-
-    def listed(self, queue: str, state: JobState | None, after: int, limit: int) -> list[Job]:
-        """As `jobs`, with b"" in the place of each payload: none is read."""
-        return [Job(payload=b"", **view) for _, view in self._listing(queue, state, after, limit)]
 
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
         """Raises MovedError."""

@@ -749,7 +749,7 @@ class Worker:
         more = False
         for state in ("ready", "scheduled"):
             after = self._cursors.pop((queue, state), 0)
-            jobs = self._broker.jobs(queue, state=state, after=after, limit=LOOKED_JOBS)
+            jobs = self._broker.jobs(queue, state=state, after=after, limit=LOOKED_JOBS, payloads=False)
             tasks = [self.app.tasks.get(job.headers.get(TASK_HEADER, "")) for job in jobs]
             kinds.update(_kind(task) for task in tasks if task is not None)
             if len(jobs) == LOOKED_JOBS:

@@ -38,6 +38,7 @@ from math import inf, nan
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import attrs
 import pytest
 
 import rivetq
@@ -1787,6 +1788,18 @@ def test_jobs_are_paged_by_the_last_id_seen(broker: Broker) -> None:
     assert [job.id for job in broker.jobs("q", after=ids[1], limit=3)] == ids[2:5]
     assert [job.id for job in broker.jobs("q", after=ids[99], limit=10_000)] == ids[100:]
     assert broker.jobs("q", after=ids[-1]) == []
+
+
+def test_jobs_without_payloads_are_the_same_but_for_these(broker: Broker) -> None:
+    _one_of_each_state(broker)
+    broker.enqueue("q", b"x" * 1000, headers={"a": "b"})
+    jobs = broker.jobs("q")
+    assert broker.jobs("q", payloads=False) == [attrs.evolve(job, payload=b"") for job in jobs]
+    assert jobs[-1].payload == b"x" * 1000
+    wrong: list[Any] = [0, "yes"]
+    for value in wrong:
+        with pytest.raises(UsageError, match="payloads"):
+            broker.jobs("q", payloads=value)
 
 
 def test_dead_letters_are_paged_by_the_last_id_seen(broker: Broker) -> None:

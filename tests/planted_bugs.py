@@ -609,4 +609,122 @@ BUGS = (
         "    do(*arguments)",
         "test_notifier.py::test_a_callback_that_raises_disturbs_no_other",
     ),
+    Bug(
+        "swallowed error is an ack",
+        "pools.py",
+        "    if failures:\n        raise failures[0]\n    return value\n\n\n_copies = 0",
+        "    return value\n\n\n_copies = 0",
+        "test_pools.py::test_a_hook_that_swallows_what_the_handler_raised_makes_no_ack[error-sync]",
+    ),
+    Bug(
+        "cancelled job begins",
+        "pools.py",
+        "    if delivery.job.cancelled:  # before it began, so it does not begin\n"
+        "        delivery.ending = stopped(delivery)\n"
+        "        return False\n",
+        "",
+        "test_worker.py::test_a_job_leased_in_advance_that_is_cancelled_does_not_begin[sync]",
+    ),
+    Bug(
+        "paused job begins",
+        "pools.py",
+        "if broker is None or not broker.is_paused(delivery.lease.queue):",
+        "if True:",
+        "test_worker_leasing.py::test_when_pause_has_returned_no_job_of_the_queue_begins[sync]",
+    ),
+    Bug(
+        "copy answers too",
+        "pools.py",
+        "    _copies += 1\n",
+        "    _copies += 0\n",
+        "test_pools.py::test_a_copy_that_a_handler_forked_ends_with_the_handler[returns-0-sync]",
+    ),
+    Bug(
+        "loop forgets who waits",
+        "pools.py",
+        "        self._done(delivery)\n        if self._waiting:\n            self._begin()",
+        "        self._done(delivery)",
+        "test_worker.py::test_async_handlers_that_wait_for_a_place_get_it_one_after_the_other",
+    ),
+    Bug(
+        "delay of a retry lost",
+        "pools.py",
+        'None if error.delay is None else seconds_of(error.delay, "delay"))\n        case Snooze',
+        "None)\n        case Snooze",
+        "test_worker.py::test_the_end_of_a_handler_decides_what_becomes_of_its_job[Retry with a delay-raised-sync]",
+    ),
+    Bug(
+        "dying child gets a job",
+        "children.py",
+        "return not self._is_killed and self._process.is_alive()",
+        "return self._process.is_alive()",
+        "test_pools.py::test_a_child_that_was_killed_gets_no_other_job_while_it_dies",
+    ),
+    Bug(
+        "dead child gets a job",
+        "children.py",
+        "        if not child.is_alive():\n            return None\n        with",
+        "        with",
+        "test_pools.py::test_a_job_is_sent_to_a_living_child",
+    ),
+    Bug(
+        "answer of another job",
+        "children.py",
+        "if token != delivery.lease.token or not isinstance(ending, Ending):",
+        "if not isinstance(ending, Ending):",
+        "test_worker.py::test_a_child_that_answers_for_another_job_is_replaced_and_its_own_job_failed",
+    ),
+    Bug(
+        "spent child goes on",
+        "children.py",
+        "            or (max_jobs is not None and self._jobs >= max_jobs)\n",
+        "",
+        "test_worker.py::test_a_child_is_replaced_when_it_is_spent[limits0]",
+    ),
+    Bug(
+        "thread outlives its handler",
+        "children.py",
+        "            if not self.is_asked:\n"
+        '                raise UsageError("enqueue: no job runs in this child process any more")\n',
+        "",
+        "test_worker.py::test_a_thread_that_outlives_its_handler_in_a_child_asks_for_nothing",
+    ),
+    Bug(
+        "child takes its time before the answer",
+        "children.py",
+        "            self._done(delivery)  # first: a child may take its time to end\n"
+        "            if child is not None and child.is_spent(self._max_jobs, self._max_memory):\n"
+        "                child.end()\n"
+        "                child = None\n",
+        "            if child is not None and child.is_spent(self._max_jobs, self._max_memory):\n"
+        "                child.end()\n"
+        "                child = None\n"
+        "            self._done(delivery)\n",
+        "test_worker.py::test_a_child_that_takes_its_time_to_end_holds_up_no_answer",
+    ),
+    Bug(
+        "cancelled before its child",
+        "children.py",
+        "            if delivery.job.cancelled:  # told before it could be killed\n                child.kill()\n",
+        "",
+        "test_worker.py::test_a_job_that_is_cancelled_while_its_child_is_made_is_killed_in_it",
+    ),
+    Bug(
+        "cancel kills the next",
+        "children.py",
+        "        with self._lock:\n"
+        "            child = self._running.get(delivery)\n"
+        "            if child is not None:\n"
+        "                child.kill()\n",
+        "        child = self._running.get(delivery)\n        if child is not None:\n            child.kill()\n",
+        "test_pools.py::test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone",
+    ),
+    Bug(
+        "filter of the parent fails the job",
+        "children.py",
+        "                    with suppress(Exception):  # a filter of the program's, say: not the job's fault\n"
+        "                        logs.take(content)\n",
+        "                    logs.take(content)\n",
+        "test_worker.py::test_a_filter_of_the_parent_that_raises_fails_no_job_of_a_child",
+    ),
 )

@@ -654,6 +654,47 @@ def test_no_job_begins_in_a_program_that_ends(of_children: App, monkeypatch: pyt
 # -- The threads of the event loop
 
 
+ORPHAN = """
+import os, sys, time
+from rivetq.tasks import App
+from rivetq.worker import Worker
+app = App(sys.argv[1] if len(sys.argv) > 1 else ":memory:")
+@app.task(pool="process")
+def sleep(path):
+    with open(path + ".new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(path + ".new", path)
+    time.sleep(120)
+"""
+
+
+def test_a_child_ends_in_the_middle_of_its_job_when_its_parent_was_killed(tmp_path: Path) -> None:
+    """It would finish a job that another worker has by then."""
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    pid_file = tmp_path / "pid"
+    script = f"from orphan import *; sleep.enqueue({str(pid_file)!r}); Worker(app).start(); time.sleep(120)"
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    try:
+        until(pid_file.exists)
+    finally:
+        parent.kill()
+        parent.wait(PATIENCE_S)
+    child = int(pid_file.read_text())
+
+    def is_gone() -> bool:
+        try:
+            state = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        return state == "Z"  # and nobody is there who waits for it
+
+    try:
+        until(is_gone)
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+        raise
+
+
 def test_the_threads_of_a_loop_are_an_executor(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = pools.LoopThreads(2)
     threads.start()

@@ -28,6 +28,7 @@ from rivetq import (
     BrokerFailedError,
     DiskFullError,
     Job,
+    Lease,
     LeaseLostError,
     LeaseRef,
     QueueStats,
@@ -38,7 +39,7 @@ from rivetq import (
     logs,
     pools,
 )
-from rivetq.children import ProcessPool
+from rivetq.children import ProcessPool, _Child
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
 from rivetq.turns import Order, Room
 from rivetq.worker import Concurrency, Settled, Worker, _margin
@@ -1284,6 +1285,30 @@ def test_a_job_leased_in_advance_that_is_cancelled_does_not_begin(app: App, kind
     assert app.broker.get(victim) is None
 
 
+def test_async_handlers_that_wait_for_a_place_get_it_one_after_the_other(app: App) -> None:
+    done: list[pools.Delivery] = []
+    running: list[int] = []
+
+    @app.task
+    async def task(n: int) -> None:
+        running.append(n)
+        await asyncio.sleep(0.001)
+        assert running[-1] == n  # no other has begun
+
+    task.enqueue_many([(n,) for n in range(20)])
+    pool = pools.LoopPool(app, 1, done.append)
+    pool.start()
+    pool.submit([pools.Delivery(*found) for found in map(_found(app), app.broker.lease_many("default", 20))])
+    until(lambda: len(done) == 20)
+    pool.stop(PATIENCE_S)
+    assert [delivery.ending for delivery in done] == [pools.ACK] * 20
+    assert running == list(range(20))
+
+
+def _found(app: App) -> Callable[[Lease], Any]:
+    return lambda lease: (lease, *app.find(lease))
+
+
 def test_a_job_that_was_told_to_stop_gets_no_child(children: App, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rivetq.children._Child", None)
     done: list[pools.Delivery] = []
@@ -1349,12 +1374,63 @@ def test_a_handler_in_a_child_may_have_children_of_its_own(children: App) -> Non
 
 
 def test_a_child_that_takes_its_time_to_end_holds_up_no_answer(children: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.children.END_S", 2.0)
-    with Worker(children, concurrency=1, child_max_jobs=1, visibility_timeout=0.5):
-        worker_tasks.leave_a_thread.enqueue()
-        until(lambda: children.broker.stats("children").acked)
-        until(drained(children))
-    assert worker_tasks.ends == ["begun"]
+    done: list[pools.Delivery] = []
+    answered: list[int] = []
+    end = _Child.end
+
+    def note(child: _Child) -> None:
+        answered.append(len(done))
+        end(child)
+
+    monkeypatch.setattr(_Child, "end", note)
+    pool = ProcessPool(children, 1, done.append, max_jobs=1)
+    for _ in range(2):
+        worker_tasks.sleep.enqueue(0)
+    leases = children.broker.lease_many("children", 2)
+    pool.start()
+    pool.submit([pools.Delivery(lease, worker_tasks.sleep, [0], {}) for lease in leases])
+    until(lambda: len(answered) == 2)
+    pool.stop(PATIENCE_S)
+    assert answered == [1, 2]
+
+
+def test_a_job_that_is_cancelled_while_its_child_is_made_is_killed_in_it(
+    children: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[pools.Delivery] = []
+    said: list[str] = []
+
+    class Child:
+        def __init__(self, app: App) -> None:
+            delivery.job.cancel("cancelled")
+            pool.cancel(delivery)  # too early: the job is in no child yet
+
+        def is_alive(self) -> bool:
+            return True
+
+        def is_spent(self, *limits: object) -> bool:
+            return False
+
+        def run(self, delivery: pools.Delivery) -> pools.Ending:
+            said.append("ran")
+            return pools.stopped(delivery)
+
+        def kill(self) -> None:
+            said.append("killed")
+
+        def end(self) -> None: ...
+
+    monkeypatch.setattr("rivetq.children._Child", Child)
+    pool = ProcessPool(children, 1, done.append)
+    worker_tasks.sleep.enqueue(0)
+    lease = children.broker.lease("children")
+    assert lease is not None
+    delivery = pools.Delivery(lease, worker_tasks.sleep, [0], {})
+    pool.submit([delivery])
+    pool.start()
+    until(lambda: done)
+    pool.stop(PATIENCE_S)
+    assert said == ["killed", "ran"]
 
 
 def test_a_thread_that_outlives_its_handler_in_a_child_asks_for_nothing(children: App) -> None:
@@ -1429,11 +1505,15 @@ def test_what_a_child_forks_ends_when_it_is_told_to_and_its_calls_are_worked_on(
 
 
 def test_a_filter_of_the_parent_that_raises_fails_no_job_of_a_child(children: App) -> None:
+    filtered: list[logging.LogRecord] = []
+
     def fail(record: logging.LogRecord) -> bool:
+        filtered.append(record)
         raise OSError("no space for logs")
 
     logger = logging.getLogger("shop")
     logger.addFilter(fail)
+    logger.setLevel("INFO")
     try:
         with Worker(children, concurrency=1):
             worker_tasks.short_pause.enqueue(0)
@@ -1443,8 +1523,10 @@ def test_a_filter_of_the_parent_that_raises_fails_no_job_of_a_child(children: Ap
             )
             made.enqueue(worker_tasks.Work(0))
             until(lambda: children.broker.stats("children").acked == 3)
+            assert children.broker.deliveries().nacked == 0
     finally:
         logger.removeFilter(fail)
+    assert [record.getMessage() for record in filtered] == ["at work"]
 
 
 def test_a_program_that_ends_without_stopping_its_worker_ends(tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def test_nothing_goes_into_a_file_of_the_program_and_what_was_answered_is_kept(
     tmp_path: Path, foreign: Foreign, call: str, fsync: Any
 ) -> None:
     broker = Broker(tmp_path / "data", fsync=fsync, cache_bytes=0)
-    ids = [broker.enqueue("q", b"before") for _ in range(3)]
+    ids = [broker.enqueue("q", b"before") for _ in range(2)]
+    broker.checkpoint()  # LMDB has its file open from here on
+    ids.append(broker.enqueue("q", b"before"))
     foreign.take_over(broker)
     with suppress(BrokerFailedError):  # and nothing else: no file is damaged
         CALLS[call](broker)
@@ -108,6 +110,25 @@ def test_one_file_that_is_gone_is_left_alone_at_the_end(tmp_path: Path, foreign:
     assert foreign.is_untouched()
     with Broker(tmp_path / "data") as broker:
         assert broker.stats("q").ready == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "fsync"),
+    [("0000000000000001.log", "sync", "never"), ("mark", "enqueue", "always"), ("spare", "rotate", "always")],
+)  # fmt: skip
+def test_each_file_is_looked_at_by_itself(tmp_path: Path, foreign: Foreign, name: str, call: str, fsync: Any) -> None:
+    with Broker(tmp_path / "data", fsync=fsync) as broker:
+        for _ in range(2):
+            broker.enqueue("q", b"x")
+        if name.startswith("spare"):
+            broker._engine._log.refill()  # type: ignore[attr-defined]
+            name = min(path.name for path in (tmp_path / "data" / "log").glob("spare-*"))
+        foreign.take_over(broker, name)
+        with pytest.raises(BrokerFailedError):
+            CALLS[call](broker)
+    assert foreign.is_untouched()
+    with Broker(tmp_path / "data") as broker:
+        assert broker.stats("q").ready >= 2
 
 
 def test_the_index_is_closed_unless_files_are_gone(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
     python tests/sweeps.py crash        a power cut before every disk operation, and each kind of what is left
     python tests/sweeps.py recovery     the same for every disk operation of an opening after a crash
     python tests/sweeps.py errors       a failing or short call at every disk operation, once and for good
-    python tests/sweeps.py exceptions   KeyboardInterrupt and MemoryError before every line of log, engine and index
+    python tests/sweeps.py exceptions   KeyboardInterrupt and MemoryError before every line of log, machine and engine
+    python tests/sweeps.py asyncio      the same before every line of awaited calls, while others wait for jobs
     python tests/sweeps.py sequences    all sequences of up to three calls, a power cut at every disk operation
 
 All of them go over seeded lives (see simulation.py), and after each fault the directory is opened again, lives on and
@@ -13,6 +14,7 @@ meets a power cut. `--trials` ends a sweep early, `--seed` chooses another life,
 from __future__ import annotations
 
 import argparse
+import asyncio
 import errno
 import faulthandler
 import itertools
@@ -24,14 +26,16 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import attrs
 from simulation import (
@@ -47,19 +51,36 @@ from simulation import (
     same_moment,
 )
 
+import rivetq.aio
+import rivetq.decide
+import rivetq.group
 import rivetq.index
+import rivetq.keys
 import rivetq.live
 import rivetq.local
 import rivetq.log
+import rivetq.machine
+import rivetq.notifier
+import rivetq.run
 import rivetq.segment
-from rivetq import BrokerFailedError, DiskFullError, LeaseLostError, RivetQError, StorageError
+import rivetq.state
+import rivetq.window
+from rivetq import Broker, BrokerFailedError, DiskFullError, LeaseLostError, RivetQError, StorageError
+from rivetq.aio import AsyncBroker
 from rivetq.testing import ManualClock
 from rivetq.testing.disk import SimulatedDisk
 
 HANG_S = 60.0
 """A trial takes some hundredths of a second. One that hangs ends its process and says where."""
 STEPS_BEFORE, STEPS, STEPS_AFTER = 30, 18, 3
-TRACED = {module.__file__ for module in (rivetq.log, rivetq.segment, rivetq.live, rivetq.local, rivetq.index)}
+TRACED = {
+    module.__file__
+    for module in (
+        rivetq.log, rivetq.segment, rivetq.live, rivetq.local, rivetq.index, rivetq.machine, rivetq.window, rivetq.run,
+        rivetq.keys, rivetq.decide, rivetq.group, rivetq.state,
+    )
+}  # fmt: skip
+AWAITED = {module.__file__ for module in (rivetq.aio, rivetq.notifier, rivetq.live, rivetq.group)}
 TROUBLES = (*itertools.product(("EIO", "ENOSPC", "short"), (1, 1_000_000)), ("full", 1))
 """What a call meets, once or for good; or from there on there is little space, which comes back at the end."""
 
@@ -347,7 +368,10 @@ class Place(NamedTuple):
 class Tracer:
     """Counts the lines of the traced files, and raises before one of them."""
 
-    def __init__(self, target: Place | None = None, error: type[BaseException] | None = None) -> None:
+    def __init__(
+        self, target: Place | None = None, error: type[BaseException] | None = None, files: set[str] | None = None
+    ) -> None:
+        self._files = TRACED if files is None else files
         self.visits: Counter[tuple[str, int]] = Counter()
         self.hit = False
         self._target = target
@@ -356,7 +380,7 @@ class Tracer:
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         file = frame.f_code.co_filename
         names = {each.f_code.co_name for each in (frame, frame.f_back) if each is not None}
-        if file not in TRACED or "__del__" in names:
+        if file not in self._files or "__del__" in names:
             return None  # what is raised in a finalizer Python itself ignores
         # Leaving a `with` is a line of its own to a trace, and so is `try:`; nothing can break in there in earnest.
         if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith(("with ", "try:")):
@@ -465,6 +489,135 @@ def _step(life: Life, call: Callable[[], object], tracer: Tracer, what: str) -> 
     if tracer.hit and not hit:
         agree(life, what)
     return True
+
+
+# Exceptions in awaited calls
+
+
+def awaited(sweep: Sweep) -> int:
+    """An exception before every line of calls that are awaited, in the loop's thread and in the notifier's.
+
+    Meanwhile a thread and another event loop wait for jobs. They get theirs afterwards, or are told that the broker
+    failed: only the call that was broken into may not end as it should.
+    """
+    for fsync in ("always", "never"):
+        for in_notifier in (False, True):
+            seen = Tracer(files=AWAITED)
+            _broken_into(sweep, fsync, seen, "nothing went wrong", in_notifier=in_notifier)
+            rng = random.Random(sweep.seed)
+            places = [
+                Place(file, line, visit)
+                for (file, line), visits in sorted(seen.visits.items())
+                for visit in sorted({1, rng.randint(1, visits)})
+            ]
+            rng.shuffle(places)
+            for place, error in itertools.product(
+                places, (MemoryError,) if in_notifier else (KeyboardInterrupt, MemoryError)
+            ):
+                if sweep.share.is_over:
+                    return sweep.share.made
+                if sweep.share.takes():
+                    name = f"{os.path.basename(place.file)}:{place.line}"
+                    what = f"seed {sweep.seed}, fsync {fsync}, {error.__name__} before {name}, visit {place.visit}"
+                    tracer = Tracer(place, error, AWAITED)
+                    _broken_into(sweep, fsync, tracer, what, in_notifier=in_notifier)
+    return sweep.share.made
+
+
+async def _awaited_calls(broker: Broker) -> None:
+    """Each kind of awaited call, one waiting lease that gets its job, and one that is given up."""
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # what was broken into is told anyway
+    awaited = AsyncBroker(broker)
+    await awaited.enqueue("mail", b"one")
+    await awaited.enqueue_many("mail", [b"two", b"three"], idempotency_keys=["k", None])
+    lease = await awaited.lease("mail")
+    assert lease is not None
+    await lease.extend(60)
+    waiting = asyncio.create_task(awaited.lease("later", wait=None))
+    unwanted = asyncio.create_task(awaited.lease("never", wait=None))
+    await asyncio.sleep(0)
+    await lease.ack()
+    async with awaited.transaction() as tx:
+        await tx.enqueue("later", b"four")
+    later = await waiting
+    assert later is not None
+    await later.nack(error="no")
+    unwanted.cancel()
+    await asyncio.gather(unwanted, return_exceptions=True)
+    assert await awaited.lease("never", wait=0.001) is None
+
+
+def _broken_into(sweep: Sweep, fsync: str, tracer: Tracer, what: str, *, in_notifier: bool) -> None:
+    directory = sweep.place()
+    broker = Broker(directory, fsync=cast(Any, fsync))
+    told: list[object] = []
+    others = [
+        threading.Thread(target=_wait_in_thread, args=(broker, told), daemon=True),
+        threading.Thread(target=_wait_in_loop, args=(broker, told), daemon=True),
+    ]
+    for other in others:
+        other.start()
+    engine: Any = broker._engine
+    while len(engine._lessees.get("other", ())) < len(others):
+        time.sleep(0.0005)
+    before = sys.gettrace()
+    try:
+        if in_notifier:
+            _trace_notifier(broker, tracer)
+        else:
+            sys.settrace(tracer)
+        try:
+            asyncio.run(asyncio.wait_for(_awaited_calls(broker), HANG_S / 10))
+        finally:
+            sys.settrace(before)
+    except (KeyboardInterrupt, MemoryError, RivetQError, TimeoutError, asyncio.CancelledError, AssertionError) as error:
+        if not tracer.hit:
+            raise ViolationError(f"{what}: {error!r}, though nothing broke in") from error
+    try:
+        for _ in others:
+            broker.enqueue("other", b"")
+    except BrokerFailedError:
+        pass
+    except BaseException as error:
+        raise ViolationError(f"{what}: an enqueue afterwards ends with {error!r}") from error
+    for other in others:
+        other.join(HANG_S / 4)
+        if other.is_alive():
+            raise ViolationError(f"{what}: somebody waits for ever")
+    if broker.health().state == "open":
+        if told != [True, True]:
+            raise ViolationError(f"{what}: those who waited were told {told}")
+        engine.audit()
+    broker.close()
+    shutil.rmtree(directory)
+
+
+def _trace_notifier(broker: Broker, tracer: Tracer) -> None:
+    """Its thread runs already: another takes its place, whose own lines are traced."""
+    engine: Any = broker._engine
+    notifier = engine._notifier
+    turn = notifier._turn
+
+    def traced() -> bool:
+        if sys.gettrace() is None:
+            sys.settrace(tracer)
+        return bool(turn())
+
+    notifier._turn = traced
+
+
+def _wait_in_thread(broker: Broker, told: list[object]) -> None:
+    try:
+        told.append(broker.lease("other", wait=None) is not None)
+    except RivetQError as error:
+        told.append(error)
+
+
+def _wait_in_loop(broker: Broker, told: list[object]) -> None:
+    try:
+        told.append(asyncio.run(AsyncBroker(broker).lease("other", wait=None)) is not None)
+    except RivetQError as error:
+        told.append(error)
 
 
 # Sequences
@@ -598,6 +751,7 @@ SWEEPS: dict[str, Callable[[Sweep], int]] = {
     "recovery": recovery,
     "errors": errors,
     "exceptions": exceptions,
+    "asyncio": awaited,
     "sequences": sequences,
 }
 
@@ -605,7 +759,8 @@ SWEEPS: dict[str, Callable[[Sweep], int]] = {
 def run(name: str, seed: int, share: Share) -> int:
     """How many trials were made. Raises ViolationError."""
     logging.disable()  # it tells of every trouble
-    with tempfile.TemporaryDirectory(prefix="rivetq-sweep-", dir=fast_directory()) as directory, by_the_seed_alone():
+    alone = nullcontext() if name == "asyncio" else by_the_seed_alone()  # there are threads in it
+    with tempfile.TemporaryDirectory(prefix="rivetq-sweep-", dir=fast_directory()) as directory, alone:
         sweep = Sweep(Path(directory), seed, share)
         try:
             return SWEEPS[name](sweep)

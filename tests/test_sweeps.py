@@ -7,6 +7,7 @@ import sweeps
 from simulation import ViolationError
 from sweeps import SWEEPS, Share, run
 
+import rivetq.live
 import rivetq.log
 from rivetq.local import LocalEngine
 from rivetq.log import Log
@@ -14,7 +15,14 @@ from rivetq.log import Log
 
 @pytest.mark.parametrize(
     ("name", "trials", "stride"),
-    [("crash", 80, 1), ("recovery", 2, 1), ("errors", 60, 37), ("exceptions", 50, 89), ("sequences", 40, 113)],
+    [
+        ("crash", 80, 1),
+        ("recovery", 2, 1),
+        ("errors", 60, 37),
+        ("exceptions", 50, 89),
+        ("asyncio", 20, 61),
+        ("sequences", 40, 113),
+    ],
     ids=list(SWEEPS),
 )
 def test_nothing_that_goes_wrong_breaks_a_promise(name: str, trials: int, stride: int) -> None:
@@ -67,3 +75,10 @@ def test_the_sweep_of_power_cuts_sees_a_segment_that_goes_too_early(monkeypatch:
     monkeypatch.setattr(LocalEngine, "_wait_durable", lambda self, lsn: None)
     with pytest.raises(ViolationError):
         run("crash", 0, Share(trials=3000))
+
+
+def test_the_sweep_of_awaited_calls_sees_a_notifier_that_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "HANG_S", 4.0)
+    monkeypatch.setattr(rivetq.live.LiveEngine, "_fail", lambda self, error: None)
+    with pytest.raises(ViolationError):
+        run("asyncio", 0, Share(trials=300, stride=7))

@@ -44,6 +44,7 @@ class Notifier:
         self._poked = threading.Event()
         self._records: deque[tuple[int, Tell]] = deque()
         self._later: deque[Callable[[], None]] = deque()
+        self._batch: list[tuple[int, Tell]] = []  # those of the records that are told now
 
     def start(self) -> None:
         """The thread is there when this returns, unless it was stopped. Raises RuntimeError if there can be none."""
@@ -84,7 +85,9 @@ class Notifier:
         except BaseException as error:  # no memory, say
             self._failed(error)
             self._stopping = True
-            while self._turn():  # each is told why
+            for _, tell in self._batch:  # each is told why; some of these for the second time
+                _guarded(tell, error)
+            while self._turn():
                 pass
 
     def _turn(self) -> bool:
@@ -92,8 +95,11 @@ class Notifier:
         self._poked.clear()
         stopping = self._stopping  # before the looks below: what was left before the end is still told
         while self._later:
-            _guarded(self._later.popleft())
-        batch = [self._records.popleft() for _ in range(len(self._records))]
+            _guarded(self._later[0])
+            self._later.popleft()  # last: what breaks in leaves it for the end
+        batch = self._batch = list(self._records)
+        for _ in batch:
+            self._records.popleft()
         if not batch:
             if not stopping:
                 self._poked.wait()
@@ -105,6 +111,7 @@ class Notifier:
             error = failure
         for _, tell in batch:
             _guarded(tell, error)
+        self._batch = []
         return True
 
 

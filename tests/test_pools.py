@@ -751,3 +751,107 @@ def test_a_retry_policy_is_kept_by_a_job_whose_hook_swallows(app: App) -> None:
     with Worker(app):
         until(lambda: job(app, job_id).state == "dead")
     assert job(app, job_id).attempts == 3
+
+
+# -- What is left at the end
+
+
+def test_an_async_generator_that_a_handler_left_open_is_closed_when_the_worker_stops(app: App) -> None:
+    closed, kept = list[str](), list[Any]()
+
+    async def rows() -> AsyncIterator[int]:
+        try:
+            yield 1
+            yield 2
+        finally:
+            await asyncio.sleep(0)  # a connection is given back, say
+            closed.append("rows")
+
+    @app.task
+    async def task() -> None:
+        kept.append(rows())
+        await anext(kept[0])
+
+    with Worker(app):
+        task.enqueue()
+        until(lambda: app.broker.stats().acked == 1)
+        assert not closed
+    assert closed == ["rows"]
+
+
+def test_a_child_ends_with_its_parent_in_the_middle_of_a_job(tmp_path: Path) -> None:
+    """The parent is killed, and cannot end it; what nobody waits for must not go on."""
+    (tmp_path / "shop.py").write_text(
+        """
+import os, signal, time
+from rivetq.tasks import App
+from rivetq.worker import Worker
+app = App(":memory:")
+@app.task(pool="process")
+def work():
+    open("pid", "w").write(f"{os.getpid()} ")
+    time.sleep(60)
+if __name__ == "__main__":
+    Worker(app, concurrency=1).start()
+    work.enqueue()
+    while not (os.path.exists("pid") and open("pid").read().endswith(" ")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    done = subprocess.run([sys.executable, "shop.py"], cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+
+    def is_gone() -> bool:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
+        except OSError:
+            return True
+        return state == "Z"  # of a process that nobody has collected yet
+
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("there is no /proc to see processes of others in")
+    until(is_gone)
+
+
+def test_a_copy_of_the_program_that_ends_kills_no_children(of_children: App) -> None:
+    """A handler in a thread, or the program, forks, and the copy exits as Python does: with its `atexit` functions."""
+    with one_child(of_children) as (pool, done):
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0)])
+        until(lambda: done)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                children._kill_children()
+            finally:
+                os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert children._exiting == []
+        runs: list[children._Child] = []
+        pool.submit([delivery_of(of_children, worker_tasks.sleep, 0.05)])
+        until(lambda: runs.extend(pool._running.values()) or len(done) == 2)
+    assert done[1].ending == pools.ACK
+    assert len(set(runs)) == 1
+    assert runs[0]._jobs == 2, "it is the first child still"
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_job_that_is_told_to_stop_while_it_gets_its_child_does_not_run_on(
+    of_children: App, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    """Between the question whether it may begin, and the moment in which its child can be found and killed."""
+    original = children._Child.is_alive
+
+    def is_alive(self: children._Child) -> bool:
+        if is_told and not delivery.job.cancelled:
+            delivery.job.cancel("cancelled")
+            pool.cancel(delivery)  # which finds no child yet
+        return original(self)
+
+    monkeypatch.setattr(children._Child, "is_alive", is_alive)
+    delivery = delivery_of(of_children, worker_tasks.sleep, 60 if is_told else 0)
+    with one_child(of_children) as (pool, done):
+        pool.submit([delivery])
+        until(lambda: done)
+    assert delivery.ending == (pools.Ending("nack", "cancelled") if is_told else pools.ACK)

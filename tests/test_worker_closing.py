@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import worker_tasks
 
-from rivetq import Broker, BrokerClosedError, BrokerLockedError, Job, children, pools
+from rivetq import (
+    Broker,
+    BrokerClosedError,
+    BrokerFailedError,
+    BrokerLockedError,
+    Job,
+    UsageError,
+    children,
+    pools,
+)
 from rivetq.tasks import App, every
 from rivetq.worker import Settled, Worker
 
@@ -470,3 +479,34 @@ def test_a_directory_that_run_could_not_open_may_be_tried_again(tmp_path: Path) 
         Worker(app).run()
     assert app.broker.stats().enqueued == 0
     app.close()
+
+
+def test_run_gives_back_the_signal_handlers_that_it_found(app: App) -> None:
+    found = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    during: list[Any] = []
+
+    @app.task
+    def task() -> None:
+        during.extend(signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT))
+
+    worker = Worker(app, max_jobs=1)
+    task.enqueue()
+    assert worker.run() == 0
+    assert during == [worker._signalled] * 2
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == found
+    app.use()
+    with pytest.raises(UsageError, match="once"):
+        worker.run()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == found
+
+
+def test_the_first_failure_of_a_worker_is_the_one_that_is_told(app: App) -> None:
+    worker = Worker(app)
+    for error in (BrokerFailedError("the disk is gone"), BrokerClosedError("closed")):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        worker._guarded(fail)
+    assert isinstance(worker.failure, BrokerFailedError)
+    assert worker._wanted.is_set()

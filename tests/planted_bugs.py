@@ -727,4 +727,168 @@ BUGS = (
         "                    logs.take(content)\n",
         "test_worker.py::test_a_filter_of_the_parent_that_raises_fails_no_job_of_a_child",
     ),
+    Bug(
+        "a hook outside makes an ack",
+        "pools.py",
+        "    if failures:\n        raise failures[0]\n    return value\n\n\n_copies",
+        "    return value\n\n\n_copies",
+        "test_pools.py::test_a_hook_that_swallows_what_another_hook_raised_makes_no_ack",
+    ),
+    Bug(
+        "a copy comes back",
+        "pools.py",
+        "            if _copies != own:\n"
+        "                _end_copy(delivery, None)\n"
+        "        delivery.ending = ACK if value is None else _returned(value)\n"
+        "    except BaseException as error:\n"
+        "        if _copies != own:\n"
+        "            _end_copy(delivery, error)\n"
+        "        delivery.error = error\n"
+        "        delivery.ending = ending_of(error)\n"
+        "        _log_failure(delivery, error)",
+        "        delivery.ending = ACK if value is None else _returned(value)\n"
+        "    except BaseException as error:\n"
+        "        delivery.error = error\n"
+        "        delivery.ending = ending_of(error)\n"
+        "        _log_failure(delivery, error)",
+        "test_pools.py::test_a_copy_that_a_handler_forked_ends_with_the_handler",
+    ),
+    Bug(
+        "threads that Python shuts",
+        "pools.py",
+        "        self._loop.set_default_executor(self._threads)\n",
+        "",
+        "test_pools.py::test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time",
+    ),
+    Bug(
+        "jobs begin while Python ends",
+        "pools.py",
+        "    return not main.is_alive() and",
+        "    return False and",
+        "test_pools.py::test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time",
+    ),
+    Bug(
+        "a program that serves has ended",
+        "pools.py",
+        "    return not main.is_alive() and all(each.daemon or each is main for each in threading.enumerate())",
+        "    return not main.is_alive()",
+        "test_pools.py::test_a_worker_goes_on_while_another_thread_serves",
+    ),
+    Bug(
+        "no thread but new ones",
+        "pools.py",
+        "                    if not self._begun:\n                        raise",
+        "                    raise",
+        "test_pools.py::test_a_loop_that_can_start_no_other_thread_gets_along_with_the_first",
+    ),
+    Bug(
+        "async generators left open",
+        "pools.py",
+        "        self._loop.run_until_complete(self._loop.shutdown_asyncgens())\n",
+        "",
+        "test_pools.py::test_an_async_generator_that_a_handler_left_open_is_closed_when_the_worker_stops",
+    ),
+    Bug(
+        "a job for a dead child",
+        "children.py",
+        "        if not child.is_alive():\n            return None\n        with self._lock:",
+        "        with self._lock:",
+        "test_pools.py::test_a_job_is_sent_to_a_living_child",
+    ),
+    Bug(
+        "a job in the pipe pays",
+        "children.py",
+        "isinstance(trouble, BrokenPipeError | ConnectionResetError)",
+        "isinstance(trouble, BrokenPipeError)",
+        "test_pools.py::test_a_job_that_meets_a_child_that_just_died_begins_in_another",
+    ),
+    Bug(
+        "a job that began does not pay",
+        "children.py",
+        "                is_taken = is_sent\n",
+        "",
+        "test_pools.py::test_a_job_that_began_in_a_child_that_dies_with_an_answer_in_its_pipe_failed",
+    ),
+    Bug(
+        "a cancellation takes its time",
+        "children.py",
+        "        with self._lock:\n"
+        "            child = self._running.get(delivery)\n"
+        "            if child is not None:\n"
+        "                child.kill()",
+        "        child = self._running.get(delivery)\n        if child is not None:\n            child.kill()",
+        "test_pools.py::test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone",
+    ),
+    Bug(
+        "a child outlives its parent",
+        "children.py",
+        '    threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()\n',
+        "",
+        "test_pools.py::test_a_child_ends_with_its_parent_in_the_middle_of_a_job",
+    ),
+    Bug(
+        "a copy kills children",
+        "children.py",
+        "        if child.parent == os.getpid():  # and not a copy of it that was forked\n            child.kill()",
+        "        child.kill()",
+        "test_pools.py::test_a_copy_of_the_program_that_ends_kills_no_children",
+    ),
+    Bug(
+        "answered twice",
+        "worker.py",
+        "if not delivery.is_answered]",
+        "]",
+        "test_worker_closing.py::test_a_handler_left_behind_that_ends_before_its_settler_is_told_of_once",
+    ),
+    Bug(
+        "answered while it commits",
+        "worker.py",
+        "if delivery.job.finishing]",
+        "if 0]",
+        "test_pools.py::test_a_job_is_answered_for_when_a_commit_that_is_under_way_in_a_thread_is_over",
+    ),
+    Bug(
+        "half a start goes on",
+        "worker.py",
+        "                self._end_all(time.monotonic(), 0.0)\n                raise",
+        "                self._leave()\n                raise",
+        "test_worker_closing.py::test_a_start_that_raises_leaves_nothing_behind",
+    ),
+    Bug(
+        "stopped within its start",
+        "worker.py",
+        "            if self._ended.is_set():  # a signal handler stopped it: also what began behind that\n"
+        "                self._end_all(time.monotonic(), 0.0)\n",
+        "",
+        "test_worker_closing.py::test_a_stop_in_the_middle_of_a_start_by_the_same_thread_does_not_hang_and_leaves_no_thread",
+    ),
+    Bug(
+        "a second signal is one",
+        "worker.py",
+        "grace = most if self._signals < 2 else 0.0",
+        "grace = most",
+        "test_worker_closing.py::test_a_second_signal_ends_the_grace_time",
+    ),
+    Bug(
+        "signal handlers kept",
+        "worker.py",
+        "            for number, handler in before.items():\n                signal.signal(number, handler)",
+        "            pass",
+        "test_worker_closing.py::test_run_gives_back_the_signal_handlers_that_it_found",
+    ),
+    Bug(
+        "a closed app opens",
+        "tasks.py",
+        "            self._is_closed = True\n",
+        "",
+        "test_tasks.py::test_an_app_that_was_closed_does_not_open_again_by_itself",
+    ),
+    Bug(
+        "two threads finish",
+        "tasks.py",
+        "                with _finishes:  # another thread of the handler's may do the same\n"
+        "                    self._check_unfinished()",
+        "                with _finishes:  # another",
+        "test_pools.py::test_of_two_threads_of_a_handler_one_finishes_its_job",
+    ),
 )

@@ -194,16 +194,21 @@ def test_an_async_hook_that_swallows_makes_no_ack_of_a_handler_that_was_cancelle
 # -- Forks
 
 
+@pytest.mark.parametrize("hooked", [True, False])
 @pytest.mark.parametrize("kind", ["sync", "async"])
 @pytest.mark.parametrize(("end", "status"), [("returns", 0), ("raises", 1), ("exits", 7)])
-def test_a_copy_that_a_handler_forked_ends_with_the_handler(app: App, kind: str, end: str, status: int) -> None:
+def test_a_copy_that_a_handler_forked_ends_with_the_handler(
+    app: App, kind: str, end: str, status: int, hooked: bool
+) -> None:
     pids: list[int] = []
     left: list[int] = []
 
-    @app.around
-    def hook(job: CurrentJob) -> Iterator[None]:
-        yield
-        left.append(os.getpid())
+    if hooked:
+
+        @app.around
+        def hook(job: CurrentJob) -> Iterator[None]:
+            yield
+            left.append(os.getpid())
 
     def fork() -> None:
         pid = os.fork()
@@ -234,7 +239,7 @@ def test_a_copy_that_a_handler_forked_ends_with_the_handler(app: App, kind: str,
             os.waitpid(pid, 0)
             raise
     assert os.waitstatus_to_exitcode(ended[-1][1]) == status
-    assert left == [os.getpid()]
+    assert left == [os.getpid()] * hooked
 
 
 # -- A `finish` under way

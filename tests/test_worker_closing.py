@@ -105,8 +105,10 @@ def test_a_start_that_raises_leaves_nothing_behind(
             else:
                 with worker:
                     raise AssertionError("it began")
-    worker.stop()
+    if how == "start":
+        worker.stop()
     until(lambda: not threads() - before)
+    worker.stop()
     stats = app.broker.stats("default")
     assert (ran, stats.ready, stats.leased, worker.failure) == ([], 2, 0, None)
     assert not app.workers

@@ -542,7 +542,12 @@ class Broker(_Enqueues):
         return bool(found)
 
     def purge(self, queue: str, *, state: JobState | str | None = None) -> int:
-        """Remove the ready, scheduled and dead jobs of a queue, or those of one state; how many it were."""
+        """Remove the ready, scheduled and dead jobs of a queue, or those of one state; how many it were.
+
+        Many go in parts of a thousand, each a record of its own, and other calls get their turn in between. What is
+        enqueued meanwhile stays. If the process dies in the middle, the rest stays too: call it again. An error after a
+        first part has the outcome "unknown".
+        """
         checked = checked_state(state)
         if checked is JobState.LEASED:
             raise UsageError("purge: leased jobs stay; wait for their answers or their deadline")
@@ -554,6 +559,9 @@ class Broker(_Enqueues):
 
     def redrive(self, queue: str, *, job_ids: Iterable[int] | None = None, limit: int | None = None) -> int:
         """Bring dead letters back to ready, attempts from 0, lowest ids first; how many it were.
+
+        Many come back in parts of a thousand, as with `purge`. Named ones are checked first, all of them; those that
+        another call takes before their part is done are left out.
 
         Args:
             job_ids: just these; None: all.
@@ -601,6 +609,9 @@ class Broker(_Enqueues):
         """Jobs of a queue by id: up to `limit` (1 to 10,000) with ids above `after`; page with the last id.
 
         Without `payloads` none is read, and b"" stands in the place of each: a page of large ones takes much memory.
+
+        More than a thousand, or the scheduled ones of very many, are read in parts: each job is shown as it was at some
+        moment of the call, and one that was there all the time is there once.
         """
         return self._engine.jobs(
             checked_text(queue, "queue", MAX_QUEUE_BYTES),

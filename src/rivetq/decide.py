@@ -38,6 +38,8 @@ from .state import PRIORITIES, Queue
 
 SKEW_MS = 2
 """The time line and the wall clock differ by so much from rounding alone."""
+PART_JOBS = 1000
+"""Jobs that one record of a purge or a redrive changes at most, so that other calls get their turn in between."""
 EXPIRY_BATCH = 1000
 """Leases that end in one record, so that a storm of expiries does not become one giant record."""
 LEASE_EXPIRED = "lease expired"
@@ -273,21 +275,30 @@ def expiry(machine: Machine, now_ms: int) -> list[Event]:
     return [failed(machine.jobs[i], LEASE_EXPIRED, at_ms) for at_ms, i in machine.ended_leases(now_ms, EXPIRY_BATCH)]
 
 
-def owner_gone(machine: Machine, now_ms: int, unbegun: Container[int] = ()) -> list[Event]:
-    """The ends of all leases, for an opening: a first attempt is ready at once, later ones wait by policy.
+def held_jobs(machine: Machine) -> list[int]:
+    """The ids of all leased jobs, ascending."""
+    return sorted(i for queue in machine.queues.values() for i in queue.leased)
+
+
+def owner_gone(
+    machine: Machine, now_ms: int, unbegun: Container[int] = (), job_ids: Sequence[int] | None = None
+) -> list[Event]:
+    """The ends of leases, for an opening: a first attempt is ready at once, later ones wait by policy.
 
     A poison job that takes its process with it would otherwise be leased again and again beside the same
     neighbours.
 
     Args:
         unbegun: tokens of leases that were taken in advance and never begun: these attempts do not count.
+        job_ids: which leases, if they have not ended meanwhile; None: all.
     """
-    held = sorted(i for queue in machine.queues.values() for i in queue.leased)
+    held = held_jobs(machine) if job_ids is None else [i for i in job_ids if i in machine.jobs]
     return [
         Released(entry.id, now_ms, entry.attempts - 1)
         if entry.token in unbegun
         else failed(entry, OWNER_GONE, now_ms, first_at_once=True)
         for entry in map(machine.jobs.__getitem__, held)
+        if entry.state == LEASED
     ]
 
 
@@ -310,19 +321,36 @@ def failed(
     return Retried(entry.id, from_ms + delay_ms, error)
 
 
-def purge(machine: Machine, name: str, state: int | None) -> Purged | None:
-    """Removal of the ready, scheduled and dead jobs, or of one of these states."""
+def purge(machine: Machine, name: str, state: int | None, below_id: int | None = None) -> Purged | None:
+    """Removal of the ready, scheduled and dead jobs, or of one of these states: of some PART_JOBS of them.
+
+    Args:
+        below_id: those from this id on came too late.
+    """
     queue = machine.queues.get(name)
     if queue is None:
         return None
     wanted = (READY, SCHEDULED, DEAD) if state is None else (state,)
-    ids = sorted(i for each in wanted for i in queue.ids(each))
+    ids = machine.some_ids(queue, wanted, machine.next_id if below_id is None else below_id, PART_JOBS)
     return Purged(queue.number, ids) if ids else None
 
 
 def cancel(machine: Machine, job_id: int) -> Cancelled | None:
     entry = machine.look(job_id)
     return None if entry is None or entry.state == LEASED else Cancelled(entry.queue.number, job_id)
+
+
+def redrive_some(machine: Machine, name: str, job_ids: Sequence[int] | None, most: int) -> Redriven | None:
+    """PART_JOBS dead letters to bring back, in any order; of those that are named, the ones that are still dead."""
+    queue = machine.queues.get(name)
+    if queue is None:
+        return None
+    if job_ids is None:
+        ids = machine.some_ids(queue, (DEAD,), machine.next_id, min(most, PART_JOBS))
+    else:
+        found = (machine.look(job_id, queue.number) for job_id in job_ids)
+        ids = [entry.id for entry in found if entry is not None and entry.state == DEAD]
+    return Redriven(ids) if ids else None
 
 
 def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: int | None) -> Redriven | None:

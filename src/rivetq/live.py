@@ -8,6 +8,7 @@ until the record is safe. Everything under the lock takes microseconds and never
 
 from __future__ import annotations
 
+import heapq
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from typing import Any
 from . import decide
 from .clock import Clock
 from .engine import Backup, Capabilities, Done, Enqueue, Operation
-from .entry import READY, SCHEDULED, STATES, Entry
+from .entry import DEAD, READY, SCHEDULED, STATES, Entry
 from .errors import (
     BrokerClosedError,
     BrokerFailedError,
@@ -31,11 +32,12 @@ from .errors import (
     RivetQError,
     UsageError,
 )
-from .events import Event, Leased
+from .events import Event, Leased, Purged, Redriven
 from .histogram import Histogram
-from .machine import Machine
+from .machine import RUNS_AT_ONCE, Machine
 from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
 from .notifier import Notifier, Tell
+from .run import Run
 from .state import NEVER_MS, Place, Queue
 
 _LONGEST_SLEEP_S = 3600.0
@@ -43,6 +45,9 @@ ROOM_RETRY_S = 1.0
 """After the disk had no space for the record of ended leases."""
 EXPIRY_ROUNDS = 4
 """Records of ended leases that one call writes at most: a storm of them is shared among the calls and the timer."""
+FEW_SCHEDULED, MANY_JOBS, TURN_S = 8000, 500, 0.0001
+"""Scheduled jobs that are listed under one hold of the lock; and after a part of a change with so many jobs, the time
+for others to take it: a thread that takes a lock again at once gets it before those who wait."""
 JOIN_S = 2.0
 """How long close() waits for one of its threads: far longer than a slice of their work takes."""
 
@@ -79,6 +84,8 @@ class _Lessee:
         self._asleep.acquire(blocking=False)
 
 
+_Told = tuple[Entry, dict[str, Any]]
+"""A job as it was at a moment, and what `jobs` tells of it but for the payload."""
 _Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
 """The lsn of a lease, its moment, its event, its jobs and their last errors."""
 
@@ -275,11 +282,42 @@ class LiveEngine:
         return self.config(queue)
 
     def purge(self, queue: str, state: JobState | None) -> int:
-        def plan(now_ms: int) -> tuple[list[Event], int]:
-            event = decide.purge(self._machine, queue, _number(state))
+        machine = self._machine
+        below_id: int | None = None
+
+        def plan(step: int, done: int) -> Purged | None:
+            nonlocal below_id
+            below_id = machine.next_id if below_id is None else below_id  # what comes later stays
+            return decide.purge(machine, queue, _number(state), below_id)
+
+        return self._change_parts(plan)
+
+    def _change_parts(self, plan: Callable[[int, int], Purged | Redriven | None], steps: int | None = None) -> int:
+        """Change many jobs, some in each record, and let others have the lock in between; how many.
+
+        Args:
+            plan: the part of this step, after so many have been changed; None: there is none.
+            steps: how many there are; without, it ends with the first that has none.
+        """
+        step = count = 0
+
+        def part(now_ms: int) -> tuple[list[Event], int]:
+            event = plan(step, count)
             return ([], 0) if event is None else ([event], len(event.ids))
 
-        count: int = self._change(plan)
+        try:
+            while step != steps:
+                changed = self._change(part, sync=False)
+                if not changed and steps is None:
+                    break
+                step, count = step + 1, count + changed
+                if changed > MANY_JOBS:
+                    give_turn()
+            self._change(lambda now_ms: ([], None))  # it waits until all of it is durable
+        except RivetQError as error:
+            if count:
+                error.outcome = "unknown"  # a part was done
+            raise
         return count
 
     def cancel(self, job_id: int) -> bool:
@@ -291,12 +329,54 @@ class LiveEngine:
         return done
 
     def redrive(self, queue: str, job_ids: Sequence[int] | None, limit: int | None) -> int:
-        def plan(now_ms: int) -> tuple[list[Event], int]:
-            event = decide.redrive(self._machine, queue, job_ids, limit)
-            return ([], 0) if event is None else ([event], len(event.ids))
+        machine, most = self._machine, decide.PART_JOBS
+        ids = None if job_ids is None else sorted(set(job_ids))
+        dead = self.stats(queue).dead
+        if (dead if ids is None else len(ids)) <= most:
 
-        count: int = self._change(plan)
-        return count
+            def plan(now_ms: int) -> tuple[list[Event], int]:
+                event = decide.redrive(machine, queue, ids, limit)
+                return ([], 0) if event is None else ([event], len(event.ids))
+
+            count: int = self._change(plan)
+            return count
+        if ids is None and (limit is None or limit >= dead):
+            # No more than there were: a job that dies again meanwhile is not brought back for ever.
+            return self._change_parts(lambda _, done: decide.redrive_some(machine, queue, None, dead - done))
+        if ids is None:
+            ids = [job_id for job_id, _ in self._lowest(queue, DEAD, 0, limit or 0)]
+        else:
+            for start in range(0, len(ids), most):  # all of them first: nothing is changed if one is none
+                part = ids[start : start + most]
+                self._look(partial(_timeless, partial(decide.redrive, machine, queue, part, None)))
+            ids = ids[:limit]
+        parts = [ids[start : start + most] for start in range(0, len(ids), most)]
+        return self._change_parts(lambda step, _: decide.redrive_some(machine, queue, parts[step], most), len(parts))
+
+    def _lowest(
+        self, name: str, state: int, after: int, limit: int, *, in_runs: bool = True
+    ) -> list[tuple[int, Run | None]]:
+        """The lowest ids above `after` of jobs that wait in a state, each with its run, if it is in one.
+
+        However many there are, nobody waits long: it is read in parts. So it need not be what was there at one moment.
+        """
+        machine = self._machine
+
+        def begin(now_ms: int) -> tuple[list[tuple[int, Run | None]], list[Run]]:
+            queue = machine.queues.get(name)
+            windows = [] if queue is None else queue.windows(state)
+            loose = [key[1] if window.by_due else key for window in windows for key in window.loose]
+            return [(i, None) for i in loose if i > after], [run for each in windows for run in each.runs if in_runs]
+
+        found, runs = self._look(begin)
+        below = NEVER_MS  # as large as any id
+        for start in range(0, len(runs), RUNS_AT_ONCE):
+            if len(found) >= limit:
+                found = heapq.nsmallest(limit, found, key=_first)
+                below = found[-1][0] if found else 0
+            part = runs[start : start + RUNS_AT_ONCE]
+            found += self._look(partial(_timeless, partial(machine.ids_in, part, after, below)))
+        return heapq.nsmallest(limit, found, key=_first)
 
     def remove_queue(self, queue: str) -> bool:
         def plan(now_ms: int) -> tuple[list[Event], bool]:
@@ -544,11 +624,51 @@ class LiveEngine:
         return found[0] if found else None
 
     def jobs(self, queue: str, state: JobState | None, after: int, limit: int, *, payloads: bool = True) -> list[Job]:
-        def read(now_ms: int) -> list[tuple[Entry, dict[str, Any]]]:
-            return [(e, _view(e)) for e in self._machine.listing(queue, _number(state), after, limit)]
-
-        found: list[tuple[Entry, dict[str, Any]]] = self._look(read)
+        found = self._listing(queue, state, after, limit)
         return self._with_payloads(found) if payloads else [Job(payload=b"", **view) for _, view in found]
+
+    def _listing(
+        self, queue: str, state: JobState | None, after: int, limit: int
+    ) -> list[tuple[Entry, dict[str, Any]]]:
+        """What `jobs` tells of each but for the payload. A long one is read in parts: nobody waits long for it."""
+        machine, number = self._machine, _number(state)
+        apart = number in (None, SCHEDULED) and self.stats(queue).scheduled > FEW_SCHEDULED
+        found = self._scheduled(queue, after, limit) if apart else {}
+        first, left = after, 0 if apart and number == SCHEDULED else limit
+        while left:
+            count = min(left, decide.PART_JOBS)
+
+            def read(now_ms: int, after: int = first, count: int = count) -> list[_Told]:
+                entries = machine.listing(queue, number, after, count, by_due=not apart)
+                return [(entry, _view(entry)) for entry in entries]
+
+            part = self._look(read)
+            found.update((entry.id, (entry, view)) for entry, view in part)
+            if len(part) < count:
+                break
+            left, first = left - count, part[-1][0].id
+        if apart and number is None:  # those that came back meanwhile, whose turn among the others had not come
+            found = self._scheduled(queue, after, limit, in_runs=False) | found
+        return [found[i] for i in sorted(found)[:limit]]
+
+    def _scheduled(self, name: str, after: int, limit: int, *, in_runs: bool = True) -> dict[int, _Told]:
+        """The scheduled jobs with the lowest ids, of many that are in order of their due moments."""
+        machine = self._machine
+        places: dict[Run | None, list[int]] = {}
+        for job_id, run in self._lowest(name, SCHEDULED, after, limit, in_runs=in_runs):
+            places.setdefault(run, []).append(job_id)
+        found: dict[int, _Told] = {}
+        for place, ids in places.items():
+            for start in range(0, len(ids), decide.PART_JOBS):
+
+                def read(
+                    now_ms: int, run: Run | None = place, part: Sequence[int] = ids[start:][: decide.PART_JOBS]
+                ) -> list[_Told]:
+                    entries = machine.listed(name, run, part)
+                    return [(entry, _view(entry)) for entry in entries if entry.state == SCHEDULED]
+
+                found.update((entry.id, (entry, view)) for entry, view in self._look(read))
+        return found
 
     def _with_payloads(self, found: list[tuple[Entry, dict[str, Any]]]) -> list[Job]:
         payloads = self._payloads([entry for entry, _ in found])
@@ -921,6 +1041,20 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def _nothing() -> None:
     """In place of what was done already."""
+
+
+def give_turn() -> None:
+    """Let others take the lock that was just let go."""
+    time.sleep(TURN_S)
+
+
+def _timeless(read: Callable[[], Any], now_ms: int) -> Any:
+    """For `_look`: what does not depend on the time."""
+    return read()
+
+
+def _first(found: tuple[int, Run | None]) -> int:
+    return found[0]
 
 
 def _number(state: JobState | None) -> int | None:

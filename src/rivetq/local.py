@@ -14,8 +14,9 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -220,14 +221,25 @@ class LocalEngine(LiveEngine):
         ahead = os.path.join(self._path, "ahead")
         unbegun = read_ahead(ahead)
         if release_on_open:
-            # Leases whose deadline passed meanwhile end as such: in every call the clock comes first.
-            ended: list[Event] = self._change(
-                lambda now_ms: (events := decide.owner_gone(machine, now_ms, unbegun), events)
-            )
-            machine.tally_expired([event for event in ended if not isinstance(event, Released)])
+            self._end_leases(unbegun)
         held = (machine.jobs[job_id] for queue in machine.queues.values() for job_id in queue.leased)
         self._ahead = Ahead(ahead, [(entry.token, entry.id) for entry in held if entry.token in unbegun])
         log.drop(machine.oldest_segment - 1)
+
+    def _end_leases(self, unbegun: Container[int]) -> None:
+        """The former owner is gone. A crash between two records leaves the other leases to the next opening."""
+        machine = self._machine
+
+        def plan(job_ids: Sequence[int], now_ms: int) -> tuple[list[Event], list[Event]]:
+            # Leases whose deadline passed meanwhile end as such: in every call the clock comes first.
+            events = decide.owner_gone(machine, now_ms, unbegun, job_ids)
+            return events, events
+
+        held = decide.held_jobs(machine)
+        for start in range(0, len(held), decide.PART_JOBS):
+            ended = self._change(partial(plan, held[start : start + decide.PART_JOBS]), sync=False)
+            machine.tally_expired([event for event in ended if not isinstance(event, Released)])
+        self._change(lambda now_ms: ([], None))
 
     def start(self) -> None:
         super().start()

@@ -63,6 +63,8 @@ from .window import Window
 
 RIPE_JOBS = 5000
 """Loose jobs that one call to `advance` moves at most, so that no caller pays for a storm; the rest is moved next."""
+RUNS_AT_ONCE = 8
+"""Runs that may have to be read from the index under one hold of the lock, some 300 us each."""
 FEW_JOBS = 64
 """Batches below this size that come out of order are not worth a run of their own."""
 
@@ -265,6 +267,8 @@ class Machine:
 
     def _first_deadline(self) -> tuple[int, int] | None:
         heap = self._deadlines
+        if not self._leased:
+            heap.clear()  # at once: after a storm that is a hundred thousand of them
         while heap:
             deadline_ms, job_id = heap[0]
             entry = self.jobs.get(job_id)
@@ -1053,6 +1057,57 @@ class Machine:
                 break
         return found, size
 
+    def some_ids(self, queue: Queue, states: Sequence[int], below_id: int, count: int) -> list[int]:
+        """Up to `count` ids below `below_id` of jobs that wait in one of these states; none if there are none.
+
+        Not the lowest ones, but those that lie together: a few runs are read, however many there are.
+        """
+        ids: list[int] = []
+        runs_read = 0
+        windows = [window for state, window in queue.waiting() if state in states]
+        for window in windows:
+            for run in window.runs:
+                if run.low >= below_id:
+                    continue
+                columns, at = run.peek()
+                ids += [i for i in columns.ids[at:] if i < below_id][: count - len(ids)]
+                runs_read += 1
+                if ids and (len(ids) == count or runs_read >= RUNS_AT_ONCE):
+                    return sorted(ids)
+        for window in windows:
+            for key in window.loose:
+                job_id = key[1] if window.by_due else key
+                if len(ids) == count:
+                    return sorted(ids)
+                if job_id < below_id:
+                    ids.append(job_id)
+        return sorted(ids)
+
+    @staticmethod
+    def ids_in(runs: Iterable[Run], after: int, below: int) -> list[tuple[int, Run]]:
+        """Ids between these two of jobs in these runs, each with its run; one that was used up meanwhile has none."""
+        found: list[tuple[int, Run]] = []
+        for run in runs:
+            if run.left and run.high > after and run.low < below:
+                columns, at = run.peek()
+                found += [(i, run) for i in columns.ids[at:] if after < i < below]
+        return found
+
+    def listed(self, name: str, run: Run | None, ids: Sequence[int]) -> Iterator[Entry]:
+        """The jobs of these ids, for looking only, which were in this run or loose a moment ago."""
+        queue, wanted = self.queues.get(name), set(ids)
+        if queue is None:
+            return
+        if run is not None and run.left:
+            columns, at = run.peek()
+            for i in range(at, len(columns)):
+                if columns.ids[i] in wanted:
+                    wanted.remove(columns.ids[i])
+                    yield columns.entry(i, queue, run.state)
+        for job_id in wanted:
+            if (entry := self.look(job_id, queue.number)) is not None:
+                yield entry
+
     def tally_expired(self, events: Sequence[Event]) -> None:
         """These retries and deaths, just applied, were not an answer's."""
         for event in events:
@@ -1094,8 +1149,8 @@ class Machine:
             firsts.append(self.jobs[window.loose[start]].enqueued_at_ms if run is None else run.load().times[start])
         return min(firsts, default=None)
 
-    def listing(self, name: str, state: int | None, after: int, limit: int) -> list[Entry]:
-        """Up to `limit` jobs of a queue with ids above `after`, ascending."""
+    def listing(self, name: str, state: int | None, after: int, limit: int, *, by_due: bool = True) -> list[Entry]:
+        """Up to `limit` jobs of a queue with ids above `after`, ascending; the scheduled ones only if `by_due`."""
         queue = self.queues.get(name)
         if queue is None:
             return []
@@ -1104,7 +1159,7 @@ class Machine:
             ids = heapq.nsmallest(limit, (i for i in queue.leased if i > after))
             found += map(self.jobs.__getitem__, ids)
         for each, window in queue.waiting():
-            if state is None or state == each:
+            if state in (None, each) and (by_due or not window.by_due):
                 cells = self._by_due(window, after, limit) if window.by_due else window.walk(after)
                 found += self._stretch(queue, each, window, cells, limit)
         found.sort(key=lambda entry: entry.id)

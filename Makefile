@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers crash sweeps rot planted workers clean
+.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds crash sweeps rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,9 @@ bench-full: $(VENV)/bench-ready ## the same with long rounds, 1 KiB payloads, up
 
 bench-workers: $(VENV)/bench-ready ## workers on jobs that do nothing, beside huey, dramatiq, RQ, Celery and taskiq
 	$(BIN)/python benchmarks/workers.py
+
+holds: $(VENV)/ready ## how long each verb holds the engine's lock, at a million jobs and at 3,000 queues
+	$(BIN)/python benchmarks/holds.py
 
 CYCLES ?= 100
 STATES ?= 20000

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds crash sweeps rot planted workers clean
+.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds crash sweeps forks rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,7 @@ check: format lint types coverage wheel docs demo ## what CI runs: all of this, 
 	$(MAKE) workers CYCLES=5
 	$(BIN)/python tests/sweeps.py crash errors exceptions asyncio sequences --trials 400 --stride 11
 	$(BIN)/python tests/sweeps.py recovery --trials 40
+	$(MAKE) forks FORKS=600
 	$(MAKE) planted
 
 format: $(VENV)/ready
@@ -89,10 +90,14 @@ rot: $(VENV)/ready ## three mutations of every byte of log and index, and every 
 	$(BIN)/python -m pytest tests/test_recovery.py -k "damage or cut" --every-byte -s
 
 SWEEPS ?=
-PLANTED ?=
 sweeps: $(VENV)/ready ## what can go wrong at every place: SWEEPS="errors exceptions ..." for some of them, SEED
 	$(BIN)/python tests/sweeps.py $(SWEEPS) --seed $(SEED)
 
+FORKS ?= 6000
+forks: $(VENV)/ready ## fork at every line of each call while others hold the locks, FORKS=6000 times
+	$(BIN)/python tests/forks.py --forks $(FORKS) --seed $(SEED)
+
+PLANTED ?=
 planted: $(VENV)/ready ## plant bugs, one at a time: the test that is named beside each must turn red (PLANTED="--third")
 	$(BIN)/python tests/planted.py $(PLANTED)
 

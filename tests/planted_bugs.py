@@ -203,8 +203,7 @@ BUGS = (
     Bug(
         "thread behind a close",
         "aio.py",
-        "        if self._closed:\n"
-        "            return verb(self.broker, *args, **kwargs)  # which raises: no thread begins for that\n",
+        "        self.broker._engine.check_open()  # no thread begins for what raises\n",
         "",
         "test_aio.py::test_no_thread_outlives_a_close_and_none_begins_behind_it",
     ),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from inside import inside
 
-from rivetq import Broker, Lease, UsageError
+from rivetq import Broker, ForkedBrokerError, Lease, UsageError
 from rivetq.ahead import SLOTS, Ahead, read_ahead
 from rivetq.testing import ManualClock
 
@@ -186,9 +186,13 @@ def test_a_forked_child_does_not_touch_the_page_of_its_parent(tmp_path: Path) ->
         (lease,) = broker.lease_many("q", 1, begun=False)
         child = os.fork()
         if not child:
-            broker.begin(lease)
-            os._exit(0)
-        os.waitpid(child, 0)
+            try:
+                broker.begin(lease)
+            except ForkedBrokerError:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
         assert read_ahead(str(tmp_path / "data" / "ahead")) == {lease.token}
 
 

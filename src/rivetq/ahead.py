@@ -20,8 +20,9 @@ import struct
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
-from .io import FILE_MODE
+from .io import FILE_MODE, REFUSING
 
 logger = logging.getLogger("rivetq")
 
@@ -55,6 +56,7 @@ class Ahead:
 
     def __init__(self, path: str, kept: Iterable[tuple[int, int]] = ()) -> None:
         self._path = path
+        self._os: Any = os  # what makes the file; in a forked child it refuses
         self._lock = threading.Lock()  # one maker of the file
         self._kept = list(kept)
         self._map: mmap.mmap | None = None
@@ -78,19 +80,19 @@ class Ahead:
     def _make(self) -> None:
         new = self._path + ".new"
         with suppress(FileNotFoundError):
-            os.unlink(new)
-        fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+            self._os.unlink(new)
+        fd: int = self._os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
         try:
             os.fchmod(fd, FILE_MODE)
             # Written, not only made longer: on a full disk a store into a page without a block is a SIGBUS.
-            if os.write(fd, _ZEROS * SLOTS) != len(_ZEROS) * SLOTS:
+            if self._os.write(fd, _ZEROS * SLOTS) != len(_ZEROS) * SLOTS:
                 raise OSError("no space")
             made = mmap.mmap(fd, len(_ZEROS) * SLOTS)
         finally:
             os.close(fd)
         self._map, self._free = made, list(range(SLOTS - 1, -1, -1))
         self.note(self._kept, lambda token, job_id: True)
-        os.rename(new, self._path)  # last: until then the old one speaks
+        self._os.rename(new, self._path)  # last: until then the old one speaks
 
     def note(self, leases: Iterable[tuple[int, int]], is_held: Callable[[int, int], bool]) -> None:
         """These leases (token, job) have not begun. `is_held` tells whether an older one is still in force."""
@@ -132,5 +134,9 @@ class Ahead:
                 table.close()
 
     def forked(self) -> None:
-        """In the child: the page is the parent's."""
-        self._map, self._slots, self._is_made = None, {}, True
+        """In the child: page and file are the parent's, and the holder of the lock is not here."""
+        self._lock, self._os = threading.Lock(), REFUSING
+        table, self._map, self._slots, self._is_made = self._map, None, {}, True
+        if table is not None:
+            with suppress(BufferError):
+                table.close()  # this process's view of it alone

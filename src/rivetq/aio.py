@@ -90,7 +90,7 @@ class AsyncBroker:
         self._opened: Broker | None = path if isinstance(path, Broker) else None
         self._mailbox: _Mailbox | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self._closed = False
+        self._pool_pid = 0  # in a forked child its threads are not there
 
     @classmethod
     async def open(cls, path: str | os.PathLike[str] | Broker, **options: Any) -> Self:
@@ -143,7 +143,6 @@ class AsyncBroker:
     async def close(self) -> None:
         """Close the broker, unless it was given open. May be repeated; never raises."""
         if self._opened is not None and not isinstance(self._path, Broker):
-            self._closed = True
             await asyncio.shield(self._in_thread(self._opened.close))
         self._end_threads()
 
@@ -462,13 +461,12 @@ class AsyncBroker:
         return self._mailbox
 
     async def _call(self, verb: Callable[Concatenate[Broker, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        if self._closed:
-            return verb(self.broker, *args, **kwargs)  # which raises: no thread begins for that
+        self.broker._engine.check_open()  # no thread begins for what raises
         return await self._in_thread(partial(verb, self.broker, *args, **kwargs))
 
     def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="rivetq-aio")
+        if self._pool is None or self._pool_pid != os.getpid():
+            self._pool, self._pool_pid = ThreadPoolExecutor(THREADS, thread_name_prefix="rivetq-aio"), os.getpid()
         return asyncio.get_running_loop().run_in_executor(self._pool, call)
 
 

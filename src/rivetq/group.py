@@ -106,7 +106,7 @@ class GroupCommit:
                     self._waiters.append(waiter)
                 else:
                     self._leader = waiter
-            if parks:
+            if parks and self.failure is None:  # else a fork came in between, say, and nobody would wake it
                 waiter.lock.acquire()
             if self.failure is None:
                 self._target.sync()
@@ -130,6 +130,8 @@ class GroupCommit:
                 return
             is_patient = self._leader is None and not self._waiters
             self._waiters.append(waiter)
+        if self.failure is not None:  # a fork above: in the child nobody will wake it
+            raise self.failure
         if is_patient:
             if waiter.lock.acquire(timeout=min(self._sync_s * PATIENCE, PATIENCE_S)):
                 return

@@ -64,6 +64,7 @@ class Index:
         self._env: lmdb.Environment | None = None
         self._dbs: dict[bytes, Any] = {}
         self._may_write = False
+        self._is_forgotten = False  # this is a forked child
         self.distrusted = False
         """Damage was met: no manifest vouches for this file any more."""
         self.reads = 0
@@ -89,7 +90,7 @@ class Index:
 
         Raises ValueError or lmdb.Error if the index is not whole.
         """
-        self._env = env = _open(self._path, readonly=True)
+        self._env = env = self._open(readonly=True)
         try:
             with env.begin(buffers=True) as txn:
                 sealed = txn.get(_SNAPSHOT_KEY)
@@ -221,6 +222,8 @@ class Index:
             txn.put(_SNAPSHOT_KEY, seal(_SNAPSHOT_KEY, encode_snapshot(snapshot)))
             counts = json.dumps([item for item in (key_counts or {}).items() if item[1]]).encode()
             txn.put(_COUNTS_KEY, seal(_COUNTS_KEY, counts))
+            # In one line, wherever a fork may come: in the child LMDB would write into its parent's file.
+            txn.abort() if self._is_forgotten else txn.commit()
         self._dbs = dbs
         size, crc = self._fingerprint()
         manifest = Manifest(FORMAT, log_id.hex(), applied_lsn, size, crc)
@@ -267,6 +270,24 @@ class Index:
         """In a forked child: let go of the environment without touching it."""
         _LEFT_ALONE.append(self._env)
         self._env = None
+        self._is_forgotten = True
+        self._path = os.devnull
+
+    def _open(self, *, readonly: bool) -> lmdb.Environment:
+        options: dict[str, Any] = {
+            "max_dbs": len(_NAMES), "readonly": readonly, "lock": False, "sync": True, "metasync": True,
+            "writemap": False, "mode": FILE_MODE, "create": not readonly, "lib_version": 0,
+        }  # fmt: skip
+        map_bytes = MAP_BYTES
+        while True:
+            try:
+                # In one line, wherever a fork may come: in the child this path leads nowhere.
+                return lmdb.open(self._path, map_size=map_bytes, **options)
+            except (lmdb.MemoryError, MemoryError):
+                # An address space limit (ulimit -v, a small container): a smaller map serves as well.
+                map_bytes //= 2
+                if map_bytes < 2**24:
+                    raise
 
     def _writable(self) -> lmdb.Environment:
         self._may_write = True
@@ -277,7 +298,7 @@ class Index:
             with contextlib.suppress(FileExistsError):
                 # LMDB opens its file twice: made by itself under a strict umask it could not open it again.
                 self._disk.close(self._disk.create(self._data))
-            self._env = _open(self._path, readonly=False)
+            self._env = self._open(readonly=False)
         return self._env
 
     def _fingerprint(self) -> tuple[int, int]:
@@ -299,30 +320,6 @@ class Index:
 
 
 _LEFT_ALONE: list[Any] = []  # environments of a parent process: closing one in the child would touch its files
-
-
-def _open(path: str, *, readonly: bool) -> lmdb.Environment:
-    map_bytes = MAP_BYTES
-    while True:
-        try:
-            return lmdb.open(
-                path,
-                map_size=map_bytes,
-                max_dbs=len(_NAMES),
-                readonly=readonly,
-                lock=False,
-                sync=True,
-                metasync=True,
-                writemap=False,
-                mode=FILE_MODE,
-                create=not readonly,
-                lib_version=0,
-            )
-        except (lmdb.MemoryError, MemoryError):
-            # An address space limit (ulimit -v, a small container): a smaller map serves as well.
-            map_bytes //= 2
-            if map_bytes < 2**24:
-                raise
 
 
 def _handles(env: lmdb.Environment) -> dict[bytes, Any]:

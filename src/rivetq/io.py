@@ -13,7 +13,9 @@ import itertools
 import os
 import random
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, NoReturn, Protocol
+
+from .errors import ForkedBrokerError
 
 FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
@@ -37,6 +39,7 @@ class Disk(Protocol):
     def list(self, directory: str) -> list[str]: ...
     def make_directory(self, path: str) -> None: ...
     def sync_directory(self, path: str) -> None: ...
+    def forked(self) -> None: ...
 
 
 class SystemDisk:
@@ -44,6 +47,17 @@ class SystemDisk:
 
     pwrite = staticmethod(os.pwrite)
     fdatasync = staticmethod(getattr(os, "fdatasync", os.fsync))  # macOS has no fdatasync
+    _os: Any = os  # where the calls below come from; looked up in the line that makes the call
+
+    def forked(self) -> None:
+        """In a forked child, whose files are its parent's: from here on nothing changes one.
+
+        A call that was under way in the thread that forked goes on in the child as well, and must not do a second time
+        what the parent does. Descriptors stay as they are: a number that was freed could soon be another file's.
+        """
+        self._os = REFUSING
+        for name in ("pwrite", "fdatasync"):
+            setattr(self, name, _refuse)
 
     def pread(self, fd: int, size: int, offset: int) -> bytes:
         """`size` bytes, fewer only at the end of the file."""
@@ -59,18 +73,19 @@ class SystemDisk:
 
     def create(self, path: str) -> int:
         """A new file, 0600 whatever the umask; FileExistsError if there is one."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+        fd: int = self._os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         os.fchmod(fd, FILE_MODE)
         return fd
 
     def open(self, path: str, *, write: bool = False) -> int:
         """A file that is there. Not through a symbolic link: what is written would go into somebody else's file."""
         try:
-            return os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd: int = self._os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise OSError(errno.ELOOP, "a symbolic link, which is not followed here", path) from None
             raise
+        return fd
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -81,7 +96,7 @@ class SystemDisk:
     def allocate(self, fd: int, offset: int, size: int) -> None:
         """Give `size` bytes from `offset`, the end of the file, blocks of their own: writes there need no space."""
         try:
-            os.posix_fallocate(fd, offset, size)
+            self._os.posix_fallocate(fd, offset, size)
             return
         except AttributeError:  # macOS
             pass
@@ -92,13 +107,13 @@ class SystemDisk:
             write_all(self, fd, _ZEROS[: offset + size - at], at)
 
     def truncate(self, fd: int, size: int) -> None:
-        os.ftruncate(fd, size)
+        self._os.ftruncate(fd, size)
 
     def rename(self, old: str, new: str) -> None:
-        os.rename(old, new)
+        self._os.rename(old, new)
 
     def unlink(self, path: str) -> None:
-        os.unlink(path)
+        self._os.unlink(path)
 
     def list(self, directory: str) -> list[str]:
         """Names in a directory; none if it does not exist."""
@@ -115,7 +130,7 @@ class SystemDisk:
         if not os.path.isdir(parent):
             self._make_parent(parent)
         try:
-            os.mkdir(path, DIRECTORY_MODE)
+            self._os.mkdir(path, DIRECTORY_MODE)
         except FileExistsError:
             if not os.path.isdir(path):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
@@ -128,12 +143,12 @@ class SystemDisk:
         if not os.path.isdir(parent):
             self._make_parent(parent)
         with contextlib.suppress(FileExistsError):  # somebody else was quicker
-            os.mkdir(path)
+            self._os.mkdir(path)
         self.sync_directory(parent)
 
     def sync_directory(self, path: str) -> None:
         """Make the names in it durable."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = self._os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
         finally:
@@ -195,6 +210,20 @@ class OwnFile:
 
     def __del__(self) -> None:
         self.close()
+
+
+class _Refusing:
+    """In place of the module `os`."""
+
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
+        return _refuse
+
+
+def _refuse(*arguments: object, **named: object) -> NoReturn:
+    raise ForkedBrokerError("these files belong to the process that was forked; open a broker of your own")
+
+
+REFUSING = _Refusing()
 
 
 class CountingDisk(SystemDisk):

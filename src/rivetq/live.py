@@ -429,10 +429,14 @@ class LiveEngine:
             self._ready_for_unbegun()
         found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done, begun=begun, max_bytes=max_bytes)
         found.look()
+        if self._ended == "forked":  # meanwhile: in the child nobody will tell
+            self._check()
         return found
 
     def begin(self, token: int) -> None:
         """What is leased in memory ends with the process: nobody asks afterwards."""
+        if self._ended == "forked":
+            self._check()
 
     def _ready_for_unbegun(self) -> None:
         """What `_note_unbegun` needs from the disk."""
@@ -817,6 +821,8 @@ class LiveEngine:
         raise self._failed_error("not_done")
 
     def _failed_error(self, outcome: Any) -> BrokerFailedError:
+        if self._ended == "forked":  # that is the reason
+            self._check()
         error = BrokerFailedError(
             f"the broker failed and takes no more calls ({type(self._failure).__name__}: {self._failure}); close it "
             f"and open the directory again, nothing that was answered is lost"
@@ -875,6 +881,11 @@ class LiveEngine:
         self._ended = "forked"
         self._lock, self._close_lock, self._soon_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self._timer_poked, self._stopping = threading.Event(), threading.Event()
+        # The call that the forking thread was in goes on here, too; if it is about to wait, nobody else would wake it.
+        for waiting in self._lessees.values():
+            for lessee in waiting:
+                if isinstance(lessee, _Lessee):
+                    lessee.wake()
         if self._soon is not None:
             self._soon.forked()
 

@@ -332,6 +332,8 @@ class LocalEngine(LiveEngine):
         self._group.fail(error)
 
     def begin(self, token: int) -> None:
+        if self._ended == "forked":
+            self._check()
         self._ahead.begin(token)
 
     def _ready_for_unbegun(self) -> None:
@@ -877,6 +879,9 @@ class LocalEngine(LiveEngine):
         super().forked()
         self._keeper_lock, self._keeper_poked, self._sync_poked = threading.Lock(), threading.Event(), threading.Event()
         # Also of a fork in the middle of an opening or a call, by a signal handler say: there may be less than all.
+        self._disk.forked()
+        if hasattr(self, "_log"):
+            self._log.forked()
         if hasattr(self, "_group"):
             self._group.forked(ForkedBrokerError("this broker belongs to the process that was forked"))
         if hasattr(self, "_ahead"):

@@ -577,6 +577,12 @@ class Log:
         if mark is not None:
             mark.close()
 
+    def forked(self) -> None:
+        """In the child: nothing is written any more, and the holders of the locks are not here."""
+        self._disk.forked()
+        self._write_lock, self._spare_lock = threading.Lock(), threading.Lock()
+        self._files.forked()
+
 
 def list_segments(disk: Disk, directory: str) -> list[int]:
     """Ids of the segment files in a directory, ascending."""

@@ -72,8 +72,15 @@ class Notifier:
         self._poked.set()
 
     def forked(self) -> None:
-        """In the child: the thread is not here, and the holders of its locks are not."""
+        """In the child: the thread is not here, and the holders of its locks are not.
+
+        If it was the thread itself that forked, in a callback, it ends.
+        """
         self._lock, self._poked = threading.Lock(), threading.Event()
+        self._stopping = True
+        self._later.clear()
+        self._records.clear()
+        self._poked.set()
 
     def _run(self) -> None:
         if self._runs:
@@ -96,7 +103,8 @@ class Notifier:
         stopping = self._stopping  # before the looks below: what was left before the end is still told
         while self._later:
             _guarded(self._later[0])
-            self._later.popleft()  # last: what breaks in leaves it for the end
+            if self._later:  # a fork in there empties it
+                self._later.popleft()  # last: what breaks in leaves it for the end
         batch = self._batch = list(self._records)
         for _ in batch:
             self._records.popleft()

@@ -364,6 +364,10 @@ class SegmentFiles:
         with self._lock:
             self._files.clear()
 
+    def forked(self) -> None:
+        """In the child: the holder of the lock is not here."""
+        self._lock = threading.Lock()
+
     def close(self) -> None:
         """Close what is kept, and keep none from now on."""
         with self._lock:

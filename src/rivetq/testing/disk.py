@@ -340,6 +340,10 @@ class SimulatedDisk:
 
         self._operate("sync_directory", path, act=act)
 
+    def forked(self) -> None:
+        """In a forked child: what it is told from here on fails."""
+        self.cut_power(0)
+
     # The power cut
 
     def abandon(self) -> None:

@@ -77,6 +77,7 @@ def test_the_sweep_of_power_cuts_sees_a_segment_that_goes_too_early(monkeypatch:
         run("crash", 0, Share(trials=3000))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_sweep_of_awaited_calls_sees_a_notifier_that_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "HANG_S", 4.0)
     monkeypatch.setattr(rivetq.live.LiveEngine, "_fail", lambda self, error: None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rivetq import Broker
 from rivetq.pools import GIVEN_BACK, Delivery
 from rivetq.tasks import App
-from rivetq.turns import OWED_JOBS, PREFETCH_BYTES, PREFETCH_JOBS, PREFETCH_S, TURN_JOBS, Order, Room
+from rivetq.turns import LONGEST_WAIT_S, OWED_JOBS, PREFETCH_BYTES, PREFETCH_JOBS, PREFETCH_S, TURN_JOBS, Order, Room
 
 # -- Shares
 
@@ -296,10 +296,31 @@ def test_after_jobs_were_given_back_none_is_leased_in_advance_for_a_while() -> N
     assert bench.room.ahead()
 
 
+def test_jobs_are_late_when_none_before_them_begins_any_more() -> None:
+    bench = Bench()
+    batch = deliveries(20)
+    bench.room.took(batch)
+    since = bench.now
+    for delivery in batch[:4]:
+        delivery.started_at = bench.now
+    assert bench.room.waits_since() == since
+    bench.now += PREFETCH_S * 1.1
+    assert not bench.room.is_late(since, starved=False)  # some have begun since it was asked last
+    assert bench.room.is_late(since, starved=False)
+    assert not bench.room.is_late(since, starved=True)
+    bench.now = since + LONGEST_WAIT_S * 1.1
+    batch[4].started_at = bench.now
+    assert bench.room.waits_since() == since
+    assert bench.room.is_late(since, starved=True)
+
+
 def test_a_job_that_is_cancelled_before_it_began_does_not_count_as_waiting() -> None:
     bench = Bench()
     batch = deliveries(6)
     bench.room.took(batch)
+    for delivery in batch[:5]:
+        delivery.started_at = bench.now
+    assert bench.room.waits_since() == bench.now
     batch[-1].ending = GIVEN_BACK
     assert bench.room.waits_since() is None
 

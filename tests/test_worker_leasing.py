@@ -130,39 +130,6 @@ def test_an_urgent_job_is_the_next_to_begin_though_many_were_leased_in_advance(a
         app.broker.purge("default")
 
 
-@pytest.mark.parametrize("kind", ["sync", "async"])
-def test_when_pause_has_returned_no_job_of_the_queue_begins(
-    app: App, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)  # they stay in the pool
-    gate = Gate(app, kind)
-    gate.fill(2000, 300)
-    with Worker(app, concurrency=2) as worker:
-        until(lambda: sum(name.startswith("slow") for name in list(gate.begun)) == 2)
-        assert app.broker.stats().leased > 2
-        app.broker.pause("default")
-        begun = len(gate.begun)
-        gate.open.set()
-        until(lambda: app.broker.stats().leased == 0)
-        assert len(gate.begun) == begun
-        until(lambda: not worker._rooms["loop" if kind == "async" else "thread"].jobs)
-        app.broker.resume("default")
-        until(lambda: app.broker.stats().acked == 2300)
-
-
-def test_what_is_leased_in_advance_has_a_limit_of_bytes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)  # it stays in the pool
-    monkeypatch.setattr("rivetq.turns.PREFETCH_BYTES", 40_000)
-    gate = Gate(app)
-    gate.fill(2000, 0)
-    gate.task.enqueue_many([("slow " + "x" * 9000,)] * 300)
-    with Worker(app, concurrency=2, prefetch=512):
-        until(lambda: sum(name.startswith("slow") for name in list(gate.begun)) == 2)
-        assert app.broker.stats().leased <= 2 + 40_000 // 9000
-        gate.open.set()
-        until(lambda: app.broker.stats().acked == 2300)
-
-
 def test_a_job_in_its_last_attempt_is_not_leased_in_advance(app: App) -> None:
     gate = Gate(app, max_attempts=1)
     gate.fill(2000, 100)
@@ -189,6 +156,58 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Room, "ahead", lambda room: ahead[0])
     monkeypatch.setattr(Room, "took", hand_over)
+
+
+@pytest.mark.usefixtures("ahead")
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_when_pause_has_returned_no_job_of_the_queue_begins(
+    app: App, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)  # they stay in the pool
+    gate = Gate(app, kind)
+    gate.fill(0, 150)
+    with Worker(app, concurrency=2) as worker:
+        until(lambda: len(gate.begun) == 2)
+        assert app.broker.stats().leased == 102
+        app.broker.pause("default")
+        gate.open.set()
+        until(lambda: app.broker.stats().leased == 0)
+        assert len(gate.begun) == 2
+        until(lambda: not any(room.jobs for room in worker._rooms.values()))
+        app.broker.resume("default")
+        until(lambda: app.broker.stats().acked == 150)
+
+
+@pytest.mark.usefixtures("ahead")
+def test_what_is_leased_in_advance_has_a_limit_of_bytes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)
+    monkeypatch.setattr("rivetq.turns.PREFETCH_BYTES", 40_000)
+    gate = Gate(app)
+    gate.task.enqueue_many([("slow " + "x" * 9000,)] * 150)
+    with Worker(app, concurrency=2):
+        until(lambda: len(gate.begun) == 2)
+        assert app.broker.stats().leased == 4
+        gate.open.set()
+        until(lambda: app.broker.stats().acked == 150)
+
+
+@pytest.mark.usefixtures("ahead")
+def test_what_is_taken_back_while_a_batch_is_handed_over_is_all_of_it(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = ThreadPool.submit
+
+    def slowly(pool: ThreadPool, batch: Sequence[Delivery]) -> None:
+        submit(pool, batch[:50])
+        time.sleep(0.1)  # as if the thread had no processor: the first are late meanwhile
+        submit(pool, batch[50:])
+
+    monkeypatch.setattr(ThreadPool, "submit", slowly)
+    gate = Gate(app)
+    gate.fill(0, 150)
+    with Worker(app, concurrency=2):
+        until(gate.is_shut(2, 150))
+        gate.open.set()
 
 
 @pytest.mark.usefixtures("ahead")

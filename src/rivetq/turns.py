@@ -9,7 +9,6 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
 
 from rivetq import UsageError
 
@@ -19,7 +18,9 @@ from .tasks import is_name, seconds_of
 from .texts import quoted
 
 PREFETCH_S = 0.02
-"""A job that was leased in advance and has not begun for so long is given back."""
+"""A job that was leased in advance and has not begun for so long is given back, if none before it begins any more."""
+LONGEST_WAIT_S = 3 * PREFETCH_S
+"""And after so long in any case. A process that got no processor for a moment need not lease all anew."""
 AIM_S = PREFETCH_S / 2
 """So long jobs that are leased in advance should wait: enough to keep a pool busy while the next batch is leased, and
 half of what they may, since handlers do not all take the same time."""
@@ -150,13 +151,14 @@ class _Clock:
             self._got[name] -= got
 
 
-class _Batch(NamedTuple):
-    """Jobs that were handed over together and had to wait."""
+class _Batch:
+    """Jobs that were handed over together and of which some had to wait."""
 
-    since: float
-    last: Delivery
-    behind: int
-    """Jobs that waited then, these included."""
+    def __init__(self, since: float, deliveries: Sequence[Delivery], behind: int) -> None:
+        self.since = since
+        self.waiting = deque(deliveries)
+        self.last = deliveries[-1]
+        self.behind = behind  # jobs that waited then, these included
 
 
 class Room:
@@ -173,6 +175,7 @@ class Room:
         self._seconds: float | None = None  # that a handler runs, lately
         self._fitting = float(min(FIRST_JOBS, prefetch))  # jobs that wait for no longer than they should, lately
         self._batches: deque[_Batch] = deque()  # those of which some have not begun
+        self._begun = self._begun_before = 0  # of jobs that had to wait: now, and when it was asked for last
         self._quiet_s = PREFETCH_S
         self._quiet_until = -math.inf
 
@@ -205,7 +208,7 @@ class Room:
         self.bytes += sum(len(delivery.lease.payload) for delivery in batch)
         behind = self.jobs - self.pool.slots
         if batch and behind > 0:
-            self._batches.append(_Batch(self._clock(), batch[-1], behind))
+            self._batches.append(_Batch(self._clock(), batch, behind))
 
     def ran(self, delivery: Delivery) -> None:
         """It ended."""
@@ -219,16 +222,25 @@ class Room:
         self.bytes -= len(delivery.lease.payload)
 
     def waits_since(self) -> float | None:
-        """When the first batch of those was handed over of which the last job has not begun; None: all have."""
-        batches = self._batches
-        while batches:
-            first = batches[0]
-            if first.last.started_at is None and first.last.ending is None:
+        """Since when the first job waits that has not begun; None: all have."""
+        while self._batches:
+            first = self._batches[0]
+            waiting = first.waiting
+            while waiting and (waiting[0].started_at is not None or waiting[0].ending is not None):
+                waiting.popleft()
+                self._begun += 1
+            if waiting:
                 return first.since
-            batches.popleft()
+            self._batches.popleft()
             if first.last.started_at is not None:
                 self._learn(first.behind, first.last.started_at - first.since)
         return None
+
+    def is_late(self, since: float, *, starved: bool) -> bool:
+        """Jobs that wait since then are to be given back. `starved`: the process had no processor a moment ago."""
+        begun, self._begun_before = self._begun - self._begun_before, self._begun
+        waited = self._clock() - since
+        return waited >= (LONGEST_WAIT_S if begun or starved else PREFETCH_S)
 
     def _learn(self, behind: int, waited: float) -> None:
         """The last of so many jobs that had to wait began after `waited` seconds."""

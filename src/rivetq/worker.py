@@ -60,7 +60,7 @@ from .tasks import Retry as Retry  # with `Reject` and the next two: what a hand
 from .tasks import Snooze as Snooze
 from .tasks import current_job as current_job
 from .texts import quoted
-from .turns import PREFETCH_JOBS, PREFETCH_S, Order, Room
+from .turns import AIM_S, PREFETCH_JOBS, PREFETCH_S, Order, Room
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -142,8 +142,8 @@ class Worker:
         grace: seconds that running jobs get to end after a stop. What still runs then is given back with its attempt
             refunded, if it can be stopped or not.
         visibility_timeout: seconds that its leases last and are renewed for; None: as the job or its queue says.
-        prefetch: jobs leased in advance for each pool at most; 0: none. What does not begin within 20 milliseconds is
-            given back, its attempt not counted.
+        prefetch: jobs leased in advance for each pool at most; 0: none. What does not begin within 20 milliseconds (60
+            if jobs before it still begin) is given back, its attempt not counted.
         max_jobs: stop in order after so many jobs; a supervisor begins another worker.
         max_memory: stop in order when the process occupies more bytes than that after a job.
         child_max_jobs, child_max_memory: the same for the children of the process pool, which the worker replaces.
@@ -646,7 +646,7 @@ class Worker:
                 if not self._watching and room.waits_since() is not None:
                     self._watching = True
                     self._renewer_poked.set()
-            room.pool.submit(batch)
+                room.pool.submit(batch)  # with the lock: what is taken back meanwhile is not a part of them
 
     def _fitting(self, kind: str, room: Room, batch: list[Delivery]) -> list[Delivery]:
         """Those for which there is a place in the room; the others are given back at once."""
@@ -706,22 +706,24 @@ class Worker:
             self._rooms[_kind(delivery.task)].left(delivery)
             self._left += 1
 
-    def _give_back_late(self, now: float) -> float:
+    def _give_back_late(self, due: float) -> float:
         """Give back what was leased in advance and has waited for too long; when to look again, monotonic.
 
-        What comes is leased afresh when a slot is free, the most urgent first.
+        What comes is leased afresh when a slot is free, the most urgent first. `due`: when this was to be called.
         """
         next_at = math.inf
         with self._changed:
+            now = time.monotonic()
             for room in () if self._stopping else self._rooms.values():
                 since = room.waits_since()
                 if since is None:
                     continue
                 if now >= since + PREFETCH_S:
-                    if self._take_back(room):
+                    if room.is_late(since, starved=now > due + AIM_S) and self._take_back(room):
                         room.took_back()
-                    since = now
-                next_at = min(next_at, since + PREFETCH_S)
+                    next_at = min(next_at, now + AIM_S)
+                else:
+                    next_at = min(next_at, since + PREFETCH_S)
             self._watching = next_at < math.inf
         return next_at
 
@@ -929,7 +931,7 @@ class Worker:
             self._renewer_poked.clear()
             now = time.monotonic()
             self._end_limits(now)
-            give_back_at = self._give_back_late(now) if self._watching else math.inf
+            give_back_at = self._give_back_late(give_back_at) if self._watching else math.inf
             if now >= self._look_at:
                 self._look_for_calls()
             if now >= scan_at:

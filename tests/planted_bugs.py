@@ -890,4 +890,77 @@ BUGS = (
         "                with _finishes:  # another",
         "test_pools.py::test_of_two_threads_of_a_handler_one_finishes_its_job",
     ),
+    Bug(
+        "cancelled lessee keeps its wake-up",
+        "live.py",
+        "            engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have\n",
+        "",
+        "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[cancelled]",
+    ),
+    Bug(
+        "failed lessee stays in the line",
+        "live.py",
+        "            self.over = True\n            engine._unregister(self, self._arguments[0])\n        self._done",
+        "            self.over = True\n        self._done",
+        "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[failed]",
+    ),
+    Bug(
+        "duplicate answered before its record",
+        "live.py",
+        "lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()",
+        "lsn = self._record(events, now_ms, keep_reserve) if events else 0",
+        "test_aio.py::test_the_answer_to_a_duplicate_waits_for_the_record_of_the_first[called]",
+    ),
+    Bug(
+        "lease of what is not on disk",
+        "live.py",
+        "        self._settle(max([entry.lsn for entry in entries]))\n        return leases",
+        "        return leases",
+        "test_aio.py::test_a_lease_waits_for_the_records_of_its_jobs",
+    ),
+    Bug(
+        "awaited enqueue uses the reserve",
+        "live.py",
+        "self._record(events, now_ms, enqueues) if events",
+        "self._record(events, now_ms) if events",
+        "test_aio.py::test_an_enqueue_leaves_the_reserve_of_space_to_answers[awaited]",
+    ),
+    Bug(
+        "nobody waits for a token",
+        "live.py",
+        "                        self._expect_tokens(limited, now_ms)\n",
+        "",
+        "test_aio.py::test_who_waits_for_a_token_is_woken_when_there_is_one_whatever_came_first[jobs]",
+    ),
+    Bug(
+        "next token wakes nobody",
+        "live.py",
+        "                if count < queue.counts[READY]:\n"
+        "                    machine.expect_token(queue, machine.now_ms)\n",
+        "",
+        "test_aio.py::test_who_waits_for_a_token_is_woken_when_there_is_one_whatever_came_first[jobs]",
+    ),
+    Bug(
+        "lead taken along",
+        "group.py",
+        "            if self.failure is None and self._leader in (waiter, None):\n"
+        "                self._pass_on()\n"
+        "            elif",
+        "            if",
+        "test_group.py::test_an_interrupt_that_leaves_the_log_whole_hits_its_caller_alone",
+    ),
+    Bug(
+        "two lead",
+        "group.py",
+        "if waiter in self._waiters and self._leader is None:",
+        "if waiter in self._waiters:",
+        "test_group.py::test_whose_patience_ends_as_the_last_one_leads_waits_for_that_sync",
+    ),
+    Bug(
+        "covered one not woken",
+        "group.py",
+        "            if waiter.lsn <= durable_lsn:\n",
+        "            if waiter.lsn < durable_lsn:\n",
+        "test_group.py::test_callers_that_come_while_the_disk_is_busy_share_the_next_sync",
+    ),
 )

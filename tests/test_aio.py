@@ -509,6 +509,131 @@ def test_records_that_need_room_made_are_awaited_like_any_other(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("ends", ["cancelled", "failed"])
+def test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line(ends: str) -> None:
+    told: list[Any] = []
+    with Broker(":memory:") as broker:
+        held, go = threading.Event(), threading.Event()
+        first: Any = broker.lease_soon("q", 1, lambda leases, error: told.append("first"))
+        broker.lease_soon("q", 1, lambda leases, error: told.append(leases))
+        notifier: Any = inside(broker)._notifier
+        notifier.call(lambda: (held.set(), go.wait(PATIENCE_S)))
+        assert held.wait(PATIENCE_S)
+        if ends == "cancelled":
+            job_id = broker.enqueue("q", b"")  # the first will look when the thread is free
+            assert first.cancel()
+        else:  # it met a full disk, say
+            first._end(UsageError("the disk is full"))
+            job_id = broker.enqueue("q", b"")
+        go.set()
+        until = time.monotonic() + PATIENCE_S
+        while len(told) < (1 if ends == "cancelled" else 2):
+            assert time.monotonic() < until, "the next in line was forgotten"
+            time.sleep(0.001)
+        assert [lease.id for lease in told[-1]] == [job_id]
+
+
+@pytest.mark.parametrize("first", ["jobs", "lessees"])
+def test_who_waits_for_a_token_is_woken_when_there_is_one_whatever_came_first(first: str) -> None:
+    """On a real clock: a manual one wakes all who wait at each step."""
+    told: list[Any] = []
+
+    def tell(leases: Any, error: BaseException | None) -> None:
+        told.append(leases or error)
+
+    with Broker(":memory:") as broker:
+        broker.configure_queue("q", rate_limit=RateLimit(per_second=20, burst=1))
+        if first == "jobs":
+            broker.enqueue_many("q", [b""] * 3)
+        for _ in range(3):
+            broker.lease_soon("q", 1, tell)
+        if first == "lessees":
+            broker.enqueue_many("q", [b""] * 3)
+        until = time.monotonic() + PATIENCE_S
+        while len(told) < 3:
+            assert time.monotonic() < until, f"{3 - len(told)} were forgotten"
+            time.sleep(0.001)
+        assert sorted(lease.id for leases in told for lease in leases) == [1, 2, 3]
+
+
+class Settled:
+    """Notes what an engine waits for: (record, whether until it is on disk)."""
+
+    def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waits: list[tuple[int, bool]] = []
+        engine = inside(broker)
+        settle, settle_soon = engine._settle, engine._settle_soon
+
+        def wait(lsn: int, *, sync: bool = True) -> None:
+            self.waits.append((lsn, sync))
+            settle(lsn, sync=sync)
+
+        def wait_soon(lsn: int, tell: Any) -> bool:
+            self.waits.append((lsn, True))
+            return settle_soon(lsn, tell)
+
+        monkeypatch.setattr(engine, "_settle", wait)
+        monkeypatch.setattr(engine, "_settle_soon", wait_soon)
+
+
+@pytest.mark.parametrize("way", ["called", "awaited"])
+def test_the_answer_to_a_duplicate_waits_for_the_record_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """It may be on its way to the disk: the first enqueue has not returned yet."""
+    with Broker(tmp_path / "data") as broker:
+        job_id = broker.enqueue("q", b"", idempotency_key="k")
+        lsn = inside(broker)._last_lsn()
+        settled = Settled(broker, monkeypatch)
+        if way == "called":
+            assert broker.enqueue("q", b"", idempotency_key="k") == job_id
+        else:
+            assert asyncio.run(AsyncBroker(broker).enqueue("q", b"", idempotency_key="k")) == job_id
+        assert settled.waits[0] == (lsn, True)
+
+
+def test_a_lease_waits_for_the_records_of_its_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut takes back what somebody works on."""
+    with Broker(tmp_path / "data") as broker:
+        broker.enqueue_many("q", [b""] * 2)
+        lsn = inside(broker)._last_lsn()
+        settled = Settled(broker, monkeypatch)
+        assert len(broker.lease_many("q", 2)) == 2
+        assert (lsn, True) in settled.waits
+        assert (lsn + 1, False) in settled.waits  # its own is handed to the system
+
+
+@pytest.mark.parametrize("way", ["called", "awaited"])
+def test_an_enqueue_leaves_the_reserve_of_space_to_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    with Broker(tmp_path / "data") as broker:
+        engine = inside(broker)
+        prepare, kept = engine._prepare, list[bool]()
+
+        def note(events: Any, now_ms: int, keep_reserve: bool) -> Any:
+            kept.append(keep_reserve)
+            return prepare(events, now_ms, keep_reserve)
+
+        monkeypatch.setattr(engine, "_prepare", note)
+
+        async def main() -> None:
+            mine = AsyncBroker(broker)
+            await mine.enqueue("q", b"")
+            lease = await mine.lease("q")
+            assert lease is not None
+            await lease.ack()
+
+        if way == "awaited":
+            asyncio.run(main())
+        else:
+            broker.enqueue("q", b"")
+            lease = broker.lease("q")
+            assert lease is not None
+            lease.ack()
+        assert kept == [True, False, False]
+
+
 def test_a_lease_that_is_given_up_after_it_was_woken_takes_nothing() -> None:
     told: list[Any] = []
     with Broker(":memory:") as broker:

@@ -271,7 +271,7 @@ BUGS = (
         "schedules.py",
         "        self._broker.configure_queue(SCHEDULES, idempotency_ttl=0)\n",
         "",
-        "test_schedules.py::test_a_schedule_that_is_changed_and_changed_back_before_its_tick_has_its_record",
+        "test_schedules.py::test_a_schedule_that_was_given_up_and_comes_back_before_its_tick_has_its_record",
     ),
     Bug(
         "key not found during a checkpoint",
@@ -893,7 +893,8 @@ BUGS = (
     Bug(
         "cancelled lessee keeps its wake-up",
         "live.py",
-        "            engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have\n",
+        "            engine._wake_lessees(self._arguments[0])"
+        "  # it may have been woken for a job that another can have\n",
         "",
         "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[cancelled]",
     ),

@@ -435,6 +435,19 @@ def test_a_schedule_that_is_changed_and_changed_back_before_its_tick_has_its_rec
     assert len(fired(broker)) == 1
 
 
+def test_a_schedule_that_was_given_up_and_comes_back_before_its_tick_has_its_record(
+    broker: Broker, clock: ManualClock
+) -> None:
+    Scheduler(broker, make_app(broker, "0 12 * * *").schedules).reconcile()
+    scheduler = Scheduler(broker, App(broker).schedules)
+    for _ in range(3):
+        clock.advance(300)
+        scheduler.step()
+    assert broker.jobs(SCHEDULES) == []  # nobody had it for long enough
+    live(make_app(broker, "0 12 * * *"), 86_400)
+    assert fired(broker) == [utc("2026-01-01T12:00")]
+
+
 def test_a_record_that_was_held_while_its_schedule_was_changed_fires_nothing(
     broker: Broker, clock: ManualClock
 ) -> None:

@@ -65,12 +65,12 @@ class Late(deque[Any]):
 
     then: Callable[[], None] | None = None
 
-    def __len__(self) -> int:
-        found = super().__len__()
+    def __iter__(self) -> Iterator[Any]:
+        found = list(super().__iter__())
         if not found and self.then is not None:
             then, self.then = self.then, None
             then()
-        return found
+        return iter(found)
 
 
 def test_one_wait_is_for_all_and_none_is_told_before_its_record_is_durable(desk: Desk) -> None:

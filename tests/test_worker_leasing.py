@@ -246,8 +246,9 @@ def test_the_share_of_a_queue_is_refunded_what_did_not_begin(app: App, monkeypat
     gate = Gate(app)
     gate.fill(0, 150)
     refunded: Counter[str] = Counter()
-    with Worker(app, concurrency=2) as worker:
-        monkeypatch.setattr(worker._order, "took_back", lambda name, count, pools: refunded.update({name: count}))
+    worker = Worker(app, concurrency=2)
+    monkeypatch.setattr(worker._order, "took_back", lambda name, count, pools: refunded.update({name: count}))
+    with worker:
         until(gate.is_shut(2, 150))
         gate.open.set()
         until(lambda: app.broker.stats().acked == 150)
@@ -346,35 +347,28 @@ def test_a_job_that_is_cancelled_while_it_is_being_leased_does_not_begin(
     assert gate.begun == ["slow"]
 
 
+@pytest.mark.usefixtures("ahead")
 def test_a_job_that_is_cancelled_while_it_is_given_back_does_not_begin(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(app)
-    ids = gate.fill(2000, 300)
+    victim = gate.fill(0, 150)[101]  # the last one of those that are leased in advance
     answers: list[bool] = []
-    with Worker(app, concurrency=2) as worker:
-        commit = worker._commit
+    worker = Worker(app, concurrency=2)
+    commit = worker._commit
 
-        def commit_behind_a_cancel(endings: Any) -> None:
-            if any(delivery.is_untouched and delivery.lease.id == ids[-1] for delivery in endings):
-                answers.append(app.cancel(ids[-1]))
-            commit(endings)
+    def commit_behind_a_cancel(endings: Any) -> None:
+        if any(delivery.is_untouched and delivery.lease.id == victim for delivery in endings):
+            answers.append(app.cancel(victim))
+        commit(endings)
 
-        monkeypatch.setattr(worker, "_commit", commit_behind_a_cancel)
-        for _ in range(20):
-            gate.open.clear()
-            until(lambda: app.broker.stats().leased == 2 or answers)
-            if answers:
-                break
-            gate.open.set()
-            until(lambda: not app.broker.stats().leased)
-            app.broker.purge("default")
-            ids[:] = gate.fill(2000, 300)
-        until(lambda: app.broker.get(ids[-1]) is None)
+    monkeypatch.setattr(worker, "_commit", commit_behind_a_cancel)
+    with worker:
+        until(lambda: app.broker.get(victim) is None)
         gate.open.set()
-        until(lambda: app.broker.stats().leased == 0)
-    assert answers[0]
-    assert "slow 299" not in gate.begun
+        until(lambda: app.broker.stats().acked == 149)
+    assert answers == [True]
+    assert "slow 101" not in gate.begun
 
 
 def test_a_cancel_of_what_is_leased_elsewhere_or_gone_says_false(app: App) -> None:
@@ -557,10 +551,12 @@ def test_the_loss_of_all_leases_at_once_is_told_to_every_handler() -> None:
     clock = ManualClock()
     with Broker(":memory:", clock=clock) as broker:
         app = App(broker)
+        begun: list[int] = []
         cancelled: list[int] = []
 
         @app.task(max_attempts=1)
         async def wait() -> None:
+            begun.append(current_job().id)
             try:
                 await asyncio.sleep(PATIENCE_S)
             except asyncio.CancelledError:
@@ -569,7 +565,7 @@ def test_the_loss_of_all_leases_at_once_is_told_to_every_handler() -> None:
 
         ids = wait.enqueue_many([()] * 500)
         with Worker(app, concurrency={"tasks": 500}, visibility_timeout=0.5) as worker:
-            until(lambda: worker.running == 500)
+            until(lambda: len(begun) == 500)
             clock.advance(100)
             until(lambda: sorted(cancelled) == list(ids))
             until(lambda: not worker.running)

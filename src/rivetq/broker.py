@@ -177,11 +177,16 @@ class _Enqueues:
             raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {quoted(on_duplicate)}")
         if retry is not None and not isinstance(retry, RetryPolicy):
             raise UsageError(f"retry: a RetryPolicy expected, got {type(retry).__name__}")
+        # Most calls give neither: the hot path.
+        delay_ms, eta_ms = (
+            _delay_or_eta(delay, eta) if delay or eta is not None or type(delay) is not int else (0, None)
+        )
         return Enqueue(
             checked_text(queue, "queue", MAX_QUEUE_BYTES),
             [self._encode(payload) for payload in payloads],
             checked_int(priority, "priority", 0, 9),
-            *_delay_or_eta(delay, eta),
+            delay_ms,
+            eta_ms,
             None if headers is None else checked_headers(headers),
             retry,
             None if max_attempts is None else checked_int(max_attempts, "max_attempts", 1, 2**31 - 1),

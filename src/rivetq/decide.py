@@ -6,7 +6,7 @@ events), so that nothing is decided again when the log is replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, assert_never, cast
 
 import attrs
@@ -46,30 +46,22 @@ LEASE_EXPIRED = "lease expired"
 OWNER_GONE = "owner gone"
 
 
-def commit(
-    machine: Machine, operations: Sequence[Operation], now_ms: int, wall_ms: Callable[[], int] | None = None
-) -> tuple[list[Event], list[Any]]:
-    """Events and answers of a commit: all of the operations or an error.
-
-    Args:
-        wall_ms: the wall clock, which an `eta_ms` is about; None: it shows what the time line does.
-    """
+def commit(machine: Machine, operations: Sequence[Operation], now_ms: int) -> tuple[list[Event], list[Any]]:
+    """Events and answers of a commit: all of the operations or an error."""
     first = operations[0] if operations else None
     if type(first) is Enqueue and len(operations) == 1 and first.keys is None and first.promised is None:
         queue = machine.queues.get(first.queue)
         if queue is not None and first.payloads:
-            return _enqueued(machine, queue, first, now_ms, wall_ms)
+            return _enqueued(machine, queue, first, now_ms)
     elif type(first) is Ack and all(type(operation) is Ack for operation in operations):
         return _acked(machine, cast(Sequence[Ack], operations), now_ms), [None] * len(operations)
-    plan = _Plan(machine, now_ms, wall_ms)
+    plan = _Plan(machine, now_ms)
     answers = [plan.decide(operation) for operation in operations]
     plan.check_limits()
     return plan.events, answers
 
 
-def _enqueued(
-    machine: Machine, queue: Queue, operation: Enqueue, now_ms: int, wall_ms: Callable[[], int] | None
-) -> tuple[list[Event], list[Any]]:
+def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -> tuple[list[Event], list[Any]]:
     """What `_Plan` would decide, for one enqueue without keys into a queue that exists."""
     count = len(operation.payloads)
     config = queue.config
@@ -77,19 +69,19 @@ def _enqueued(
         _check_burst(queue, count)
         _check_limits(queue, count, count, now_ms)
     first_id = machine.next_id
-    due_ms = _due_ms(operation, now_ms, wall_ms)
+    due_ms = _due_ms(machine, operation, now_ms)
     events: list[Event] = [_new_jobs(operation, queue.number, config.retry, first_id, operation.payloads, None, due_ms)]
     if machine.id_block and (reserved := ids(machine, count, machine.id_block)):
         events.insert(0, reserved)
     return events, [list(range(first_id, first_id + count))]
 
 
-def _due_ms(operation: Enqueue, now_ms: int, wall_ms: Callable[[], int] | None) -> int:
+def _due_ms(machine: Machine, operation: Enqueue, now_ms: int) -> int:
     """The moment on the time line at which new jobs are due; 0: at once."""
     eta_ms = operation.eta_ms
     if eta_ms is None:
         return now_ms + operation.delay_ms if operation.delay_ms else 0
-    ahead_ms = 0 if wall_ms is None else wall_ms() - now_ms
+    ahead_ms = 0 if machine.wall_ms is None else machine.wall_ms() - now_ms
     if abs(ahead_ms) > SKEW_MS:  # the wall clock was set since the time line began
         eta_ms -= ahead_ms
     return eta_ms if eta_ms > now_ms else 0
@@ -419,13 +411,12 @@ class _Plan:
 
     __slots__ = (
         "_created", "_deadlines", "_events", "_keys", "_live", "_machine", "_new", "_next_id", "_now_ms", "_promised",
-        "_settled", "_wall_ms",
+        "_settled",
     )  # fmt: skip
 
-    def __init__(self, machine: Machine, now_ms: int, wall_ms: Callable[[], int] | None) -> None:
+    def __init__(self, machine: Machine, now_ms: int) -> None:
         self._machine = machine
         self._now_ms = now_ms
-        self._wall_ms = wall_ms
         self._events: list[Event] = []
         self._settled: set[int] = set()
         self._keys: dict[tuple[str, str], int] = {}
@@ -508,7 +499,7 @@ class _Plan:
         if count != len(payloads):
             payloads = [payloads[i] for i in fresh]
         new_keys = None if keys is None else [keys[i] for i in fresh]
-        due_ms = _due_ms(operation, self._now_ms, self._wall_ms)
+        due_ms = _due_ms(machine, operation, self._now_ms)
         self._events.append(_new_jobs(operation, number, policy, first_id, payloads, new_keys, due_ms))
         self._count(self._live, name, count)
         self._count(self._new, name, count)

@@ -99,6 +99,7 @@ class LiveEngine:
         self.clock = clock
         self._machine = machine
         machine.grain_ms = getattr(clock, "grain_ms", 0)
+        machine.wall_ms = clock.wall_ms
         self._offset_ms = now_ms - clock.boot_ms()
         self._lock = threading.Lock()  # guards the machine, the log's tail and all below
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
@@ -170,12 +171,8 @@ class LiveEngine:
         if enqueues and self._lessees:
             self._check()  # before the lock, as in _change
             self._wake_early(operations)
-        answers: list[Any] = self._change(self._plan_of(operations), keep_reserve=enqueues)
+        answers: list[Any] = self._change(partial(decide.commit, self._machine, operations), keep_reserve=enqueues)
         return answers
-
-    def _plan_of(self, operations: Sequence[Operation]) -> Callable[[int], tuple[list[Event], list[Any]]]:
-        machine, wall_ms = self._machine, self.clock.wall_ms
-        return lambda now_ms: decide.commit(machine, operations, now_ms, wall_ms)
 
     def commit_soon(self, operations: Sequence[Operation], done: Done) -> None:
         self._check()
@@ -193,7 +190,7 @@ class LiveEngine:
         with self._lock:
             now_ms = self._tick()
             try:
-                events, answers = self._planned(self._plan_of(operations), now_ms)
+                events, answers = self._planned(partial(decide.commit, self._machine, operations), now_ms)
                 lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()
             except NeedRoomError:
                 self._notifier.call(commit)  # room is made by the disk

@@ -318,8 +318,10 @@ class LocalEngine(LiveEngine):
         """Whoever answers for this record waits for the disk: in a relaxed mode, for one up to it that must not go."""
         if self._fsync == "always":
             return True
-        must_sync = self._must_sync
-        return bool(must_sync) and any(self._log.durable_lsn < each <= lsn for each in must_sync)
+        must_sync, durable_lsn = self._must_sync, self._log.durable_lsn  # ascending
+        if not must_sync or must_sync[-1] <= durable_lsn:
+            return False
+        return any(durable_lsn < each <= lsn for each in must_sync)
 
     def _settle_soon(self, lsn: int, tell: Tell) -> bool:
         if not self._is_to_sync(lsn) or (self._log.durable_lsn >= lsn and self._ended is None):

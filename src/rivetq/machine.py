@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, assert_never
 
 import attrs
@@ -107,6 +107,8 @@ class Machine:
         self.grain_ms = 0
         """Of the clock that moments come from, which rounds them down: a job is due so much later, and no delay is too
         short."""
+        self.wall_ms: Callable[[], int] | None = None
+        """What the wall clock shows: for an `eta_ms` alone, and no part of the state. None: it shows the time line."""
         self.promised: dict[int, int] = {}  # ids that were told in advance and have no job yet: first id -> how many
 
     def take_ids(self, count: int) -> int:

@@ -637,7 +637,7 @@ BUGS = (
         "pools.py",
         "    _copies += 1\n",
         "    _copies += 0\n",
-        "test_pools.py::test_a_copy_that_a_handler_forked_ends_with_the_handler[returns-0-sync]",
+        "test_pools.py::test_a_copy_that_a_handler_forked_ends_with_the_handler[returns-0-sync-True]",
     ),
     Bug(
         "loop forgets who waits",

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds crash sweeps forks rot planted workers clean
+.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds crash sweeps forks waiting rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,7 @@ check: format lint types coverage wheel docs demo ## what CI runs: all of this, 
 	$(BIN)/python tests/sweeps.py crash errors exceptions asyncio sequences --trials 400 --stride 11
 	$(BIN)/python tests/sweeps.py recovery --trials 40
 	$(MAKE) forks FORKS=600
+	$(MAKE) waiting HISTORIES=1000
 	$(MAKE) planted
 
 format: $(VENV)/ready
@@ -96,6 +97,10 @@ sweeps: $(VENV)/ready ## what can go wrong at every place: SWEEPS="errors except
 FORKS ?= 6000
 forks: $(VENV)/ready ## fork at every line of each call while others hold the locks, FORKS=6000 times
 	$(BIN)/python tests/forks.py --forks $(FORKS) --seed $(SEED)
+
+HISTORIES ?= 2000
+waiting: $(VENV)/ready ## HISTORIES of lessees that wait: whoever waits for a job that could be leased gets it
+	$(BIN)/python tests/waiting.py --histories $(HISTORIES) --seed $(SEED)
 
 PLANTED ?=
 planted: $(VENV)/ready ## plant bugs, one at a time: the test that is named beside each must turn red (PLANTED="--third")

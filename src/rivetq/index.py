@@ -291,15 +291,16 @@ class Index:
 
     def _writable(self) -> lmdb.Environment:
         self._may_write = True
-        if self._env is None:
+        env = self._env  # once: a fork in between forgets it
+        if env is None:
             if not os.path.isdir(self._path):
                 os.mkdir(self._path, DIRECTORY_MODE)
                 os.chmod(self._path, DIRECTORY_MODE)
             with contextlib.suppress(FileExistsError):
                 # LMDB opens its file twice: made by itself under a strict umask it could not open it again.
                 self._disk.close(self._disk.create(self._data))
-            self._env = self._open(readonly=False)
-        return self._env
+            env = self._env = self._open(readonly=False)
+        return env
 
     def _fingerprint(self) -> tuple[int, int]:
         """Size and CRC32C of the data file; (0, 0) if there is none."""

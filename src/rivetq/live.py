@@ -599,7 +599,7 @@ class LiveEngine:
                     count = min(count, queue.bucket.available(machine.now_ms))
                 for lessee in list(waiting)[:count]:
                     lessee.wake()
-                if count < queue.counts[READY]:
+                if not count:  # else those who are woken take the tokens first, and come here
                     machine.expect_token(queue, machine.now_ms)
         if names is None:
             machine.woken.clear()

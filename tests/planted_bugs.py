@@ -938,7 +938,7 @@ BUGS = (
         "next token wakes nobody",
         "live.py",
         "                if not count:  # else those who are woken take the tokens first, and come here\n"
-        "                    machine.expect_token(queue, machine.now_ms)\n",
+        "                    self._expect_tokens([queue], machine.now_ms)\n",
         "",
         "test_aio.py::test_who_waits_for_a_token_is_woken_when_there_is_one_whatever_came_first[jobs]",
     ),

@@ -600,7 +600,7 @@ class LiveEngine:
                 for lessee in list(waiting)[:count]:
                     lessee.wake()
                 if not count:  # else those who are woken take the tokens first, and come here
-                    machine.expect_token(queue, machine.now_ms)
+                    self._expect_tokens([queue], machine.now_ms)
         if names is None:
             machine.woken.clear()
 

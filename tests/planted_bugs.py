@@ -965,4 +965,32 @@ BUGS = (
         "            if waiter.lsn < durable_lsn:\n",
         "test_group.py::test_callers_that_come_while_the_disk_is_busy_share_the_next_sync",
     ),
+    Bug(
+        "empty directory is the default",
+        "cli.py",
+        "directory if directory is not None else",
+        "directory or",
+        "test_cli.py::test_an_empty_value_is_not_the_default[behind--d]",
+    ),
+    Bug(
+        "a series for each queue",
+        "metrics.py",
+        "self._labels.of(settled.queue)",
+        "settled.queue",
+        "test_metrics.py::test_durations_of_queues_beyond_the_limit_are_counted_together",
+    ),
+    Bug(
+        "class of the same name",
+        "typedjson.py",
+        "if self._classes.get(name) is not kind:",
+        "if name not in self._classes:",
+        "test_typedjson.py::test_a_class_of_the_same_name_is_another_class",
+    ),
+    Bug(
+        "table hides other settings",
+        "settings.py",
+        'content.keys() == {"rivetq"}',
+        '"rivetq" in content',
+        "test_settings.py::test_a_table_of_its_own_beside_other_settings_hides_none_of_them",
+    ),
 )

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds crash sweeps forks waiting rot planted workers clean
+.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds crash sweeps forks waiting leaks rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -101,6 +101,10 @@ forks: $(VENV)/ready ## fork at every line of each call while others hold the lo
 HISTORIES ?= 2000
 waiting: $(VENV)/ready ## HISTORIES of lessees that wait: whoever waits for a job that could be leased gets it
 	$(BIN)/python tests/waiting.py --histories $(HISTORIES) --seed $(SEED)
+
+JOBS ?= 1000000
+leaks: $(VENV)/ready ## send JOBS through workers, polls, cancels, delays, listings and awaited leases: what the process holds stays flat
+	$(BIN)/python tests/leaks.py --jobs $(JOBS)
 
 PLANTED ?=
 planted: $(VENV)/ready ## plant bugs, one at a time: the test that is named beside each must turn red (PLANTED="--third")

@@ -17,7 +17,7 @@ from rivetq.testing import ManualClock
 
 
 def test_whoever_waits_for_a_job_that_could_be_leased_gets_it() -> None:
-    assert waiting.run(150) == 150 * waiting.STEPS
+    assert waiting.run(400) == 400 * waiting.STEPS
 
 
 def nobody_expects(self: Machine, queue: Queue, now_ms: int) -> None:

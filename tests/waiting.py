@@ -61,9 +61,9 @@ WEIGHTS = {
     "answer": 6,
     "busy": 3,
     "redrive": 2,
-    "pause": 2,
+    "pause": 1,
     "resume": 3,
-    "limit": 3,
+    "limit": 2,
     "purge": 1,
     "cancel": 1,
     "time": 8,
@@ -217,8 +217,8 @@ class History:
             self.broker.configure_queue(queue, retry=policy, rate_limit=self._limit())
 
     def _limit(self) -> RateLimit | None:
-        per_second = self.rng.choice((0.01, 0.2, 1)) / self.unit_s
-        return self.rng.choice((None, RateLimit(per_second, self.rng.choice((1, 1, 2)))))
+        per_second = self.rng.choice((0.01, 0.2, 0.2, 1)) / self.unit_s
+        return RateLimit(per_second, self.rng.choice((1, 1, 2))) if self.rng.random() < 0.7 else None
 
     def live(self) -> None:
         for _ in range(STEPS):
@@ -319,7 +319,7 @@ class History:
             self.rng.choice(able).end_of_time()
 
     def step_enqueue(self) -> None:
-        payloads = [b"x"] * self.rng.choice((1, 1, 2, 3))
+        payloads = [b"x"] * self.rng.choice((1, 2, 4, 6))
         delay = self.rng.choice((0, 0, 0, 1, 3)) * self.unit_s
         self.broker.enqueue_many(self.queue(), payloads, delay=delay, priority=self.rng.choice((5, 9)))
 

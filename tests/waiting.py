@@ -331,6 +331,8 @@ class History:
                 tx.enqueue(queue, b"t")
 
     def step_awaited(self) -> None:
+        self._go_on.set()  # that thread may have to tell the answer
+        self._held_for = 0
         asyncio.run_coroutine_threadsafe(self.aio.enqueue(self.queue(), b"y"), event_loop()).result(PATIENCE_S)
 
     def step_answer(self) -> None:

@@ -166,9 +166,10 @@ def test_a_refused_opening_writes_nothing_into_what_has_the_number_of_the_lock(
 def test_a_file_of_ours_under_another_files_number_is_another_file(tmp_path: Path) -> None:
     disk = SystemDisk()
     first = OwnFile(disk, "first", disk.create(str(tmp_path / "first")))
-    os.close(first.fd)
+    number = first.fd
+    os.close(number)
     second = OwnFile(disk, "second", disk.create(str(tmp_path / "second")))
-    assert second.fd == first.fd
+    assert second.fd == number
     with pytest.raises(OSError, match="first"):
         first.check()
     first.close()

@@ -61,8 +61,8 @@ class Ahead:
         self._kept = list(kept)
         self._map: mmap.mmap | None = None
         self._is_made = False
-        self._slots: dict[int, tuple[int, int]] = {}  # token -> slot, job
-        self._free: list[int] = []
+        self._slots: dict[int, tuple[int, int]] = {}  # token -> place, job
+        self._free: list[int] = []  # places in the page
 
     def make(self) -> None:
         """Make the file, if it is not there; never raises. No lock of the engine's is held: this writes."""
@@ -90,7 +90,7 @@ class Ahead:
             made = mmap.mmap(fd, len(_ZEROS) * SLOTS)
         finally:
             os.close(fd)
-        self._map, self._free = made, list(range(SLOTS - 1, -1, -1))
+        self._map, self._free = made, list(range((SLOTS - 1) * _TOKEN.size, -1, -_TOKEN.size))
         self.note(self._kept, lambda token, job_id: True)
         self._os.rename(new, self._path)  # last: until then the old one speaks
 
@@ -104,9 +104,9 @@ class Ahead:
             assert token not in self._slots, f"lease {token} is noted twice"
             if not self._free and not self._sweep(is_held):
                 return
-            slot = self._free.pop()
-            table[slot * _TOKEN.size : (slot + 1) * _TOKEN.size] = _TOKEN.pack(token)
-            self._slots[token] = slot, job_id
+            at = self._free.pop()
+            _TOKEN.pack_into(table, at, token)
+            self._slots[token] = at, job_id
 
     def _sweep(self, is_held: Callable[[int, int], bool]) -> bool:
         """Forget leases that ended before they began; whether there is a slot now."""
@@ -118,12 +118,13 @@ class Ahead:
     def begin(self, token: int) -> None:
         """It begins, or nobody asks any more."""
         found = self._slots.pop(token, None)
-        table = self._map
-        if found is not None and table is not None:
-            slot = found[0]
-            with suppress(ValueError):  # closed meanwhile
-                table[slot * _TOKEN.size : (slot + 1) * _TOKEN.size] = _ZEROS
-                self._free.append(slot)
+        if found is not None:
+            at, table = found[0], self._map
+            try:
+                _TOKEN.pack_into(table, at, 0)  # type: ignore[arg-type]  # None: closed meanwhile, as below
+            except (TypeError, ValueError):
+                return
+            self._free.append(at)
 
     def close(self) -> None:
         table, self._map = self._map, None

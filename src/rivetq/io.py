@@ -12,6 +12,7 @@ import errno
 import itertools
 import os
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any, NoReturn, Protocol
 
@@ -156,6 +157,7 @@ class SystemDisk:
 
 
 _signs = itertools.count(random.randrange(2**29, 2**30))
+_living: weakref.WeakValueDictionary[int, OwnFile] = weakref.WeakValueDictionary()  # by their descriptors
 
 
 class OwnFile:
@@ -163,9 +165,12 @@ class OwnFile:
 
     The program shares the table of descriptors. One that closes what it did not open (`os.closerange`, a daemon's
     beginning in a handler) and opens files then has these under the numbers of the log's: records would go into
-    them, and closing would close them. So each descriptor of ours is signed, by its offset, which pread and pwrite
-    neither use nor move; to look at it costs a quarter of a microsecond. A program that does it in the same moment in
-    another thread is not noticed.
+    them, and closing would close them. So each descriptor of ours is signed. By its offset, which pread and pwrite
+    neither use nor move. And by O_NONBLOCK, which means nothing for a regular file, and which nobody gives to one. That
+    flag is what is looked at before each write and sync, since Python keeps the interpreter meanwhile: to look at the
+    offset it lets go of it, and with many threads gets it back a switch interval later. What else may have the flag, a
+    socket or a pipe, refuses a pwrite by itself; and a file of ours that gets the number of another one tells that one.
+    A program that does it in the same moment in another thread is not noticed.
     """
 
     _fd = -1
@@ -177,6 +182,11 @@ class OwnFile:
         self.path = path
         sign = next(_signs)
         os.lseek(fd, sign, os.SEEK_SET)
+        os.set_blocking(fd, False)
+        before = _living.get(fd)
+        if before is not None and before._fd == fd:  # the program has closed it, else the number would not be free
+            before._fd = -1
+        _living[fd] = self
         self._sign = sign
 
     @property
@@ -189,8 +199,12 @@ class OwnFile:
 
     def check(self) -> None:
         """Raises OSError (EBADF) if the descriptor is closed, or another file's by now."""
-        if not self._is_own():
-            raise OSError(errno.EBADF, "this file was closed by the program, not by RivetQ", self.path)
+        try:
+            if not os.get_blocking(self._fd):
+                return
+        except OSError:
+            pass
+        raise OSError(errno.EBADF, "this file was closed by the program, not by RivetQ", self.path)
 
     def _is_own(self) -> bool:
         try:

@@ -363,8 +363,12 @@ def program_ends() -> bool:
     No job begins any more then: the executors are shut, threads cannot be started, and a worker that is stopped is
     stopped by an `atexit` function. A program goes on, though, as long as a thread that is no daemon does.
     """
-    main = threading.main_thread()
-    return not main.is_alive() and all(each.daemon or each is main for each in threading.enumerate())
+    main = threading.main_thread()  # for each job: the rest is asked in the end alone
+    return False if main.is_alive() else _only_daemons_but(main)
+
+
+def _only_daemons_but(main: threading.Thread) -> bool:
+    return all(each.daemon or each is main for each in threading.enumerate())
 
 
 def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:

@@ -625,7 +625,7 @@ class Worker:
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
             self._held[lease.token] = delivery
-            for cancel in list(self._cancels):
+            for cancel in list(self._cancels) if self._cancels else ():
                 if cancel.job_id == lease.id:
                     delivery.job.cancel(CANCELLED)
                     cancel.is_told = True

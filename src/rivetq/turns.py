@@ -212,7 +212,8 @@ class Room:
 
     def ran(self, delivery: Delivery) -> None:
         """It ended."""
-        self.left(delivery)
+        self.jobs -= 1  # as `left`, for each job
+        self.bytes -= len(delivery.lease.payload)
         known, seconds = self._seconds, delivery.seconds
         self._seconds = seconds if known is None else 0.9 * known + 0.1 * seconds
 

@@ -90,7 +90,7 @@ class TypedJson:
     def loads(self, data: bytes) -> Any:
         """See `Codec.loads`."""
         try:
-            return self._value(json.loads(data, parse_constant=_no_json))
+            return self._value(_JSON.decode(data.decode(json.detect_encoding(data), "surrogatepass")))
         except UsageError:
             raise
         except Exception as error:  # the constructor of a user's class may raise anything
@@ -201,6 +201,10 @@ class TypedJson:
 
 def _no_json(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_json)
+"""Made once: `json.loads` makes one in each call that has an option, which takes longer than the reading."""
 
 
 def _name(kind: type) -> str:

@@ -654,9 +654,13 @@ class Worker:
         slots, places = room.free_slots(), room.free()
         kept: list[Delivery] = []
         surplus: list[Delivery] = []
+        plain: set[str] = set()  # queues whose other jobs fit without a further question: nearly all of a batch
         for delivery in batch:
             lease, queue = delivery.lease, delivery.lease.queue
             is_last = lease.max_attempts is not None and lease.attempt >= lease.max_attempts
+            if queue in plain and not is_last:
+                kept.append(delivery)
+                continue
             is_known = kind in self._pools_of(queue)
             if len(kept) < slots or (not is_last and (is_known or len(kept) < places)):
                 kept.append(delivery)
@@ -672,6 +676,8 @@ class Worker:
                 self._careful[queue] -= 1
                 if not self._careful[queue]:
                     self._forget_care(queue)
+            elif is_known and not is_last and self._kinds.get(queue):
+                plain.add(queue)
         for delivery in surplus:
             self._give_back(delivery)
         return kept
@@ -833,9 +839,10 @@ class Worker:
         # Each once: at a stop a job may be given back while its handler ends, and it comes here twice.
         batch = [delivery for delivery in dict.fromkeys(batch) if not delivery.is_answered]
         with self._changed:  # first, so that the next jobs are leased while this waits for the disk
+            rooms = self._rooms
             for delivery in batch:
                 if not delivery.is_untouched:
-                    self._rooms[_kind(delivery.task)].ran(delivery)
+                    rooms[_kind(delivery.task)].ran(delivery)
                 elif delivery.is_in_pool:  # its pool saw that it must not begin
                     self._undo(delivery)
             for room in self._rooms.values():
@@ -848,9 +855,13 @@ class Worker:
         left = {delivery: ending for delivery, ending in endings.items() if not delivery.job.finished}
 
         def commit(part: list[Delivery]) -> None:
-            self._commit({delivery: left[delivery] for delivery in part})
-            for delivery in part:
-                del left[delivery]
+            if len(part) == len(left):
+                self._commit(left)
+                left.clear()
+            else:
+                self._commit({delivery: left[delivery] for delivery in part})
+                for delivery in part:
+                    del left[delivery]
 
         while left:
             gone: list[Delivery] = []
@@ -870,13 +881,14 @@ class Worker:
             delivery.is_answered = True
             self._let_go(delivery)
         self._remove_cancelled([*(each for each, ending in endings.items() if ending.verb != "ack"), *lost])
-        for delivery, ending in endings.items():
-            if not delivery.is_untouched:
-                self._tell(delivery, ending.verb)
-        for delivery in lost:
-            if not delivery.is_untouched:
-                self._tell(delivery, "lost")
-        self._jobs += sum(not delivery.is_untouched for delivery in (*endings, *lost))
+        told: list[tuple[Delivery, str]] = [
+            (each, ending.verb) for each, ending in endings.items() if not each.is_untouched
+        ]
+        told += [(each, "lost") for each in lost if not each.is_untouched]
+        if self.on_settled:
+            for delivery, verb in told:
+                self._tell(delivery, verb)
+        self._jobs += len(told)
         self._check_limits()
 
     def _remove_cancelled(self, deliveries: Iterable[Delivery]) -> None:

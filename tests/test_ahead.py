@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from inside import inside
 
-from rivetq import Broker, ForkedBrokerError, Lease, UsageError
+from rivetq import Broker, BrokerClosedError, ForkedBrokerError, Lease, UsageError
 from rivetq.ahead import SLOTS, Ahead, read_ahead
 from rivetq.testing import ManualClock
 
@@ -215,3 +215,60 @@ def test_begun_is_true_or_false(tmp_path: Path) -> None:
         assert isinstance(lease, Lease)
         broker.begin(lease)
         lease.ack()
+
+
+def test_a_lease_that_never_began_pays_nothing_however_long_the_process_is_away(tmp_path: Path) -> None:
+    clock = ManualClock()
+    for release_on_open in (True, False):
+        path = tmp_path / str(release_on_open)
+        with Broker(path, clock=clock) as broker:
+            broker.enqueue_many("q", [b"0", b"1"], max_attempts=1)
+            broker.begin(broker.lease_many("q", 2, begun=False, visibility_timeout=1)[0])
+        clock.advance(5)
+        with Broker(path, clock=clock, release_on_open=release_on_open) as broker:
+            clock.advance(0)
+            assert (payloads(broker, "dead"), payloads(broker, "ready")) == ([b"0"], [b"1"])
+            assert broker.jobs("q", state="ready")[0].attempts == 0
+            inside(broker).audit()
+
+
+def test_a_kept_lease_that_the_next_process_begins_has_begun(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data") as broker:
+        broker.enqueue("q", b"0", max_attempts=1)
+        (lease,) = broker.lease_many("q", 1, begun=False)
+    with Broker(tmp_path / "data", release_on_open=False) as broker:
+        broker.begin(lease)
+    with Broker(tmp_path / "data") as broker:
+        assert payloads(broker, "dead") == [b"0"]
+
+
+def test_an_interrupt_while_it_is_noted_does_not_end_the_leasing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "data") as broker:
+        broker.enqueue("q", b"0", max_attempts=1)
+        engine = inside(broker)
+        note = engine._note_unbegun
+
+        def interrupted(event: object) -> None:
+            note(event)  # type: ignore[arg-type]
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine, "_note_unbegun", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            broker.lease_many("q", 1, begun=False)
+        monkeypatch.setattr(engine, "_note_unbegun", note)
+        assert not read_ahead(str(tmp_path / "data" / "ahead"))
+        assert len(broker.lease_many("q", 1, begun=False)) == 1
+
+
+def test_begin_of_a_closed_broker_or_of_no_lease_raises(tmp_path: Path) -> None:
+    for path in (":memory:", tmp_path / "data"):
+        with Broker(path) as broker:
+            broker.enqueue("q", b"")
+            (lease,) = broker.lease_many("q", 1, begun=False)
+            for wrong in (None, 5, "x"):
+                with pytest.raises(UsageError):
+                    broker.begin(wrong)  # type: ignore[arg-type]
+        with pytest.raises(BrokerClosedError):
+            broker.begin(lease)

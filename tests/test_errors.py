@@ -38,7 +38,10 @@ CASES: list[tuple[RivetQError, dict[str, object]]] = [
     (JobError("m"), {}),
     (JobNotFoundError("m", job_id=7), {"job_id": 7}),
     (LeaseLostError("m", job_id=7, token=31), {"job_id": 7, "token": 31}),
-    (DuplicateJobError("m", job_id=7, queue="mail", key="k"), {"job_id": 7, "queue": "mail", "key": "k"}),
+    (
+        DuplicateJobError("m", job_id=7, queue="mail", key="k", state="dead"),
+        {"job_id": 7, "queue": "mail", "key": "k", "state": "dead"},
+    ),
     (CapacityError("m"), {}),
     (QueueFullError("m", queue="mail", max_jobs=10), {"queue": "mail", "max_jobs": 10}),
     (RateLimitedError("m", queue="mail", retry_after=1.5), {"queue": "mail", "retry_after": 1.5}),

@@ -1109,3 +1109,54 @@ def test_a_waiting_lease_in_a_child_that_was_forked_under_the_lock_is_refused_at
                 os._exit(refused)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
         broker.enqueue("q", b"")
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_waiting_lease_that_is_broken_into_behind_its_take_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    with opened(tmp_path, "always") as broker:
+        broker.enqueue("q", b"")
+
+        def broken(self: object, taken: object) -> None:
+            raise error
+
+        monkeypatch.setattr(rivetq.live.SoonLease, "_hand_out", broken)
+        told: list[BaseException | None] = []
+        with contextlib.suppress(KeyboardInterrupt):
+            broker.lease_soon("q", 1, lambda leases, error: told.append(error))
+        assert [type(each) for each in told] == [error]
+
+
+def test_who_ends_by_an_error_hands_its_wake_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path, "always") as broker:
+        told: list[object] = []
+        for _ in range(2):
+            broker.lease_soon("q", 1, lambda leases, error: told.append(error or leases))
+        attempt, calls = rivetq.live.SoonLease._attempt, itertools.count()
+
+        def first_fails(self: rivetq.live.SoonLease) -> Any:
+            if next(calls) == 0:
+                raise MemoryError
+            return attempt(self)
+
+        monkeypatch.setattr(rivetq.live.SoonLease, "_attempt", first_fails)
+        broker.enqueue("q", b"")
+        settles(lambda: len(told) == 2)
+        assert isinstance(told[0], MemoryError)
+        assert isinstance(told[1], list)
+
+
+def test_a_lease_that_gets_in_line_while_the_broker_fails_is_told(tmp_path: Path) -> None:
+    with opened(tmp_path, "always") as broker:
+        engine = inside(broker)
+        register = engine._register
+
+        def fails(lessee: Any, queues: Any) -> None:
+            engine._fail(OSError("a disk that went away"))
+            register(lessee, queues)
+
+        engine._register = fails  # type: ignore[method-assign]
+        told: list[BaseException | None] = []
+        broker.lease_soon("q", 1, lambda leases, error: told.append(error))
+        assert [type(each) for each in told] == [BrokerFailedError]

@@ -101,7 +101,7 @@ class Ahead:
         if table is None:
             return
         for token, job_id in leases:
-            assert token not in self._slots, f"lease {token} is noted twice"
+            self.begin(token)  # of an attempt that was broken off
             if not self._free and not self._sweep(is_held):
                 return
             at = self._free.pop()

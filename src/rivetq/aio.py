@@ -61,6 +61,7 @@ from .model import (
     checked_int,
     duration_ms,
     moment,
+    text_of,
 )
 
 P = ParamSpec("P")
@@ -565,7 +566,7 @@ class AsyncLease:
             await self.ack()
             return
         try:
-            await self.nack(error=f"{type(error).__name__}: {error}")
+            await self.nack(error=text_of(error))
         except LeaseLostError:
             pass  # the job runs again anyway; the block's own exception is what the caller must see
         except RivetQError as trouble:

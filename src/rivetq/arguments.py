@@ -110,7 +110,10 @@ def checked_headers(headers: object) -> Mapping[str, str]:
 
 
 def _utf8_bytes(text: str) -> int:
-    return len(text.encode("utf-8", "surrogatepass"))
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"headers: {quoted(text)} has a lone surrogate and cannot be UTF-8") from None
 
 
 def checked_visibility(value: object) -> int:
@@ -136,7 +139,12 @@ def encoded(payload: object) -> bytes:
 
     No other buffers: the bytes of a numpy scalar, say, do not tell what they were.
     """
-    return bytes(payload) if isinstance(payload, (bytes, bytearray, memoryview)) else _json(payload)
+    if not isinstance(payload, (bytes, bytearray, memoryview)):
+        return _json(payload)
+    try:
+        return bytes(payload)
+    except ValueError as error:  # a view that was released
+        raise UsageError(f"payload: its bytes cannot be read ({error})") from error
 
 
 def _json(payload: object) -> bytes:

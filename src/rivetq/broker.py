@@ -36,6 +36,7 @@ from .engine import (
     Enqueue,
     Extend,
     FsyncMode,
+    KeyStands,
     Nack,
     Operation,
     Reject,
@@ -379,7 +380,7 @@ class Broker(_Enqueues):
         It takes less than a microsecond: a store into a page that outlives the process. A power cut may lose it; then
         the job counts as it stood in the page on disk, begun or not.
         """
-        self._engine.begin(lease.token)
+        self._engine.begin(checked_lease(lease)[1])
 
     def lease_soon(
         self,
@@ -697,8 +698,9 @@ class Transaction(_Enqueues):
     """Any mix of enqueues and answers over any queues, as one record of the log: all of it or nothing.
 
     Arguments and fences are checked at the call; fences, keys, max_jobs and rates again at the end of the block, which
-    is where everything happens. So a key that an answer of the block frees is free behind the block, not in it. On an
-    exception nothing happened. Other threads are not blocked meanwhile; use a transaction from one thread.
+    is where everything happens. A key that stood for a job at the call must stand for it at the end, too
+    (`JobNotFoundError`), and one that an ack of the block ends is free in the block. On an exception nothing happened.
+    Other threads are not blocked meanwhile; use a transaction from one thread.
     """
 
     def __init__(self, broker: Broker, engine: Engine) -> None:
@@ -708,6 +710,7 @@ class Transaction(_Enqueues):
         self._clock = broker._clock
         self._operations: list[Operation] = []
         self._settled: set[int] = set()
+        self._acked: set[int] = set()
         self._keys: dict[tuple[str, str], int] = {}
         self._open = False
         self._used = False
@@ -774,6 +777,8 @@ class Transaction(_Enqueues):
                     token=answer.token,
                 )
             settled.add(answer.id)
+            if isinstance(answer, Ack):
+                self._acked.add(answer.id)
         self._settled = settled
         self._operations += answers
 
@@ -791,15 +796,20 @@ class Transaction(_Enqueues):
         first_at: dict[str, int] = {}
         for i, key in enumerate(keys):
             known = None if key is None else self._keys.get((queue, key)) or standing[i]
+            if known is not None and known in self._acked and not self._engine.config(queue).idempotency_ttl:
+                known = None  # it ends with the ack that comes before
             if key is not None and operation.raise_on_duplicate and (known is not None or key in first_at):
                 raise DuplicateJobError(
                     f"queue {queue!r}: idempotency key {key!r} stands for a job already; nothing was enqueued",
                     job_id=known or 0,
                     queue=queue,
                     key=key,
+                    state=None if known is None or (job := self._engine.get(known)) is None else job.state,
                 )
             if known is not None:
                 answer[i] = JobId(known)
+                if key is not None and (queue, key) not in self._keys:
+                    self._operations.append(KeyStands(queue, key, known))
             elif key is None or key not in first_at:
                 fresh.append(i)
                 if key is not None:

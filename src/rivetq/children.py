@@ -34,6 +34,7 @@ from .pools import (
     Delivery,
     Done,
     Ending,
+    begin,
     drained,
     ending_of,
     fields,
@@ -116,7 +117,7 @@ class ProcessPool:
                 self._waiting.put(delivery)  # for `take_back`
                 break
             delivery.started_at = time.monotonic()
-            if not may_begin(delivery):
+            if not may_begin(delivery, later=True):
                 self._done(delivery)
                 continue
             try:
@@ -213,6 +214,7 @@ class _Child:
             while True:
                 if self._is_up and not is_sent:  # not before: to what does not read, much would be sent for ever
                     is_sent = True
+                    begin(delivery)
                     self._pipe.send((delivery.task, delivery.lease))
                 left = None if until is None else max(0, until - time.monotonic())
                 # A look at the process now and then: what a handler forked may hold the pipe open after its end.

@@ -12,8 +12,8 @@ from typing import Any, assert_never, cast
 import attrs
 
 from .backoff import retry_delay_ms
-from .engine import Ack, Enqueue, Extend, Nack, Operation, Reject, Release
-from .entry import DEAD, LEASED, READY, SCHEDULED, Entry
+from .engine import Ack, Enqueue, Extend, KeyStands, Nack, Operation, Reject, Release
+from .entry import DEAD, LEASED, READY, SCHEDULED, STATES, Entry
 from .errors import DuplicateJobError, JobNotFoundError, LeaseLostError, QueueFullError, RateLimitedError, UsageError
 from .events import (
     Acked,
@@ -172,6 +172,8 @@ def _settled_twice(operation: Ack | Nack | Release | Reject | Extend) -> LeaseLo
 
 def check(machine: Machine, operation: Operation, now_ms: int) -> list[int | None]:
     """The fence or the keys of one operation, as they stand now."""
+    if isinstance(operation, KeyStands):
+        return [machine.find(operation.queue, operation.key, now_ms)]
     if not isinstance(operation, Enqueue):
         held(machine, operation.id, operation.token, now_ms)
         return []
@@ -263,8 +265,17 @@ def lease(
 
 
 def expiry(machine: Machine, now_ms: int) -> list[Event]:
-    """The ends of up to EXPIRY_BATCH leases whose deadline has come, each as a nack at its deadline."""
-    return [failed(machine.jobs[i], LEASE_EXPIRED, at_ms) for at_ms, i in machine.ended_leases(now_ms, EXPIRY_BATCH)]
+    """The ends of up to EXPIRY_BATCH leases whose deadline has come, each as a nack at its deadline.
+
+    A former owner's that never began is released: its attempt does not count.
+    """
+    ended = [(at_ms, machine.jobs[i]) for at_ms, i in machine.ended_leases(now_ms, EXPIRY_BATCH)]
+    return [
+        Released(entry.id, now_ms, entry.attempts - 1)
+        if entry.token in machine.unbegun
+        else failed(entry, LEASE_EXPIRED, at_ms)
+        for at_ms, entry in ended
+    ]
 
 
 def held_jobs(machine: Machine) -> list[int]:
@@ -392,7 +403,7 @@ def remove_queue(machine: Machine, name: str, now_ms: int) -> QueueRemoved | Non
         )
     if queue.config.paused or queue.config != QueueConfig():
         raise UsageError(f"queue {name!r} is paused or configured and cannot be removed; give it the defaults first")
-    if machine.keys.stand_in(queue.number, now_ms):
+    if queue.keyed and machine.keys.stand_in(queue.number, now_ms):
         raise UsageError(
             f"queue {name!r} has idempotency keys that are still in force and cannot be removed; they end "
             f"{queue.config.idempotency_ttl:g} s after their jobs"
@@ -410,8 +421,8 @@ class _Plan:
     """The decisions of one commit, each seeing those before it; the machine stays as it is."""
 
     __slots__ = (
-        "_created", "_deadlines", "_events", "_keys", "_live", "_machine", "_new", "_next_id", "_now_ms", "_promised",
-        "_settled",
+        "_created", "_deadlines", "_events", "_freed", "_keys", "_live", "_machine", "_new", "_next_id", "_now_ms",
+        "_promised", "_settled",
     )  # fmt: skip
 
     def __init__(self, machine: Machine, now_ms: int) -> None:
@@ -424,6 +435,7 @@ class _Plan:
         self._new: dict[str, int] = {}  # new jobs per queue
         self._created: dict[str, int] = {}  # numbers of queues that this commit creates
         self._deadlines: dict[int, int] = {}  # of leases that this commit extends, by job
+        self._freed: set[int] = set()  # jobs whose keys end with their acks in this commit
         self._promised: set[int] = set()  # first ids of promises that this commit keeps
         self._next_id = machine.next_id
 
@@ -437,6 +449,8 @@ class _Plan:
                 return self._enqueue(operation)
             case Ack():
                 entry = self._settle(operation)
+                if entry.key is not None and not entry.queue.ttl_ms:
+                    self._freed.add(entry.id)
                 last = self._events[-1] if self._events else None
                 if isinstance(last, Acked) and last.queue == entry.queue.number:
                     assert isinstance(last.ids, list)
@@ -464,6 +478,16 @@ class _Plan:
                 if deadline_ms > before_ms:
                     self._events.append(Extended(entry.id, deadline_ms))
                 return deadline_ms
+            case KeyStands():
+                found = self._keys.get((operation.queue, operation.key)) or self._standing(
+                    operation.queue, operation.key
+                )
+                if found != operation.id:
+                    raise JobNotFoundError(
+                        f"queue {operation.queue!r}: idempotency key {operation.key!r} does not stand for job "
+                        f"{operation.id} any more, as the transaction was told; nothing was done, make it again",
+                        job_id=operation.id,
+                    )
             case _:
                 assert_never(operation)
         return None
@@ -541,13 +565,15 @@ class _Plan:
         for i, key in enumerate(keys):
             known = None
             if key is not None:
-                known = self._keys.get((name, key)) or self._machine.find(name, key, self._now_ms)
+                known = self._keys.get((name, key)) or self._standing(name, key)
                 if known is not None and (operation.raise_on_duplicate or operation.promised is not None):
+                    entry = self._machine.look(known)
                     raise DuplicateJobError(
                         f"queue {name!r}: idempotency key {key!r} stands for job {known}; nothing was enqueued",
                         job_id=known,
                         queue=name,
                         key=key,
+                        state=None if entry is None else STATES[entry.state],
                     )
             if known is not None:
                 answer[i] = JobId(known)
@@ -563,6 +589,11 @@ class _Plan:
                     key=key,
                 )
         return fresh
+
+    def _standing(self, name: str, key: str) -> int | None:
+        """The job that a key stands for when the acks before it in this commit have happened."""
+        known = self._machine.find(name, key, self._now_ms)
+        return None if known in self._freed else known
 
     def _number(self, name: str) -> int:
         """The number of a queue that does not exist yet."""

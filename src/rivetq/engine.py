@@ -100,7 +100,16 @@ class Extend:
     extra_ms: int
 
 
-Operation = Enqueue | Ack | Nack | Release | Reject | Extend
+@attrs.define
+class KeyStands:
+    """A transaction told a caller that this key stands for this job: so it must at the end, too. Answer: None."""
+
+    queue: str
+    key: str
+    id: int
+
+
+Operation = Enqueue | Ack | Nack | Release | Reject | Extend | KeyStands
 
 
 @attrs.frozen(kw_only=True)

@@ -66,11 +66,13 @@ class LeaseLostError(JobError):
 class DuplicateJobError(JobError):
     """The idempotency key stands for another job already (``on_duplicate="raise"``)."""
 
-    def __init__(self, message: str, *, job_id: int, queue: str, key: str) -> None:
+    def __init__(self, message: str, *, job_id: int, queue: str, key: str, state: str | None = None) -> None:
         super().__init__(message)
         self.job_id = job_id
         self.queue = queue
         self.key = key
+        self.state = state
+        """Of that job, as in `Job.state`; None if it is done, or was not there yet."""
 
 
 class CapacityError(RivetQError):

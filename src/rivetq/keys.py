@@ -65,11 +65,16 @@ class Keys:
 
     def stand_in(self, number: int, now_ms: int) -> bool:
         """Whether a key of this queue is in force. Looks at all that changed lately."""
-        changed = {**self.frozen, **self.changed}
+        for keys in (self.changed, self.frozen):
+            for (n, text), key in keys.items():
+                newest = n == number and (keys is self.changed or (n, text) not in self.changed)
+                if newest and key.job_id and not 0 < key.expires_ms <= now_ms:
+                    return True
         shelved = self.shelf.keys_of(number) if self.shelf is not None else ()
         return any(
-            key.job_id and not 0 < key.expires_ms <= now_ms for (n, _), key in changed.items() if n == number
-        ) or any((number, text) not in changed and not 0 < expires_ms <= now_ms for text, expires_ms in shelved)
+            not 0 < expires_ms <= now_ms and (number, text) not in self.changed and (number, text) not in self.frozen
+            for text, expires_ms in shelved
+        )
 
     def forget(self, number: int, text: str) -> None:
         """The key is free again."""

@@ -32,7 +32,7 @@ from .errors import (
     RivetQError,
     UsageError,
 )
-from .events import Event, Leased, Purged, Redriven
+from .events import Event, Leased, Purged, Redriven, Released
 from .histogram import Histogram
 from .machine import RUNS_AT_ONCE, Machine
 from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
@@ -268,8 +268,11 @@ class LiveEngine:
             self._change(plan)
             with self._lock:
                 self._check()
-                if decide.ids(self._machine, count, 0) is None:
-                    return self._machine.take_ids(count)
+                if decide.ids(self._machine, count, 0) is not None:
+                    continue
+                first_id, lsn = self._machine.take_ids(count), self._last_lsn()
+            self._settle(lsn)  # the reservation may be another caller's, on its way to the disk
+            return first_id
 
     def unreserve(self, first_id: int) -> None:
         self._machine.promised.pop(first_id, None)  # atomic: no lock is needed
@@ -432,6 +435,8 @@ class LiveEngine:
 
     def begin(self, token: int) -> None:
         """What is leased in memory ends with the process: nobody asks afterwards."""
+        if self._ended is not None:
+            self._check()
         if self._ended == "forked":
             self._check()
 
@@ -503,9 +508,9 @@ class LiveEngine:
                     else:
                         self._unregister(lessee, queues)
                 return None
-            if not begun:
-                self._note_unbegun(event)  # first: a crash behind the record finds it
             try:
+                if not begun:
+                    self._note_unbegun(event)  # first: a crash behind the record finds it
                 lsn = self._record([event], now_ms)
             except BaseException:
                 if not begun:  # these tokens may go to other leases
@@ -731,7 +736,7 @@ class LiveEngine:
                 self._needs_room = need  # these leases end when there is room, which the timer makes
                 self._timer_poked.set()
                 break
-            machine.tally_expired(ended)
+            machine.tally_expired([event for event in ended if not isinstance(event, Released)])
             self._advance(now_ms)
         self._behind = machine.wake_ms <= now_ms and self._needs_room is None
         return now_ms
@@ -930,7 +935,7 @@ class LiveEngine:
 class SoonLease:
     """A lessee without a thread: it looks again when it is woken, in the notifier's thread."""
 
-    __slots__ = ("_arguments", "_begun", "_done", "_engine", "_max_bytes", "_settler", "_woken", "over")
+    __slots__ = ("_arguments", "_begun", "_done", "_engine", "_max_bytes", "_settler", "_told", "_woken", "over")
 
     def __init__(
         self,
@@ -952,6 +957,7 @@ class SoonLease:
         self._done = done
         self._woken = False  # guarded by the engine's lock, as is `over`
         self.over = False  # it has taken jobs, or was told, or cancelled
+        self._told = False  # or nobody wants to be told any more
 
     def wake(self) -> None:
         # Caller holds the engine's lock.
@@ -970,20 +976,23 @@ class SoonLease:
         with engine._lock:
             if self.over:
                 return False
-            self.over = True
+            self.over = self._told = True
             engine._unregister(self, self._arguments[0])
             engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
         return True
 
     def look(self) -> None:
-        """Take what there is and tell it, else wait to be woken."""
+        """Take what there is and tell it, else wait to be woken. Whatever breaks in is told, too."""
         try:
             taken = self._attempt()
+            if taken is not None:
+                self._hand_out(taken)
+            elif self._engine._ended is not None:  # perhaps before this one was in the line, where it is told
+                self._engine._check()
         except BaseException as error:
             self._end(error)
-            return
-        if taken is not None:
-            self._hand_out(taken)
+            if not isinstance(error, Exception):  # Ctrl-C in the caller's own thread
+                raise
 
     def _attempt(self) -> _Taken | None:
         engine = self._engine
@@ -996,13 +1005,19 @@ class SoonLease:
                 engine._make_room(need)
 
     def _end(self, error: BaseException) -> None:
+        """It is over for a reason of its own. Jobs that it took meanwhile stay leased until their deadline."""
         engine = self._engine
         with engine._lock:
-            if self.over:
-                return
             self.over = True
             engine._unregister(self, self._arguments[0])
-        self._done(None, error)
+            if engine._ended is None:
+                engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
+        self._tell(None, error)
+
+    def _tell(self, leases: list[Lease] | None, error: BaseException | None) -> None:
+        if not self._told:
+            self._told = True
+            self._done(leases, error)
 
     def _hand_out(self, taken: _Taken) -> None:
         """At once if nothing has to be waited for, else from the notifier's thread."""
@@ -1015,7 +1030,7 @@ class SoonLease:
                     leases = engine._hand_out(*taken, self._settler)
                 except BaseException as failure:
                     error = failure
-            self._done(leases, error)
+            self._tell(leases, error)
 
         with engine._lock:
             # An end since they were taken: the notifier may have gone, so nothing is left with it any more.
@@ -1028,7 +1043,7 @@ class SoonLease:
         try:
             engine._check()
         except RivetQError as error:
-            self._done(None, error)
+            self._tell(None, error)
         else:
             tell(None)
 

@@ -215,15 +215,19 @@ class LocalEngine(LiveEngine):
             self._index.reopen()
         else:
             self._index.clear()
+        ahead = os.path.join(self._path, "ahead")
+        unbegun = machine.unbegun = read_ahead(ahead)
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
         self._keeper_poked.set()
-        ahead = os.path.join(self._path, "ahead")
-        unbegun = read_ahead(ahead)
         if release_on_open:
             self._end_leases(unbegun)
         held = (machine.jobs[job_id] for queue in machine.queues.values() for job_id in queue.leased)
-        self._ahead = Ahead(ahead, [(entry.token, entry.id) for entry in held if entry.token in unbegun])
+        kept = [(entry.token, entry.id) for entry in held if entry.token in unbegun]
+        machine.unbegun = {token for token, _ in kept}
+        self._ahead = Ahead(ahead, kept)
+        if kept:  # a holder that lives on may begin one of them
+            self._ahead.make()
         log.drop(machine.oldest_segment - 1)
 
     def _end_leases(self, unbegun: Container[int]) -> None:
@@ -334,9 +338,10 @@ class LocalEngine(LiveEngine):
         self._group.fail(error)
 
     def begin(self, token: int) -> None:
-        if self._ended == "forked":
+        if self._ended is not None:
             self._check()
         self._ahead.begin(token)
+        self._machine.unbegun.discard(token)
 
     def _ready_for_unbegun(self) -> None:
         self._ahead.make()

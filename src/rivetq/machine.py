@@ -109,6 +109,8 @@ class Machine:
         short."""
         self.wall_ms: Callable[[], int] | None = None
         """What the wall clock shows: for an `eta_ms` alone, and no part of the state. None: it shows the time line."""
+        self.unbegun: set[int] = set()
+        """Tokens of a former owner's leases that were taken in advance and never begun: their attempts do not count."""
         self.promised: dict[int, int] = {}  # ids that were told in advance and have no job yet: first id -> how many
 
     def take_ids(self, count: int) -> int:
@@ -326,6 +328,7 @@ class Machine:
             case QueueCreated():
                 if event.number not in self.numbers:
                     self._add_queue(Queue(event.number, event.name))
+                    self.numbers[event.number].keyed = False
             case QueueRemoved():
                 gone = self.numbers.get(event.number)
                 if gone is not None and not any(gone.counts):  # in a salvaged log it may still hold something
@@ -890,6 +893,8 @@ class Machine:
 
     def _hold_key(self, number: int, text: str, key: Key) -> None:
         self.keys.hold(number, text, key)
+        if (queue := self.numbers.get(number)) is not None:
+            queue.keyed = True
         if key.expires_ms:
             self._expect(key.expires_ms)
 

@@ -50,7 +50,7 @@ def duration_ms(value: object, name: str) -> int:
         raise UsageError(f"{name}: seconds (int, float) or a timedelta expected, got {_shown(value)}")
     if not 0 <= seconds <= MAX_DURATION_MS / 1000:
         raise UsageError(f"{name}: 0 seconds to 100 years expected, got {quoted(value)}")
-    return math.ceil(round(seconds * 1000, 6))
+    return _whole_ms(seconds)
 
 
 def moment_ms(value: object, name: str) -> int:
@@ -62,8 +62,15 @@ def moment_ms(value: object, name: str) -> int:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if not 0 <= value <= _LAST_MOMENT_S:
             raise UsageError(f"{name}: epoch seconds from 0 to {_LAST_MOMENT_S} expected, got {quoted(value)}")
-        return math.ceil(round(value * 1000, 6))
+        return _whole_ms(value)
     raise UsageError(f"{name}: an aware datetime or epoch seconds expected, got {_shown(value)}")
+
+
+def _whole_ms(seconds: float) -> int:
+    """Milliseconds, rounded up; but a float that means a whole one, as 8528207.31 does, is that one."""
+    ms = seconds * 1000
+    near = round(ms)
+    return near if abs(ms - near) <= 1e-6 + ms * 4e-16 else math.ceil(ms)
 
 
 def moment(at_ms: int) -> datetime:
@@ -406,7 +413,7 @@ class Lease:
             broker.ack(self)
             return
         try:
-            broker.nack(self, error=f"{type(error).__name__}: {error}")
+            broker.nack(self, error=text_of(error))
         except LeaseLostError:
             pass  # the job runs again anyway; the block's own exception is what the caller must see
         except RivetQError as trouble:
@@ -417,6 +424,14 @@ class Lease:
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
         _set_plain_state(self, state)
+
+
+def text_of(error: BaseException) -> str:
+    """ "TypeName: message", whatever the message does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as trouble:
+        return f"{type(error).__name__}: (its text cannot be made: {type(trouble).__name__})"
 
 
 def _plain_state(value: Job | Lease) -> tuple[object, ...]:

@@ -139,21 +139,31 @@ def _returned(value: Any) -> Ending:
     return ending_of(value) if isinstance(value, Outcome) else ACK
 
 
-def may_begin(delivery: Delivery) -> bool:
-    """In every pool, when there is a slot for the job: its handler begins now. False: it must not; its end is set."""
+def may_begin(delivery: Delivery, *, later: bool = False) -> bool:
+    """In every pool, when there is a slot for the job: its handler begins now. False: it must not; its end is set.
+
+    Args:
+        later: it begins when something else is ready, and `begin` is called then.
+    """
     if delivery.job.cancelled:  # before it began, so it does not begin
         delivery.ending = stopped(delivery)
         return False
     try:
         broker = delivery.broker
         if broker is None or not broker.is_paused(delivery.lease.queue):
-            if broker is not None:
-                broker.begin(delivery.lease)  # from here on a death of the process costs the job its attempt
+            if not later:
+                begin(delivery)
             return True
     except RivetQError:  # it was closed or failed, and the worker ends
         pass
     delivery.is_untouched, delivery.ending = True, GIVEN_BACK
     return False
+
+
+def begin(delivery: Delivery) -> None:
+    """From here on a death of the process costs the job its attempt."""
+    if delivery.broker is not None:
+        delivery.broker.begin(delivery.lease)
 
 
 def run_here(delivery: Delivery, app: App) -> None:

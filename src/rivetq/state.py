@@ -23,7 +23,7 @@ class Queue:
     """One queue: its configuration, its jobs by state, its totals."""
 
     __slots__ = (
-        "acked", "bucket", "buried", "cancelled", "config", "counts", "dead", "enqueued", "expired", "leased",
+        "acked", "bucket", "buried", "cancelled", "config", "counts", "dead", "enqueued", "expired", "keyed", "leased",
         "limited", "name", "number", "purged", "ready", "released", "retried", "scheduled", "started",
         "token_at_ms", "ttl_ms", "visibility_ms",
     )  # fmt: skip
@@ -43,6 +43,7 @@ class Queue:
         self.retried = self.released = self.buried = self.expired = self.limited = 0
         self.started = (0, 0)
         self.bucket: TokenBucket | None = None
+        self.keyed = True  # False: it never had a key, which is known of queues that were made since the opening
         self.token_at_ms = NEVER_MS  # when those who wait for a token are woken
         self.configure(QueueConfig(), 0)
 

@@ -2502,3 +2502,76 @@ def test_what_is_leased_in_advance_is_a_lease_like_any_other(broker: Broker) -> 
     second.release()
     again = _lease(broker)
     assert (again.payload, again.attempt) == (b"b", 1)
+
+
+def test_a_duplicate_says_in_which_state_its_job_is(broker: Broker) -> None:
+    for state in ("ready", "leased", "dead", None):
+        if state == "leased":
+            lease = _lease(broker)
+        elif state == "dead":
+            lease.reject()
+        elif state is None:
+            broker.redrive("q")
+            _lease(broker).ack()
+        else:
+            broker.enqueue("q", b"", idempotency_key="k")
+        for call in (broker.enqueue, lambda *args, **options: _in_transaction(broker, *args, **options)):
+            with _refuses(broker, DuplicateJobError) as caught:
+                call("q", b"", idempotency_key="k", on_duplicate="raise")
+            assert caught.value.state == state
+
+
+def _in_transaction(broker: Broker, *args: Any, **options: Any) -> None:
+    with broker.transaction() as tx:
+        tx.enqueue(*args, **options)
+
+
+@pytest.mark.parametrize("end", ["cancel", "purge"])
+def test_a_key_that_is_free_at_the_end_of_a_transaction_that_was_told_a_job_ends_it(broker: Broker, end: str) -> None:
+    """Else the job that the caller counts on would be in no queue, without a word."""
+    old = broker.enqueue("q", b"old", idempotency_key="k")
+    with pytest.raises(JobNotFoundError) as caught, broker.transaction() as tx:
+        assert tx.enqueue("q", b"new", idempotency_key="k") == old
+        tx.enqueue("other", b"")
+        _END[end](broker)
+    assert (caught.value.job_id, caught.value.outcome) == (old, "not_done")
+    assert broker.stats().ready == 0
+    with broker.transaction() as tx:
+        assert tx.enqueue("q", b"new", idempotency_key="k") > old
+    assert broker.stats("q").ready == 1
+
+
+def test_an_ack_frees_a_key_without_a_window_for_the_same_transaction(broker: Broker) -> None:
+    broker.configure_queue("q", idempotency_ttl=0)
+    old = broker.enqueue("q", b"old", idempotency_key="k")
+    lease = _lease(broker)
+    with broker.transaction() as tx:
+        tx.ack(lease)
+        new = tx.enqueue("q", b"new", idempotency_key="k")
+    assert new > old
+    assert broker.find("q", "k") == new
+    assert _lease(broker).payload == b"new"
+
+
+def test_an_exception_without_a_text_goes_through_a_lease_and_nacks(broker: Broker) -> None:
+    class SilentError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    lease = _lease_new(broker)
+    with pytest.raises(SilentError), lease:
+        raise SilentError
+    assert "SilentError" in str(_job(broker, lease.id).last_error)
+
+
+def test_headers_are_utf_8(broker: Broker) -> None:
+    for headers in ({"a": "\ud800"}, {"\ud800": "a"}):
+        with _refuses(broker, UsageError):
+            broker.enqueue("q", b"", headers=headers)
+
+
+def test_a_view_that_was_released_is_no_payload(broker: Broker) -> None:
+    view = memoryview(b"x")
+    view.release()
+    with _refuses(broker, UsageError):
+        broker.enqueue("q", view)

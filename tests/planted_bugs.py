@@ -139,8 +139,8 @@ BUGS = (
     Bug(
         "reservation not looked at again",
         "live.py",
-        "                if decide.ids(self._machine, count, 0) is None:\n                    return",
-        "                if True:\n                    return",
+        "                if decide.ids(self._machine, count, 0) is not None:\n                    continue",
+        "                if False:\n                    continue",
         "test_threads.py::test_two_transactions_that_meet_in_one_reservation_get_ids_of_their_own",
     ),
     Bug(
@@ -497,7 +497,7 @@ BUGS = (
     Bug(
         "given back counts against max_jobs",
         "worker.py",
-        "self._jobs += sum(not delivery.is_untouched for delivery in (*endings, *lost))",
+        "self._jobs += len(told)",
         "self._jobs += len(endings) + len(lost)",
         "test_worker_leasing.py::test_jobs_that_were_given_back_do_not_count_against_max_jobs",
     ),
@@ -763,15 +763,15 @@ BUGS = (
     Bug(
         "jobs begin while Python ends",
         "pools.py",
-        "    return not main.is_alive() and",
-        "    return False and",
+        "    return False if main.is_alive() else",
+        "    return False if True else",
         "test_pools.py::test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time",
     ),
     Bug(
         "a program that serves has ended",
         "pools.py",
-        "    return not main.is_alive() and all(each.daemon or each is main for each in threading.enumerate())",
-        "    return not main.is_alive()",
+        "    return all(each.daemon or each is main for each in threading.enumerate())",
+        "    return True",
         "test_pools.py::test_a_worker_goes_on_while_another_thread_serves",
     ),
     Bug(
@@ -895,15 +895,16 @@ BUGS = (
         "cancelled lessee keeps its wake-up",
         "live.py",
         "            engine._wake_lessees(self._arguments[0])"
-        "  # it may have been woken for a job that another can have\n",
-        "",
+        "  # it may have been woken for a job that another can have\n        return True",
+        "        return True",
         "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[cancelled]",
     ),
     Bug(
         "failed lessee stays in the line",
         "live.py",
-        "            self.over = True\n            engine._unregister(self, self._arguments[0])\n        self._done",
-        "            self.over = True\n        self._done",
+        "            self.over = True\n            engine._unregister(self, self._arguments[0])\n"
+        "            if engine._ended",
+        "            self.over = True\n            if engine._ended",
         "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[failed]",
     ),
     Bug(

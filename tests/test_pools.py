@@ -860,3 +860,36 @@ def test_a_job_that_is_told_to_stop_while_it_gets_its_child_does_not_run_on(
         pool.submit([delivery])
         until(lambda: done)
     assert delivery.ending == (pools.Ending("nack", "cancelled") if is_told else pools.ACK)
+
+
+def test_a_job_of_a_child_begins_when_the_child_is_up_and_not_before(
+    of_children: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill meanwhile costs no attempt, and a pause meanwhile is seen."""
+    begun: list[int] = []
+    begin = Broker.begin
+
+    def noted(self: Broker, lease: Any) -> None:
+        begun.append(lease.id)
+        begin(self, lease)
+
+    monkeypatch.setattr(Broker, "begin", noted)
+    make, coming, may_come = children._Child.__init__, threading.Event(), threading.Event()
+
+    def slow(self: Any, app: App) -> None:
+        coming.set()
+        assert may_come.wait(PATIENCE_S)
+        make(self, app)
+
+    monkeypatch.setattr(children._Child, "__init__", slow)
+    job_id = worker_tasks.sleep.enqueue(0)
+    with Worker(of_children, concurrency=1):
+        assert coming.wait(PATIENCE_S)
+        assert begun == []
+        of_children.broker.pause("children")
+        may_come.set()
+        until(lambda: job(of_children, job_id).state == "ready")
+        assert (begun, job(of_children, job_id).attempts) == ([], 0)
+        of_children.broker.resume("children")
+        until(lambda: of_children.broker.get(job_id) is None)
+        assert begun.count(job_id) == 1

@@ -34,7 +34,6 @@ from .pools import (
     Delivery,
     Done,
     Ending,
-    begin,
     drained,
     ending_of,
     fields,
@@ -213,8 +212,9 @@ class _Child:
             is_sent = is_taken = False
             while True:
                 if self._is_up and not is_sent:  # not before: to what does not read, much would be sent for ever
+                    if not may_begin(delivery):  # once more: a child takes its time to come up
+                        return delivery.ending
                     is_sent = True
-                    begin(delivery)
                     self._pipe.send((delivery.task, delivery.lease))
                 left = None if until is None else max(0, until - time.monotonic())
                 # A look at the process now and then: what a handler forked may hold the pipe open after its end.

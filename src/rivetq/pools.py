@@ -143,7 +143,7 @@ def may_begin(delivery: Delivery, *, later: bool = False) -> bool:
     """In every pool, when there is a slot for the job: its handler begins now. False: it must not; its end is set.
 
     Args:
-        later: it begins when something else is ready, and `begin` is called then.
+        later: something else must be ready first, and this is asked once more then.
     """
     if delivery.job.cancelled:  # before it began, so it does not begin
         delivery.ending = stopped(delivery)

@@ -627,7 +627,7 @@ def test_a_worker_whose_broker_failed_is_status_1_and_leaves_no_server(
     (tmp_path / "shop.py").write_text(APP.replace('"unused"', '":memory:"'))
     monkeypatch.syspath_prepend(tmp_path)
     assert CliRunner().invoke(cli.main, ["worker", "shop:app", *port]).exit_code == 1
-    sys.modules.pop("shop")
+    sys.modules.pop("shop").app.close()  # which `run` does, the real one
     assert closed == [True] * bool(port)
 
 

@@ -25,7 +25,7 @@ import attrs
 from rivetq import Broker, Lease, RivetQError
 
 from .tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, Task, running, seconds_of
-from .texts import ERROR_CHARS, cut
+from .texts import ERROR_CHARS, MESSAGE_CHARS, cut
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -124,9 +124,9 @@ def stopped(delivery: Delivery) -> Ending:
 
 
 def text_of(error: BaseException | None) -> str:
-    """ "TypeName: message", whatever the message does, and however long it is."""
+    """ "TypeName: message", whatever the message does; of a very long one the beginning, of which a job keeps 4 KiB."""
     try:
-        return f"{type(error).__name__}: {cut(str(error), ERROR_CHARS)}"
+        return f"{type(error).__name__}: {str(error)[:MESSAGE_CHARS]}"
     except Exception as trouble:
         return f"{type(error).__name__}: (its text cannot be made: {type(trouble).__name__})"
 
@@ -314,7 +314,7 @@ def _log_failure(delivery: Delivery, error: BaseException) -> None:
     if not isinstance(error, Outcome):
         logger.warning(
             "job %s: task %s failed in attempt %s: %s", delivery.lease.id, delivery.task.name, delivery.lease.attempt,
-            text_of(error), exc_info=error, extra=fields(delivery),
+            cut(text_of(error), ERROR_CHARS), exc_info=error, extra=fields(delivery),
         )  # fmt: skip
 
 

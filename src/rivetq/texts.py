@@ -13,6 +13,8 @@ NAME_CHARS = 200
 """Of a name in a message."""
 ERROR_CHARS = 4000
 """Of what an error says, in the message of another and in a log line; about what is kept with a job."""
+MESSAGE_CHARS = 2**16
+"""Of what an error of a handler says, before the broker keeps 4 KiB of it."""
 
 
 def escaped(text: str, keep: str = "") -> str:

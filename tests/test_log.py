@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from crc32c import crc32c
@@ -953,3 +954,15 @@ def test_an_abandoned_log_leaves_the_files_as_they_are(desk: Desk) -> None:
     assert desk.bodies(1) == [b"written"]
     assert desk.path(1).stat().st_size == SEGMENT_BYTES
     assert open_files(desk.directory) == []
+
+
+def test_names_that_cannot_be_synced_are_an_error_and_a_forked_log_writes_nothing() -> None:
+    disk = mock.Mock()
+    disk.sync_directory.side_effect = OSError(5, "EIO")
+    log = Log(disk, "directory", log_id=b"0" * 16, epoch=1, segment_bytes=65_536)
+    with pytest.raises(OSError, match="EIO"):
+        log._sync_names()
+    locks = log._write_lock, log._spare_lock
+    log.forked()
+    disk.forked.assert_called_once_with()
+    assert (log._write_lock, log._spare_lock) != locks

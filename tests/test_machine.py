@@ -2449,3 +2449,71 @@ def test_a_queue_that_holds_a_job_is_kept_by_a_salvaged_log() -> None:
     bench.enqueue()
     bench.apply(QueueRemoved(MAIL))
     assert bench.states()["ready"] == [1]
+
+
+# Places that only a replay, a look in parts or a removed queue comes to
+
+
+def test_a_token_is_expected_where_a_rate_limit_on_lease_is_and_once() -> None:
+    bench = Bench()
+    bench.machine.expect_token(bench.mail, NOW)
+    bench.apply(QueueConfigured(MAIL, QueueConfig(rate_limit=RateLimit(1, 1, "enqueue"))))
+    bench.machine.expect_token(bench.mail, NOW)
+    assert bench.machine._tokens == []
+    bench.apply(QueueConfigured(MAIL, QueueConfig(rate_limit=RateLimit(1, 1))))
+    bench.enqueue()
+    bench.lease(1)
+    for _ in range(3):
+        bench.machine.expect_token(bench.mail, NOW)
+    assert bench.machine._tokens == [(NOW + 1000, MAIL)]
+
+
+def test_a_redrive_of_a_job_that_is_gone_brings_back_the_others() -> None:
+    bench = Bench()
+    bench.enqueue(4)
+    bench.bury(1, 2, 3, 4)
+    for state, window in bench.machine.crowded(0):
+        bench.machine.pack(state, window, 9)
+    bench.apply(Purged(MAIL, [2]))
+    bench.apply(Redriven([1, 2, 3]))
+    assert bench.states() == {"ready": [1, 3], "dead": [4]}
+
+
+def test_a_key_of_a_removed_queue_that_a_replay_meets_is_held_until_it_ends() -> None:
+    bench = Bench()
+    bench.apply(KeyCopied(99, "k", 1, NOW + 5))
+    assert bench.machine.keys.get(99, "k") is not None
+    bench.apply(at=NOW + 5)
+    assert bench.machine.keys.get(99, "k") is None
+
+
+def test_ids_and_jobs_are_read_in_parts_as_far_as_they_are_there() -> None:
+    with small(4):
+        bench = Bench()
+        bench.enqueue(6)
+        for job_id in (5, 6):
+            bench.loosen(job_id)
+        machine = bench.machine
+        for below, count, expected in ((6, 9, [1, 2, 3, 4, 5]), (9, 5, [1, 2, 3, 4, 5]), (1, 9, [])):
+            found: list[int] = []
+            while part := machine.some_ids(bench.mail, (READY,), below, count):
+                found += part
+                bench.apply(Purged(MAIL, part))
+            assert found[: len(expected)] == expected
+            bench = Bench()
+            bench.enqueue(6)
+            for job_id in (5, 6):
+                bench.loosen(job_id)
+            machine = bench.machine
+        (run,) = bench.mail.window(READY, 5).runs
+        assert [entry.id for entry in machine.listed("mail", run, [2, 5, 77])] == [2, 5]
+        assert list(machine.listed("unknown", None, [1])) == []
+
+
+def test_a_key_that_ended_on_the_shelf_after_its_segment_went_weighs_nothing() -> None:
+    bench, shelf = keyed(), Shelf()
+    bench.ack(1)
+    save(bench.machine, shelf)
+    bench.apply(SegmentsDropped(1), at=NOW + 1000)
+    bench.machine.check()
+    assert bench.machine.find("mail", "k", bench.now) is None

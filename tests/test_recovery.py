@@ -20,7 +20,17 @@ import pytest
 from conftest import Extent
 
 import rivetq.recovery
-from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy, StorageError
+from rivetq import (
+    Broker,
+    CorruptLogError,
+    FormatError,
+    JobState,
+    Lease,
+    LeaseLostError,
+    RetryPolicy,
+    StorageError,
+    recovery,
+)
 from rivetq.codec import decode_record, encode_record, encode_snapshot
 from rivetq.events import Acked, Enqueued, Event, Leased, QueueCreated, SegmentsDropped
 from rivetq.index import Index
@@ -1200,3 +1210,19 @@ def test_a_log_that_moves_while_it_is_read_is_read_anew_and_not_for_ever(
     with pytest.raises(error):
         beside_its_owner("d", read)
     assert len(tries) == rounds
+
+
+def test_segments_that_the_owner_drops_while_they_are_read_are_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "q") as broker:
+        broker.enqueue("q", b"")
+        broker.rotate()
+    reader = recovery.records(SystemDisk(), str(tmp_path / "q"))
+
+    def gone(self: object) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(recovery._Reader, "open_oldest", gone)
+    with pytest.raises(StorageError, match="dropped segments"):
+        next(reader)

@@ -2469,14 +2469,16 @@ def test_a_token_is_expected_where_a_rate_limit_on_lease_is_and_once() -> None:
 
 
 def test_a_redrive_of_a_job_that_is_gone_brings_back_the_others() -> None:
-    bench = Bench()
-    bench.enqueue(4)
-    bench.bury(1, 2, 3, 4)
-    for state, window in bench.machine.crowded(0):
-        bench.machine.pack(state, window, 9)
-    bench.apply(Purged(MAIL, [2]))
-    bench.apply(Redriven([1, 2, 3]))
-    assert bench.states() == {"ready": [1, 3], "dead": [4]}
+    with small(4, 3):
+        bench = Bench()
+        bench.enqueue(10)
+        bench.bury(*range(1, 11))
+        for state, window in bench.machine.crowded(0):
+            bench.machine.pack(state, window, 4)
+        assert 8 not in bench.machine.jobs, "it is in a run"
+        bench.apply(Purged(MAIL, [8]))
+        bench.apply(Redriven([8, 9]))
+        assert bench.states() == {"ready": [9], "dead": [1, 2, 3, 4, 5, 6, 7, 10]}
 
 
 def test_a_key_of_a_removed_queue_that_a_replay_meets_is_held_until_it_ends() -> None:

@@ -546,7 +546,7 @@ def test_a_thread_that_comes_while_another_registers_classes_waits_for_them(monk
     with app:
         task.enqueue(Mail("b", datetime.now(UTC)))
         threads[0].join(30)
-        assert enqueued == [2]
+        assert len(enqueued) == 1, "whichever of the two came first"
 
 
 def test_no_header_of_a_call_renames_its_task(app: App) -> None:

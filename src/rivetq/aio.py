@@ -675,10 +675,16 @@ class _Answer:
         self._answer: list[tuple[Any, BaseException | None]] = []
 
     def tell(self, answer: Any, error: BaseException | None) -> None:
-        """For the engine, in any thread."""
+        """For the engine, in any thread. Whatever breaks in (no memory, say): who waits is told."""
+        try:
+            self._take(answer, error)
+        except BaseException:
+            self._take(answer, error)
+
+    def _take(self, answer: Any, error: BaseException | None) -> None:
         with self._lock:
             dropped = self._is_dropped
-            if not dropped:
+            if not dropped and not self._answer:
                 self._answer.append((answer, error))
         if dropped:
             self._give_back(answer, error)

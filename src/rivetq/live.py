@@ -962,8 +962,8 @@ class SoonLease:
     def wake(self) -> None:
         # Caller holds the engine's lock.
         if not self._woken:
-            self._woken = True
             self._engine._notifier.call(self.look)
+            self._woken = True  # last: what breaks in between costs a second look, not the only one
 
     def reset(self) -> None:
         # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.

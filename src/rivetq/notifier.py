@@ -118,13 +118,16 @@ class Notifier:
         except BaseException as failure:
             error = failure
         for _, tell in batch:
-            _guarded(tell, error)
+            if not _guarded(tell, error):
+                _guarded(tell, error)  # it may have been broken into before it told anybody
         self._batch = []
         return True
 
 
-def _guarded(do: Callable[..., None], *arguments: object) -> None:
+def _guarded(do: Callable[..., None], *arguments: object) -> bool:
     try:
         do(*arguments)
     except BaseException:
         logger.exception("a callback raised; nobody else is disturbed")
+        return False
+    return True

@@ -253,7 +253,10 @@ class AsyncBroker:
                 timer = mailbox.loop.call_later(wait_s, end)
         try:
             leases: list[Lease] = await future
-        except BaseException:  # cancelled, or the loop was closed and the coroutine with it
+        except GeneratorExit:  # the loop was closed, and the coroutine is collected: in the middle of any call
+            waiting.abandon(answer.drop)
+            raise
+        except BaseException:
             if not waiting.cancel():  # something was taken: it is here unseen, or on its way
                 answer.drop()
             raise

@@ -136,6 +136,14 @@ class Waiting(Protocol):
         """Wait no more. True: nothing was taken and nobody will be told; False: it is over already."""
         ...
 
+    def abandon(self, unwanted: Callable[[], None]) -> None:
+        """`cancel` for a finalizer, which may run with any lock held: another thread does it, soon.
+
+        Args:
+            unwanted: called there if it was over already.
+        """
+        ...
+
 
 Done = Callable[[Any, BaseException | None], None]
 """Told once: (answer, None) or (None, error), perhaps before the call returns, perhaps in a thread of the engine's. It

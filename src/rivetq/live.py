@@ -981,6 +981,13 @@ class SoonLease:
             engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
         return True
 
+    def abandon(self, unwanted: Callable[[], None]) -> None:
+        def give_up() -> None:
+            if not self.cancel():
+                unwanted()
+
+        self._engine._notifier.call(give_up)
+
     def look(self) -> None:
         """Take what there is and tell it, else wait to be woken. Whatever breaks in is told, too."""
         try:

@@ -272,3 +272,19 @@ def test_begin_of_a_closed_broker_or_of_no_lease_raises(tmp_path: Path) -> None:
                     broker.begin(wrong)  # type: ignore[arg-type]
         with pytest.raises(BrokerClosedError):
             broker.begin(lease)
+
+
+def test_what_breaks_into_a_lease_that_is_taken_in_advance_comes_through_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "data") as broker:
+        broker.enqueue("q", b"")
+        engine = inside(broker)
+
+        def interrupted(prepared: object, now_ms: int) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine, "_append", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # and not the BrokerFailedError of the calls that come later
+            broker.lease_many("q", 1, begun=False)
+        assert not read_ahead(str(tmp_path / "data" / "ahead"))

@@ -443,6 +443,9 @@ class LiveEngine:
     def _ready_for_unbegun(self) -> None:
         """What `_note_unbegun` needs from the disk."""
 
+    def _forget_unbegun(self, event: Leased) -> None:
+        """The record of these leases could not be made."""
+
     def _note_unbegun(self, event: Leased) -> None:
         """These leases are taken in advance: with files, an opening after a crash will know."""
         # Caller holds self._lock.
@@ -513,9 +516,8 @@ class LiveEngine:
                     self._note_unbegun(event)  # first: a crash behind the record finds it
                 lsn = self._record([event], now_ms)
             except BaseException:
-                if not begun:  # these tokens may go to other leases
-                    for token in event.tokens:
-                        self.begin(token)
+                if not begun:
+                    self._forget_unbegun(event)  # these tokens may go to other leases
                 raise
             if lessee is not None:
                 self._unregister(lessee, queues)

@@ -349,6 +349,10 @@ class LocalEngine(LiveEngine):
     def _note_unbegun(self, event: Leased) -> None:
         self._ahead.note(zip(event.tokens, event.ids, strict=True), self._is_held)
 
+    def _forget_unbegun(self, event: Leased) -> None:
+        for token in event.tokens:
+            self._ahead.begin(token)
+
     def _is_held(self, token: int, job_id: int) -> bool:
         # Caller holds self._lock.
         entry = self._machine.jobs.get(job_id)

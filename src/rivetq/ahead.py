@@ -116,13 +116,13 @@ class Ahead:
         return bool(self._free)
 
     def begin(self, token: int) -> None:
-        """It begins, or nobody asks any more."""
-        found = self._slots.pop(token, None)
-        if found is not None:
-            at, table = found[0], self._map
+        """It begins, or has ended before it did."""
+        found, table = self._slots.pop(token, None), self._map
+        if found is not None and table is not None:
+            at = found[0]
             try:
-                _TOKEN.pack_into(table, at, 0)  # type: ignore[arg-type]  # None: closed meanwhile, as below
-            except (TypeError, ValueError):
+                _TOKEN.pack_into(table, at, 0)
+            except ValueError:  # closed meanwhile
                 return
             self._free.append(at)
 

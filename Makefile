@@ -99,7 +99,7 @@ forks: $(VENV)/ready ## fork at every line of each call while others hold the lo
 	$(BIN)/python tests/forks.py --forks $(FORKS) --seed $(SEED)
 
 HISTORIES ?= 2000
-waiting: $(VENV)/ready ## HISTORIES of lessees that wait: whoever waits for a job that could be leased gets it
+waiting: $(VENV)/ready ## HISTORIES of lessees that wait: a job that can be leased goes to one of them
 	$(BIN)/python tests/waiting.py --histories $(HISTORIES) --seed $(SEED)
 
 JOBS ?= 1000000

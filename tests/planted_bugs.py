@@ -605,7 +605,7 @@ BUGS = (
         "    try:\n"
         "        do(*arguments)\n"
         "    except BaseException:\n"
-        '        logger.exception("a callback raised; nobody else is disturbed")\n'
+        '        logger.exception("a callback raised; the others are told all the same")\n'
         "        return False\n",
         "    do(*arguments)\n",
         "test_notifier.py::test_a_callback_that_raises_disturbs_no_other",

@@ -96,7 +96,7 @@ class Ahead:
 
     def note(self, leases: Iterable[tuple[int, int]], is_held: Callable[[int, int], bool]) -> None:
         """These leases (token, job) have not begun. `is_held` tells whether an older one is still in force."""
-        # Caller holds the engine's lock, or nobody else knows the table yet.
+        # Caller holds the engine's lock, or no other thread knows the table yet.
         table = self._map
         if table is None:
             return

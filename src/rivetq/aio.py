@@ -678,7 +678,7 @@ class _Answer:
         self._answer: list[tuple[Any, BaseException | None]] = []
 
     def tell(self, answer: Any, error: BaseException | None) -> None:
-        """For the engine, in any thread. Whatever breaks in (no memory, say): who waits is told."""
+        """For the engine, in any thread. What breaks in (no memory, say) does not keep the call waiting."""
         try:
             self._take(answer, error)
         except BaseException:
@@ -696,7 +696,7 @@ class _Answer:
 
     def deliver(self) -> None:
         """In the event loop."""
-        if self.future.done() or self._is_dropped:  # whoever cancelled it drops it
+        if self.future.done() or self._is_dropped:  # the one that cancelled it drops it
             return
         ((answer, error),) = self._answer
         if error is None:
@@ -737,7 +737,7 @@ class _Mailbox:
             self._is_woken = True
             try:
                 self.loop.call_soon_threadsafe(self._wake)
-            except RuntimeError:  # the loop is closed: nobody is left to be told
+            except RuntimeError:  # the loop is closed: no task is left to be told
                 while self._told:
                     self._told.popleft().drop()
 

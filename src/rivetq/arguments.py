@@ -117,7 +117,7 @@ def _utf8_bytes(text: str) -> int:
 
 
 def checked_visibility(value: object) -> int:
-    """Milliseconds, at least one: a lease that is lost when it is given helps nobody."""
+    """Milliseconds, at least one: a lease that is lost when it is given is of no use."""
     visibility_ms = duration_ms(value, "visibility_timeout")
     if not visibility_ms:
         raise UsageError(f"visibility_timeout: more than 0 seconds expected, got {quoted(value)}")

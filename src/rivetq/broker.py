@@ -361,8 +361,8 @@ class Broker(_Enqueues):
         Args:
             begun: False: the jobs are leased in advance, and `begin` will be called for each whose work begins. If the
                 process dies before, the next opening gives that job back with its attempt refunded.
-            max_bytes: of their payloads together, so that a batch has a bound in memory; one job is leased whatever its
-                size. None: no limit.
+            max_bytes: of their payloads together, so that a batch has a bound in memory; one job is leased in
+                any case. None: no limit.
         """
         return self._engine.lease(
             checked_queues(queue),

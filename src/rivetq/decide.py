@@ -210,7 +210,7 @@ def lease(
 ) -> tuple[Leased | None, list[Queue]]:
     """The most urgent jobs of the queues in the order given, and the queues whose rate limit refused some.
 
-    Their payloads have `max_bytes` together at most; but one job there is, whatever its size.
+    Their payloads have `max_bytes` together at most; but one job is leased in any case.
     """
     ids: list[int] = []
     attempts: list[int] = []

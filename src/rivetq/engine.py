@@ -40,7 +40,7 @@ class Enqueue:
     priority: int = 5
     delay_ms: int = 0
     eta_ms: int | None = None
-    """In place of a delay: a moment of the wall clock of whoever decides, in epoch milliseconds."""
+    """In place of a delay: a moment of the engine's wall clock, in epoch milliseconds."""
     headers: Mapping[str, str] | None = None
     retry: RetryPolicy | None = None
     """None: the queue's policy."""
@@ -177,11 +177,11 @@ class Engine(Protocol):
         ...
 
     def reserve(self, count: int) -> int:
-        """The first of `count` ids that will be given to nobody else, ever: one `Enqueue` may ask for them."""
+        """The first of `count` ids that no other call is ever given: one `Enqueue` may ask for them."""
         ...
 
     def unreserve(self, first_id: int) -> None:
-        """What `reserve` told is not wanted any more; the ids are given to nobody."""
+        """What `reserve` told is not wanted any more; no call is ever given these ids."""
         ...
 
     def lease(

@@ -87,14 +87,14 @@ class GroupCommit:
             self._wake(_LAST)
 
     def forked(self, error: BaseException) -> None:
-        """In the child: whoever leads in the parent does not exist here, so nobody may wait."""
+        """In the child: the leader is a thread of the parent, so no caller may wait for it."""
         self._lock = threading.Lock()
         self.failure = error
         for waiter in self._waiters:
             waiter.wake()
 
     def close(self) -> None:
-        """Lead a last time, after the present leader, and for good: nobody syncs when this has returned.
+        """Lead a last time, after the present leader, and for good: there is no sync after this has returned.
 
         If that sync fails, everybody who still waits is told.
         """
@@ -106,7 +106,7 @@ class GroupCommit:
                     self._waiters.append(waiter)
                 else:
                     self._leader = waiter
-            if parks and self.failure is None:  # else a fork came in between, say, and nobody would wake it
+            if parks and self.failure is None:  # else a fork came in between, say, and no thread would wake it
                 waiter.lock.acquire()
             if self.failure is None:
                 self._target.sync()
@@ -130,7 +130,7 @@ class GroupCommit:
                 return
             is_patient = self._leader is None and not self._waiters
             self._waiters.append(waiter)
-        if self.failure is not None:  # a fork above: in the child nobody will wake it
+        if self.failure is not None:  # a fork above: in the child no thread will wake it
             raise self.failure
         if is_patient:
             if waiter.lock.acquire(timeout=min(self._sync_s * PATIENCE, PATIENCE_S)):

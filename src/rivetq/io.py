@@ -79,7 +79,7 @@ class SystemDisk:
         return fd
 
     def open(self, path: str, *, write: bool = False) -> int:
-        """A file that is there. Not through a symbolic link: what is written would go into somebody else's file."""
+        """A file that is there. Not through a symbolic link: what is written would go into another file."""
         try:
             fd: int = self._os.open(path, (os.O_RDWR if write else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -165,12 +165,15 @@ class OwnFile:
 
     The program shares the table of descriptors. One that closes what it did not open (`os.closerange`, a daemon's
     beginning in a handler) and opens files then has these under the numbers of the log's: records would go into
-    them, and closing would close them. So each descriptor of ours is signed. By its offset, which pread and pwrite
-    neither use nor move. And by O_NONBLOCK, which means nothing for a regular file, and which nobody gives to one. That
-    flag is what is looked at before each write and sync, since Python keeps the interpreter meanwhile: to look at the
-    offset it lets go of it, and with many threads gets it back a switch interval later. What else may have the flag, a
-    socket or a pipe, refuses a pwrite by itself; and a file of ours that gets the number of another one tells that one.
-    A program that does it in the same moment in another thread is not noticed.
+    them, and closing would close them. So each descriptor of ours has two signs:
+
+    - its offset, which pread and pwrite neither use nor move. It is looked at before a close.
+    - O_NONBLOCK, which has no effect on a regular file. It is looked at before each write and sync, because Python keeps
+      the interpreter meanwhile. To look at the offset it lets go of it, and with many busy threads it gets it back only
+      a switch interval later. A socket or a pipe may have the flag too, but refuses a pwrite by itself.
+
+    A new file of ours that gets the number of an older one tells the older one. A program that closes a descriptor at
+    the same moment in another thread is not noticed.
     """
 
     _fd = -1

@@ -98,7 +98,7 @@ class Keys:
     def freeze(self) -> dict[tuple[int, str], Key]:
         """The changed keys, to be written; looked up there until `thaw` or `written`."""
         assert not self.frozen, "one checkpoint at a time"
-        # In one line, as in the two below: whatever breaks in finds all of it done or nothing.
+        # In one line, as in the two below: an exception finds all of it done or nothing.
         self.frozen, self.changed, self._ends = self.changed, {}, SortedList()
         return self.frozen
 

@@ -135,7 +135,7 @@ class LiveEngine:
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.append(thread)  # first: whatever breaks into the start, close() waits for it
+        self._threads.append(thread)  # first: if an exception breaks into the start, close() still waits for it
         thread.start()
 
     # With files
@@ -244,8 +244,8 @@ class LiveEngine:
             if machine.wake_ms < self._timer_at_ms:
                 self._poke_timer()
         except BaseException as error:
-            # Log and machine may differ now, or somebody sleeps who should not, whatever it was, KeyboardInterrupt
-            # included: nobody may go on from here.
+            # Log and machine may differ now, or a lessee sleeps that should not. That goes for any exception,
+            # KeyboardInterrupt included: no call may go on from here.
             self._fail(error)
             raise
         return place.lsn
@@ -358,7 +358,7 @@ class LiveEngine:
     ) -> list[tuple[int, Run | None]]:
         """The lowest ids above `after` of jobs that wait in a state, each with its run, if it is in one.
 
-        However many there are, nobody waits long: it is read in parts. So it need not be what was there at one moment.
+        However many there are, other calls go on: it is read in parts. So it need not be what was there at one moment.
         """
         machine = self._machine
 
@@ -429,12 +429,12 @@ class LiveEngine:
             self._ready_for_unbegun()
         found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done, begun=begun, max_bytes=max_bytes)
         found.look()
-        if self._ended == "forked":  # meanwhile: in the child nobody will tell
+        if self._ended == "forked":  # meanwhile: in the child there is no thread to tell
             self._check()
         return found
 
     def begin(self, token: int) -> None:
-        """What is leased in memory ends with the process: nobody asks afterwards."""
+        """What is leased in memory ends with the process, so no opening asks for it."""
         if self._ended is not None:
             self._check()
         if self._ended == "forked":
@@ -528,7 +528,7 @@ class LiveEngine:
             return lsn, now_ms, event, entries, [entry.last_error for entry in entries]
 
     def _expect_tokens(self, limited: Sequence[Queue], now_ms: int) -> None:
-        # Caller holds self._lock. Somebody waits for these queues: they are woken when there is a token.
+        # Caller holds self._lock. Lessees wait for these queues: they are woken when there is a token.
         for queue in limited:
             self._machine.expect_token(queue, now_ms)
         if self._machine.wake_ms < self._timer_at_ms:
@@ -593,8 +593,8 @@ class LiveEngine:
                             lessee.wake()
 
     def _wake_lessees(self, names: Sequence[str] | None = None) -> None:
-        # Caller holds self._lock. As many as there are jobs that may be taken: nobody is woken for nothing, and nobody
-        # is forgotten.
+        # Caller holds self._lock. As many as there are jobs that may be taken: no lessee is woken in vain, and none is
+        # forgotten.
         machine = self._machine
         if self._lessees:
             for name in machine.woken if names is None else names:
@@ -638,7 +638,7 @@ class LiveEngine:
     def _listing(
         self, queue: str, state: JobState | None, after: int, limit: int
     ) -> list[tuple[Entry, dict[str, Any]]]:
-        """What `jobs` tells of each but for the payload. A long one is read in parts: nobody waits long for it."""
+        """What `jobs` tells of each but for the payload. A long one is read in parts: other calls do not wait long."""
         machine, number = self._machine, _number(state)
         apart = number in (None, SCHEDULED) and self.stats(queue).scheduled > FEW_SCHEDULED
         found = self._scheduled(queue, after, limit) if apart else {}
@@ -885,7 +885,7 @@ class LiveEngine:
         self._ended = "forked"
         self._lock, self._close_lock, self._soon_lock = threading.Lock(), threading.Lock(), threading.Lock()
         self._timer_poked, self._stopping = threading.Event(), threading.Event()
-        # The call that the forking thread was in goes on here, too; if it is about to wait, nobody else would wake it.
+        # The call that the forking thread was in goes on here, too; if it is about to wait, no thread would wake it.
         for waiting in self._lessees.values():
             for lessee in waiting:
                 if isinstance(lessee, _Lessee):
@@ -959,7 +959,7 @@ class SoonLease:
         self._done = done
         self._woken = False  # guarded by the engine's lock, as is `over`
         self.over = False  # it has taken jobs, or was told, or cancelled
-        self._told = False  # or nobody wants to be told any more
+        self._told = False  # or wants to be told no more
 
     def wake(self) -> None:
         # Caller holds the engine's lock.
@@ -991,7 +991,7 @@ class SoonLease:
         self._engine._notifier.call(give_up)
 
     def look(self) -> None:
-        """Take what there is and tell it, else wait to be woken. Whatever breaks in is told, too."""
+        """Take what there is and tell it, else wait to be woken. An exception that breaks in is told, too."""
         try:
             taken = self._attempt()
             if taken is not None:

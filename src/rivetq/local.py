@@ -319,7 +319,7 @@ class LocalEngine(LiveEngine):
             raise
 
     def _is_to_sync(self, lsn: int) -> bool:
-        """Whoever answers for this record waits for the disk: in a relaxed mode, for one up to it that must not go."""
+        """Who answers for this record waits for the disk: in a relaxed mode, for one up to it that must not go."""
         if self._fsync == "always":
             return True
         must_sync, durable_lsn = self._must_sync, self._log.durable_lsn  # ascending

@@ -138,7 +138,7 @@ class Log:
         self._writing = 0  # the thread that does it
         self._syncing = 0
         self._mark: OwnFile | None = None
-        # Of the tail and the spares there are references of their own: they stay open whatever is let go here.
+        # Of the tail and the spares there are references of their own: they stay open when others are let go here.
         self._files = SegmentFiles(disk, directory, OPEN_SEGMENTS)
         self.records = self.syncs = self.bytes_written = 0
         self.jobs = 0  # in all records so far; counted by the engine

@@ -82,7 +82,7 @@ class _PlainFormatter(logging.Formatter):
     """Text for people, in lines that tell the job.
 
     A record begins at the start of a line; its further lines, such as those of a traceback, are indented. So what
-    somebody wrote into a job's name or error is never a record of its own.
+    a caller wrote into a job's name or error is never a record of its own.
     """
 
     def format(self, record: logging.LogRecord) -> str:

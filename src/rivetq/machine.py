@@ -219,7 +219,7 @@ class Machine:
         return NEVER_MS
 
     def expect_token(self, queue: Queue, now_ms: int) -> None:
-        """Somebody waits for the rate limit of a queue: its next token is a moment at which the clock acts."""
+        """A lessee waits for the rate limit of a queue: its next token is a moment at which the clock acts."""
         bucket = queue.bucket
         if bucket is not None and bucket.limit.on == "lease":
             at_ms = bucket.ready_at_ms(1, now_ms)
@@ -909,7 +909,7 @@ class Machine:
             self.keys.forget(queue.number, text)
 
     def _free_key(self, queue: Queue, text: str, job_id: int) -> None:
-        """The job was cancelled or purged: nobody did its work, so a second enqueue may."""
+        """The job was cancelled or purged. Its work was not done, so a second enqueue makes a job."""
         key = self.keys.get(queue.number, text)
         if key is not None and key.job_id == job_id:
             self.keys.forget(queue.number, text)

@@ -194,7 +194,7 @@ class JobDurations:
 
     For `Worker.on_settled`, of one worker or of several: ``worker.on_settled.append(JobDurations())``. The endings are
     those of `Settled`. Its labels are the tasks of the workers' apps, which the program bounds, and queues, which
-    whoever puts in jobs may choose: the first `max_queues` that a job ran of have a label of their own, as long as it
+    those who enqueue may choose: the first `max_queues` that a job ran of have a label of their own, as long as it
     lives; the jobs of all others, and of a queue of that very name, are counted under ``queue="other"``.
 
     Args:

@@ -91,7 +91,7 @@ _LAST_MOMENT_S = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that a
 
 
 def quoted(value: object) -> str:
-    """A value in the message of an error, whatever it is: it may be the very reason of the error."""
+    """A value in the message of an error. Any value: it may be the very reason of the error."""
     try:
         text = repr(value)
     except Exception as trouble:  # an int of more digits than Python prints, say
@@ -363,8 +363,8 @@ class Lease:
     """The fencing token: strictly increasing over the deliveries of a job."""
     deadline: datetime
     granted: float = 0.0
-    """Seconds from the lease, or from the answer that extended it, to the deadline: for whoever renews it by a clock of
-    their own. The deadline is on the queue's time line, which a step of the wall clock does not move."""
+    """Seconds to the deadline, from the lease or from the answer that extended it: for programs that renew it by their
+    own clock. The deadline is on the queue's time line, which a step of the wall clock does not move."""
     enqueued_at: datetime
     max_attempts: int | None
     last_error: str | None
@@ -427,7 +427,7 @@ class Lease:
 
 
 def text_of(error: BaseException) -> str:
-    """ "TypeName: message", whatever the message does."""
+    """ "TypeName: message", also if the message cannot be made."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception as trouble:

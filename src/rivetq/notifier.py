@@ -128,6 +128,6 @@ def _guarded(do: Callable[..., None], *arguments: object) -> bool:
     try:
         do(*arguments)
     except BaseException:
-        logger.exception("a callback raised; nobody else is disturbed")
+        logger.exception("a callback raised; the others are told all the same")
         return False
     return True

@@ -124,7 +124,7 @@ def stopped(delivery: Delivery) -> Ending:
 
 
 def text_of(error: BaseException | None) -> str:
-    """ "TypeName: message", whatever the message does; of a very long one the beginning, of which a job keeps 4 KiB."""
+    """ "TypeName: message", also if the message cannot be made; of a long one the beginning. A job keeps 4 KiB."""
     try:
         return f"{type(error).__name__}: {str(error)[:MESSAGE_CHARS]}"
     except Exception as trouble:

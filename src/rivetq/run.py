@@ -199,7 +199,7 @@ class Columns:
         return found
 
     def start_anew(self) -> None:
-        """Dead letters become ready jobs, attempts from 0. For columns that nobody else has."""
+        """Dead letters become ready jobs, attempts from 0. For columns that are shared with no one."""
         self.dues = array("Q", bytes(8 * len(self.ids)))
         if self.extras is not None:
             self.extras = {i: (0, token, 0, error) for i, (_, token, _, error) in self.extras.items()}

@@ -360,7 +360,7 @@ class SegmentFiles:
             self._files.pop(number, None)
 
     def shed(self) -> None:
-        """Let go of all of them: somebody needs descriptors."""
+        """Let go of all of them: the program needs descriptors."""
         with self._lock:
             self._files.clear()
 
@@ -375,7 +375,7 @@ class SegmentFiles:
             files = list(self._files.values())
             self._files.clear()
         for file in files:
-            file.close()  # an error that somebody keeps holds the frames of its traceback, and what is in them
+            file.close()  # an error that is kept holds the frames of its traceback, and what is in them
 
 
 def read_header(file: SegmentFile) -> Header:

@@ -194,7 +194,7 @@ class CurrentJob:
                 yield tx
                 with _finishes:  # another thread of the handler's may do the same
                     self._check_unfinished()
-                    # Before the commit: from here on nobody renews its lease, and until it is over nobody answers.
+                    # Before the commit: from here on its lease is not renewed, and until it is over not answered.
                     is_mine = self.finished = self.finishing = True
         except BaseException:
             if is_mine:

@@ -1,6 +1,6 @@
-"""Texts that somebody else wrote, in messages, log lines and tables: without control characters, and not too long.
+"""Texts that others wrote, in messages, log lines and tables: without control characters, and not too long.
 
-Whoever may put in jobs chooses names of queues, headers and payloads, and what an exception says is often made of
+A program that may enqueue chooses names of queues, headers and payloads, and what an exception says is often made of
 these. Printed as they are they could write whole lines of their own into a log, drive a terminal, or fill a disk.
 
 >>> print(shown("red\\x1b[31m\\nand more"))
@@ -38,7 +38,7 @@ def shown(text: str, most: int = ERROR_CHARS) -> str:
 
 
 def quoted(value: object, most: int = NAME_CHARS) -> str:
-    """A value as `repr` shows it, and of this length about at most; whatever it is, since it may be wrong."""
+    """A value as `repr` shows it, and of this length about at most. Any value, since it may be wrong."""
     try:
         return cut(repr(cut(value, most) if isinstance(value, str) else value), most)
     except Exception as trouble:  # an int of more digits than Python prints, say

@@ -177,7 +177,7 @@ def dump(path: Path, *, payloads: bool = False) -> Iterator[dict[str, Any]]:
 
 
 class Look:
-    """A directory as it is on disk, whoever has it open; see `look`. Its methods are those of `Broker`.
+    """A directory as it is on disk, while a broker may have it open; see `look`. Its methods are those of `Broker`.
 
     It shows one moment. Only if the owner moved a payload that is asked for, or its job ended, does it read the files
     again, and goes on with a later moment, `as_of`: what one call returns is always of one moment.

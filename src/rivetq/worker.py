@@ -320,7 +320,7 @@ class Worker:
             self._end_all(self._signalled_at or time.monotonic(), self.grace)
 
     def _end_all(self, begun: float, grace: float) -> None:
-        """Whatever of it has begun. The grace time counts from `begun`."""
+        """End the threads and pools that have begun. The grace time counts from `begun`."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -343,7 +343,7 @@ class Worker:
         for room in self._rooms.values():
             room.pool.stop(max(LEAST_S, until - time.monotonic()))
         for delivery in left:
-            if not delivery.is_told:  # a thread that goes on; what it ends with nobody asks any more
+            if not delivery.is_told:  # a thread that goes on; how it ends is not asked any more
                 self._end(delivery)
         self._settling = False
         self._poked.set()
@@ -411,7 +411,7 @@ class Worker:
         return False
 
     def _let_go(self, delivery: Delivery) -> None:
-        """It is answered, or lost. Whoever wants to cancel its job finds it in `_held`, or knows that it was there."""
+        """It is answered, or lost. A call that cancels its job finds it in `_held`, or knows that it was there."""
         if self._cancels:
             with self._changed:
                 for cancel in self._cancels:
@@ -892,7 +892,7 @@ class Worker:
         self._check_limits()
 
     def _remove_cancelled(self, deliveries: Iterable[Delivery]) -> None:
-        """Jobs that nobody wants and that were not done: dead letters now, or they wait again."""
+        """Cancelled jobs that were not done: dead letters now, or they wait again."""
         for delivery in deliveries:
             if delivery.job.reason == CANCELLED:
                 with suppress(DiskFullError):

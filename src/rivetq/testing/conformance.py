@@ -1710,7 +1710,7 @@ def test_a_batch_of_leases_has_a_limit_of_bytes(broker: Broker) -> None:
             broker.lease_many("q", 9, max_bytes=max_bytes)  # type: ignore[arg-type]
     leases = broker.lease_many(["q", "r"], 9, max_bytes=59)  # the next one would be too large, and none is left out
     assert [lease.id for lease in leases] == ids[:2]
-    [large] = broker.lease_many(["q", "r"], 9, max_bytes=1)  # one there is, whatever its size
+    [large] = broker.lease_many(["q", "r"], 9, max_bytes=1)  # one is leased in any case
     assert large.id == ids[2]
     leases[0].release()
     large.release()

@@ -168,7 +168,7 @@ class OwnFile:
     them, and closing would close them. So each descriptor of ours has two signs:
 
     - its offset, which pread and pwrite neither use nor move. It is looked at before a close.
-    - O_NONBLOCK, which has no effect on a regular file. It is looked at before each write and sync, because Python keeps
+    - O_NONBLOCK, which has no effect on a regular file. It is looked at before each write and sync, as Python keeps
       the interpreter meanwhile. To look at the offset it lets go of it, and with many busy threads it gets it back only
       a switch interval later. A socket or a pipe may have the flag too, but refuses a pwrite by itself.
 

@@ -139,8 +139,8 @@ BUGS = (
     Bug(
         "reservation not looked at again",
         "live.py",
-        "                if decide.ids(self._machine, count, 0) is not None:\n                    continue",
-        "                if False:\n                    continue",
+        "                if decide.ids(self._machine, count, 0) is None:\n                    first_id",
+        "                if True:\n                    first_id",
         "test_threads.py::test_two_transactions_that_meet_in_one_reservation_get_ids_of_their_own",
     ),
     Bug(

@@ -1160,3 +1160,42 @@ def test_a_lease_that_gets_in_line_while_the_broker_fails_is_told(tmp_path: Path
         told: list[BaseException | None] = []
         broker.lease_soon("q", 1, lambda leases, error: told.append(error))
         assert [type(each) for each in told] == [BrokerFailedError]
+
+
+def test_a_told_id_waits_for_its_reservation_and_for_no_other_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = HeldDisk()
+    monkeypatch.setattr("rivetq.local.SystemDisk", lambda: disk)
+    with Broker(tmp_path / "q") as broker, contextlib.ExitStack() as last:
+        last.callback(disk.gate.set)  # a test that fails closes its broker, too
+        engine = inside(broker)
+        broker.enqueue("q", b"")  # the threads and files that there will be are there
+        told: list[int] = []
+
+        def reserve() -> None:
+            told.append(engine.reserve(1))
+
+        before_lsn = engine._last_lsn()
+        disk.gate.clear()
+        first = threading.Thread(target=reserve, daemon=True)
+        first.start()
+        settles(lambda: engine._last_lsn() > before_lsn)  # written down, not on disk yet
+        second = threading.Thread(target=reserve, daemon=True)
+        second.start()
+        settles(lambda: len(engine._machine.promised) == 1)
+        second.join(0.2)
+        assert told == [], "a power cut could still make these ids those of other jobs"
+        disk.gate.set()
+        for thread in (first, second):
+            thread.join(PATIENCE)
+        assert len(told) == 2
+        before_lsn = engine._last_lsn()
+        disk.gate.clear()
+        enqueue = threading.Thread(target=broker.enqueue, args=("q", b""), daemon=True)
+        enqueue.start()
+        settles(lambda: engine._last_lsn() > before_lsn)
+        reserve()  # which would hang with the other one's sync
+        assert len(told) == 3
+        disk.gate.set()
+        enqueue.join(PATIENCE)

@@ -6,7 +6,7 @@ events), so that nothing is decided again when the log is replayed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, assert_never, cast
 
 import attrs
@@ -265,17 +265,9 @@ def lease(
 
 
 def expiry(machine: Machine, now_ms: int) -> list[Event]:
-    """The ends of up to EXPIRY_BATCH leases whose deadline has come, each as a nack at its deadline.
-
-    A former owner's that never began is released: its attempt does not count.
-    """
+    """The ends of up to EXPIRY_BATCH leases whose deadline has come, each as a nack at its deadline."""
     ended = [(at_ms, machine.jobs[i]) for at_ms, i in machine.ended_leases(now_ms, EXPIRY_BATCH)]
-    return [
-        Released(entry.id, now_ms, entry.attempts - 1)
-        if entry.token in machine.unbegun
-        else failed(entry, LEASE_EXPIRED, at_ms)
-        for at_ms, entry in ended
-    ]
+    return [_unbegun(machine, entry, now_ms) or failed(entry, LEASE_EXPIRED, at_ms) for at_ms, entry in ended]
 
 
 def held_jobs(machine: Machine) -> list[int]:
@@ -283,26 +275,26 @@ def held_jobs(machine: Machine) -> list[int]:
     return sorted(i for queue in machine.queues.values() for i in queue.leased)
 
 
-def owner_gone(
-    machine: Machine, now_ms: int, unbegun: Container[int] = (), job_ids: Sequence[int] | None = None
-) -> list[Event]:
+def owner_gone(machine: Machine, now_ms: int, job_ids: Sequence[int] | None = None) -> list[Event]:
     """The ends of leases, for an opening: a first attempt is ready at once, later ones wait by policy.
 
     A poison job that takes its process with it would otherwise be leased again and again beside the same
     neighbours.
 
     Args:
-        unbegun: tokens of leases that were taken in advance and never begun: these attempts do not count.
         job_ids: which leases, if they have not ended meanwhile; None: all.
     """
     held = held_jobs(machine) if job_ids is None else [i for i in job_ids if i in machine.jobs]
     return [
-        Released(entry.id, now_ms, entry.attempts - 1)
-        if entry.token in unbegun
-        else failed(entry, OWNER_GONE, now_ms, first_at_once=True)
+        _unbegun(machine, entry, now_ms) or failed(entry, OWNER_GONE, now_ms, first_at_once=True)
         for entry in map(machine.jobs.__getitem__, held)
         if entry.state == LEASED
     ]
+
+
+def _unbegun(machine: Machine, entry: Entry, now_ms: int) -> Released | None:
+    """The end of a former owner's lease that was taken in advance and never began: its attempt does not count."""
+    return Released(entry.id, now_ms, entry.attempts - 1) if entry.token in machine.unbegun else None
 
 
 def failed(

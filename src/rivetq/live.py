@@ -32,7 +32,7 @@ from .errors import (
     RivetQError,
     UsageError,
 )
-from .events import Event, Leased, Purged, Redriven, Released
+from .events import Event, Leased, Purged, Redriven
 from .histogram import Histogram
 from .machine import RUNS_AT_ONCE, Machine
 from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
@@ -155,6 +155,9 @@ class LiveEngine:
     def _settle(self, lsn: int, *, sync: bool = True) -> None:
         """Return when the record has been handed to the operating system and, if `sync`, is as durable as promised."""
 
+    def _settle_reservation(self) -> None:
+        """Return when the last reservation of ids is on disk: it may be another caller's, on its way there."""
+
     def _settle_soon(self, lsn: int, tell: Tell) -> bool:
         """Leave `tell` to be called when the record is as durable as promised; False: `_settle` does not wait."""
         # Caller holds self._lock: whoever closes the engine tells all who came before.
@@ -265,14 +268,14 @@ class LiveEngine:
             return ([] if event is None else [event]), None
 
         while True:
-            self._change(plan)
             with self._lock:
                 self._check()
-                if decide.ids(self._machine, count, 0) is not None:
-                    continue
-                first_id, lsn = self._machine.take_ids(count), self._last_lsn()
-            self._settle(lsn)  # the reservation may be another caller's, on its way to the disk
-            return first_id
+                if decide.ids(self._machine, count, 0) is None:
+                    first_id = self._machine.take_ids(count)
+                    break
+            self._change(plan)  # once in a thousand ids; another caller may take them first
+        self._settle_reservation()
+        return first_id
 
     def unreserve(self, first_id: int) -> None:
         self._machine.promised.pop(first_id, None)  # atomic: no lock is needed
@@ -436,8 +439,6 @@ class LiveEngine:
     def begin(self, token: int) -> None:
         """What is leased in memory ends with the process, so no opening asks for it."""
         if self._ended is not None:
-            self._check()
-        if self._ended == "forked":
             self._check()
 
     def _ready_for_unbegun(self) -> None:
@@ -738,7 +739,7 @@ class LiveEngine:
                 self._needs_room = need  # these leases end when there is room, which the timer makes
                 self._timer_poked.set()
                 break
-            machine.tally_expired([event for event in ended if not isinstance(event, Released)])
+            machine.tally_expired(ended)
             self._advance(now_ms)
         self._behind = machine.wake_ms <= now_ms and self._needs_room is None
         return now_ms

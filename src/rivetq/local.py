@@ -14,7 +14,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -216,33 +216,33 @@ class LocalEngine(LiveEngine):
         else:
             self._index.clear()
         ahead = os.path.join(self._path, "ahead")
-        unbegun = machine.unbegun = read_ahead(ahead)
+        machine.unbegun = read_ahead(ahead)
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
         self._keeper_poked.set()
         if release_on_open:
-            self._end_leases(unbegun)
+            self._end_leases()
         held = (machine.jobs[job_id] for queue in machine.queues.values() for job_id in queue.leased)
-        kept = [(entry.token, entry.id) for entry in held if entry.token in unbegun]
+        kept = [(entry.token, entry.id) for entry in held if entry.token in machine.unbegun]
         machine.unbegun = {token for token, _ in kept}
         self._ahead = Ahead(ahead, kept)
         if kept:  # a holder that lives on may begin one of them
             self._ahead.make()
         log.drop(machine.oldest_segment - 1)
 
-    def _end_leases(self, unbegun: Container[int]) -> None:
+    def _end_leases(self) -> None:
         """The former owner is gone. A crash between two records leaves the other leases to the next opening."""
         machine = self._machine
 
         def plan(job_ids: Sequence[int], now_ms: int) -> tuple[list[Event], list[Event]]:
             # Leases whose deadline passed meanwhile end as such: in every call the clock comes first.
-            events = decide.owner_gone(machine, now_ms, unbegun, job_ids)
+            events = decide.owner_gone(machine, now_ms, job_ids)
             return events, events
 
         held = decide.held_jobs(machine)
         for start in range(0, len(held), decide.PART_JOBS):
             ended = self._change(partial(plan, held[start : start + decide.PART_JOBS]), sync=False)
-            machine.tally_expired([event for event in ended if not isinstance(event, Released)])
+            machine.tally_expired(ended)
         self._change(lambda now_ms: ([], None))
 
     def start(self) -> None:
@@ -317,6 +317,11 @@ class LocalEngine(LiveEngine):
             if log.broken:
                 self._fail(error)
             raise
+
+    def _settle_reservation(self) -> None:
+        must_sync = self._must_sync
+        if must_sync and must_sync[-1] > self._log.durable_lsn:
+            self._settle(must_sync[-1])
 
     def _is_to_sync(self, lsn: int) -> bool:
         """Who answers for this record waits for the disk: in a relaxed mode, for one up to it that must not go."""

@@ -1116,8 +1116,10 @@ class Machine:
                 yield entry
 
     def tally_expired(self, events: Sequence[Event]) -> None:
-        """These retries and deaths, just applied, were not an answer's."""
+        """These retries and deaths, just applied, were not an answer's. What never began has not expired."""
         for event in events:
+            if isinstance(event, Released):
+                continue
             assert isinstance(event, Retried | Buried), event
             self.jobs[event.id].queue.expired += 1  # it was leased a moment ago, so it is loose
 

@@ -31,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -552,59 +552,63 @@ async def _awaited_calls(broker: Broker) -> None:
 
 
 def _broken_into(sweep: Sweep, fsync: str, tracer: Tracer, what: str, *, in_notifier: bool) -> None:
+    """One trial."""
     directory = sweep.place()
     broker = Broker(directory, fsync=cast(Any, fsync))
     told: list[object] = []
     others = [
-        threading.Thread(target=_wait_in_thread, args=(broker, told), daemon=True),
-        threading.Thread(target=_wait_in_loop, args=(broker, told), daemon=True),
+        threading.Thread(target=wait, args=(broker, told), daemon=True) for wait in (_wait_in_thread, _wait_in_loop)
     ]
-    for other in others:
-        other.start()
     engine: Any = broker._engine
-    while len(engine._lessees.get("other", ())) < len(others):
-        time.sleep(0.0005)
-    before = sys.gettrace()
     try:
-        if in_notifier:
-            _trace_notifier(broker, tracer)
-        else:
-            sys.settrace(tracer)
-        try:
-            asyncio.run(asyncio.wait_for(_awaited_calls(broker), HANG_S / 10))
-        finally:
-            sys.settrace(before)
-    except (KeyboardInterrupt, MemoryError, RivetQError, asyncio.CancelledError) as error:
+        for other in others:
+            other.start()
+        while len(engine._lessees.get("other", ())) < len(others):
+            time.sleep(0.0005)
+        _break_into(broker, tracer, what, in_notifier=in_notifier)
+        with suppress(BrokerFailedError):
+            for _ in others:
+                broker.enqueue("other", b"")
+        for other in others:
+            other.join(HANG_S / 4)
+            if other.is_alive():
+                raise ViolationError(f"{what}: another caller waits for ever")
+        if broker.health().state == "open":
+            _goes_on_as_before(broker, told, what, in_notifier=in_notifier)
+    finally:
+        broker.close()
+        shutil.rmtree(directory)
+
+
+def _break_into(broker: Broker, tracer: Tracer, what: str, *, in_notifier: bool) -> None:
+    """The calls, one of which is broken into: that one may end in any way."""
+    before = sys.gettrace()
+    if in_notifier:
+        _trace_notifier(broker, tracer)
+    else:
+        sys.settrace(tracer)
+    try:
+        asyncio.run(asyncio.wait_for(_awaited_calls(broker), HANG_S / 10))
+    except (KeyboardInterrupt, MemoryError, RivetQError, asyncio.CancelledError, TimeoutError) as error:
+        # A time-out: what was broken into was a callback of the loop, or the telling itself.
         if not tracer.hit:
             raise ViolationError(f"{what}: {error!r}, though nothing broke in") from error
-    except TimeoutError as error:
-        # What is broken into may be a callback of the loop, or the telling itself. Nobody else may wait for ever.
-        if not tracer.hit:
-            raise ViolationError(f"{what}: a call waits for ever") from error
-    try:
-        for _ in others:
-            broker.enqueue("other", b"")
-    except BrokerFailedError:
-        pass
-    except BaseException as error:
-        raise ViolationError(f"{what}: an enqueue afterwards ends with {error!r}") from error
-    for other in others:
-        other.join(HANG_S / 4)
-        if other.is_alive():
-            raise ViolationError(f"{what}: somebody waits for ever")
-    if broker.health().state == "open":
-        # In the notifier's thread the call that is broken into may be that of one who waits: then that one is told.
-        fine = [one for one in told if one is True or (in_notifier and isinstance(one, MemoryError))]
-        if len(fine) != len(others):
-            raise ViolationError(f"{what}: those who waited were told {told}")
-        engine.audit()
-        if all(one is True for one in told) and broker.lease_many("other", 1, begun=False):
-            raise ViolationError(f"{what}: there is one job more than there were")
-        broker.enqueue("other", b"")
-        if len(broker.lease_many("other", 1, begun=False)) != 1:
-            raise ViolationError(f"{what}: nothing can be leased in advance any more")
-    broker.close()
-    shutil.rmtree(directory)
+    finally:
+        sys.settrace(before)
+
+
+def _goes_on_as_before(broker: Broker, told: list[object], what: str, *, in_notifier: bool) -> None:
+    engine: Any = broker._engine
+    # In the notifier's thread the call that is broken into may be that of one who waits: then that one is told.
+    fine = [one for one in told if one is True or (in_notifier and isinstance(one, MemoryError))]
+    if len(fine) != 2:
+        raise ViolationError(f"{what}: those who waited were told {told}")
+    engine.audit()
+    if all(one is True for one in told) and broker.lease_many("other", 1, begun=False):
+        raise ViolationError(f"{what}: there is one job more than there were")
+    broker.enqueue("other", b"")
+    if len(broker.lease_many("other", 1, begun=False)) != 1:
+        raise ViolationError(f"{what}: nothing can be leased in advance any more")
 
 
 def _trace_notifier(broker: Broker, tracer: Tracer) -> None:

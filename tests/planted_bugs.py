@@ -629,7 +629,7 @@ BUGS = (
     Bug(
         "paused job begins",
         "pools.py",
-        "if broker is None or not broker.is_paused(delivery.lease.queue):",
+        "if not broker.is_paused(lease.queue):",
         "if True:",
         "test_worker_leasing.py::test_when_pause_has_returned_no_job_of_the_queue_begins[sync]",
     ),
@@ -764,15 +764,15 @@ BUGS = (
     Bug(
         "jobs begin while Python ends",
         "pools.py",
-        "    return False if main.is_alive() else",
-        "    return False if True else",
+        "    return not main.is_alive() and",
+        "    return False and",
         "test_pools.py::test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time",
     ),
     Bug(
         "a program that serves has ended",
         "pools.py",
-        "    return all(each.daemon or each is main for each in threading.enumerate())",
-        "    return True",
+        " and all(each.daemon or each is main for each in threading.enumerate())",
+        "",
         "test_pools.py::test_a_worker_goes_on_while_another_thread_serves",
     ),
     Bug(

@@ -153,6 +153,18 @@ def test_tagged_types_come_back_as_they_were(value: Any) -> None:
         assert [type(item) for item in again] == [type(item) for item in value]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("written", ['{"$tuple":[1]}', r'{"\u0024tuple":[1]}', ' \n{"$tuple" : [1]}\t'])
+def test_a_tag_is_seen_however_another_program_wrote_it(written: str, encoding: str) -> None:
+    assert TypedJson().loads(written.encode(encoding)) == (1,)
+
+
+@pytest.mark.parametrize("written", ["{} {}", '{"a":1}]', '{"a":NaN}', "", '{"$later":1}'])
+def test_what_is_not_one_value_is_refused(written: str) -> None:
+    with pytest.raises(UsageError):
+        TypedJson().loads(written.encode())
+
+
 def test_plain_values_are_plain_json() -> None:
     value = {"a": [1, 2.5, "é", None, True], "b": {"c": {}}}
     assert json.loads(TypedJson().dumps(value)) == value

@@ -101,7 +101,8 @@ class Ahead:
         if table is None:
             return
         for token, job_id in leases:
-            self.begin(token)  # of an attempt that was broken off
+            if token in self._slots:
+                self.begin(token)  # of an attempt that was broken off
             if not self._free and not self._sweep(is_held):
                 return
             at = self._free.pop()

@@ -380,7 +380,7 @@ class Broker(_Enqueues):
         It takes less than a microsecond: a store into a page that outlives the process. A power cut may lose it; then
         the job counts as it stood in the page on disk, begun or not.
         """
-        self._engine.begin(checked_lease(lease)[1])
+        self._engine.begin(lease.token if type(lease) is Lease else checked_lease(lease)[1])
 
     def lease_soon(
         self,

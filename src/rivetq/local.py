@@ -346,7 +346,8 @@ class LocalEngine(LiveEngine):
         if self._ended is not None:
             self._check()
         self._ahead.begin(token)
-        self._machine.unbegun.discard(token)
+        if self._machine.unbegun:
+            self._machine.unbegun.discard(token)
 
     def _ready_for_unbegun(self) -> None:
         self._ahead.make()

@@ -149,21 +149,17 @@ def may_begin(delivery: Delivery, *, later: bool = False) -> bool:
         delivery.ending = stopped(delivery)
         return False
     try:
-        broker = delivery.broker
-        if broker is None or not broker.is_paused(delivery.lease.queue):
+        broker, lease = delivery.broker, delivery.lease
+        if broker is None:
+            return True
+        if not broker.is_paused(lease.queue):
             if not later:
-                begin(delivery)
+                broker.begin(lease)  # from here on a death of the process costs the job its attempt
             return True
     except RivetQError:  # it was closed or failed, and the worker ends
         pass
     delivery.is_untouched, delivery.ending = True, GIVEN_BACK
     return False
-
-
-def begin(delivery: Delivery) -> None:
-    """From here on a death of the process costs the job its attempt."""
-    if delivery.broker is not None:
-        delivery.broker.begin(delivery.lease)
 
 
 def run_here(delivery: Delivery, app: App) -> None:
@@ -373,12 +369,8 @@ def program_ends() -> bool:
     No job begins any more then: the executors are shut, threads cannot be started, and a worker that is stopped is
     stopped by an `atexit` function. A program goes on, though, as long as a thread that is no daemon does.
     """
-    main = threading.main_thread()  # for each job: the rest is asked in the end alone
-    return False if main.is_alive() else _only_daemons_but(main)
-
-
-def _only_daemons_but(main: threading.Thread) -> bool:
-    return all(each.daemon or each is main for each in threading.enumerate())
+    main = threading.main_thread()
+    return not main.is_alive() and all(each.daemon or each is main for each in threading.enumerate())
 
 
 def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:

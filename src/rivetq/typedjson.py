@@ -90,7 +90,10 @@ class TypedJson:
     def loads(self, data: bytes) -> Any:
         """See `Codec.loads`."""
         try:
-            return self._value(_JSON.decode(data.decode(json.detect_encoding(data), "surrogatepass")))
+            text = data.decode("utf-8" if data[:2] == _AS_WRITTEN else json.detect_encoding(data), "surrogatepass")
+            plain = _read(text)
+            # Without one of these no name begins with "$": everything is what JSON says it is.
+            return self._value(plain) if "$" in text or "\\u" in text else plain
         except UsageError:
             raise
         except Exception as error:  # the constructor of a user's class may raise anything
@@ -203,8 +206,20 @@ def _no_json(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
+_AS_WRITTEN = b'{"'
+"""How a call begins in UTF-8, and in no other encoding of JSON."""
+
 _JSON = json.JSONDecoder(parse_constant=_no_json)
 """Made once: `json.loads` makes one in each call that has an option, which takes longer than the reading."""
+
+
+def _read(text: str) -> Any:
+    """As `json.loads`. What `dumps` made has no white space around it, so that is looked for only if need be."""
+    try:
+        value, end = _JSON.raw_decode(text)
+    except ValueError:
+        end = -1
+    return value if end == len(text) else _JSON.decode(text)
 
 
 def _name(kind: type) -> str:

@@ -410,14 +410,15 @@ class Worker:
                     return True
         return False
 
-    def _let_go(self, delivery: Delivery) -> None:
-        """It is answered, or lost. A call that cancels its job finds it in `_held`, or knows that it was there."""
+    def _let_go(self, deliveries: Sequence[Delivery]) -> None:
+        """They are answered, or lost. A call that cancels one of them finds it in `_held`, or learns that it was."""
         if self._cancels:
+            gone = {delivery.lease.id for delivery in deliveries}
             with self._changed:
                 for cancel in self._cancels:
-                    if cancel.job_id == delivery.lease.id:
-                        cancel.is_let_go = True
-        self._held.pop(delivery.lease.token, None)
+                    cancel.is_let_go = cancel.is_let_go or cancel.job_id in gone
+        for delivery in deliveries:
+            self._held.pop(delivery.lease.token, None)
 
     def _wait_for_fetcher(self) -> None:
         """Until all that was leased so far is in `_held`, or was."""
@@ -850,8 +851,9 @@ class Worker:
             if self._stopping or any(room.is_wanting() for room in self._rooms.values()):
                 self._changed.notify_all()
         # As each has ended by now: it may be that its handler did after the job was given back.
-        endings = {each: _ending(each) for each in batch if each.lease.token in self._held}
-        lost = [delivery for delivery in batch if delivery not in endings]
+        held = self._held
+        endings = {each: _ending(each) for each in batch if each.lease.token in held}
+        lost = [] if len(endings) == len(batch) else [delivery for delivery in batch if delivery not in endings]
         left = {delivery: ending for delivery, ending in endings.items() if not delivery.job.finished}
 
         def commit(part: list[Delivery]) -> None:
@@ -879,7 +881,7 @@ class Worker:
                     del left[delivery], endings[delivery]
         for delivery in batch:
             delivery.is_answered = True
-            self._let_go(delivery)
+        self._let_go(batch)
         self._remove_cancelled([*(each for each, ending in endings.items() if ending.verb != "ack"), *lost])
         told: list[tuple[Delivery, str]] = [
             (each, ending.verb) for each, ending in endings.items() if not each.is_untouched
@@ -915,7 +917,7 @@ class Worker:
                         tx.reject(delivery.lease, error=ending.error)
 
     def _note_lost(self, delivery: Delivery) -> None:
-        self._let_go(delivery)
+        self._let_go((delivery,))
         logger.warning("job %s: %s", delivery.lease.id, LEASE_LOST, extra=fields(delivery))
 
     def _tell(self, delivery: Delivery, ending: str) -> None:

@@ -30,7 +30,7 @@ others: $(VENV)/ready
 check: format lint types coverage wheel docs demo ## what CI runs: all of this, and a fair share of the longer hunts
 	$(MAKE) crash CYCLES=300 STATES=20000
 	$(MAKE) workers CYCLES=5
-	$(BIN)/python tests/sweeps.py crash errors exceptions asyncio sequences --trials 400 --stride 11
+	$(BIN)/python tests/sweeps.py crash errors exceptions asyncio closing sequences --trials 400 --stride 11
 	$(BIN)/python tests/sweeps.py recovery --trials 40
 	$(MAKE) forks FORKS=600
 	$(MAKE) waiting HISTORIES=1000

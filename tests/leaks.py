@@ -2,8 +2,9 @@
 
     python tests/leaks.py --jobs 1000000
 
-Worker threads, an event loop and child processes work jobs off; others are polled for, cancelled, delayed, dead and redriven, listed,
-waited for in vain. After each round of the same work it prints memory, threads, descriptors and what the engine holds.
+Worker threads, an event loop and child processes work jobs off; others are polled for, cancelled, delayed, dead and
+redriven, listed, waited for in vain. After each round of the same work it prints memory, threads, descriptors and what
+the engine holds.
 Exit status 1 if the last rounds hold more than those after the first third.
 """
 
@@ -36,6 +37,7 @@ LIMITS = {"ahead": SLOTS}
 """What may grow up to here by design: slots of leases that ended are swept when there are no more."""
 PROCESS_SHARE = 20
 """One in so many jobs goes through a child process, where a job takes far longer than in a thread."""
+SLACKS = {"MiB": MEMORY_MIB, "threads": 0, "children": 0, "descriptors": 2}
 SLACK = 64
 """Of things in memory: what a background thread has in hand."""
 
@@ -170,7 +172,7 @@ def run(jobs: int, *, rounds: int = ROUNDS, tell: bool = False) -> None:
     before, after = seen[rounds // 3 : rounds // 3 + 2], seen[-2:]
     for name in seen[0]:
         low, high = max(each[name] for each in before), min(each[name] for each in after)
-        if high > max(low, LIMITS.get(name, 0)) + {"MiB": MEMORY_MIB, "threads": 0, "descriptors": 2, "children": 0}.get(name, SLACK):
+        if high > max(low, LIMITS.get(name, 0)) + SLACKS.get(name, SLACK):
             raise ViolationError(f"{name}: {low} after a third of the rounds, {high} at the end")
 
 

@@ -5,6 +5,7 @@
     python tests/sweeps.py errors       a failing or short call at every disk operation, once and for good
     python tests/sweeps.py exceptions   KeyboardInterrupt and MemoryError before every line of log, machine and engine
     python tests/sweeps.py asyncio      the same before every line of awaited calls, while others wait for jobs
+    python tests/sweeps.py closing      a close before every line of threads that wait, of loops and of workers
     python tests/sweeps.py sequences    all sequences of up to three calls, a power cut at every disk operation
 
 All of them go over seeded lives (see simulation.py), and after each fault the directory is opened again, lives on and
@@ -38,6 +39,7 @@ from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import attrs
+from closing import closing
 from simulation import (
     SEGMENT_BYTES,
     Hunt,
@@ -771,6 +773,7 @@ SWEEPS: dict[str, Callable[[Sweep], int]] = {
     "errors": errors,
     "exceptions": exceptions,
     "asyncio": awaited,
+    "closing": closing,
     "sequences": sequences,
 }
 
@@ -778,7 +781,7 @@ SWEEPS: dict[str, Callable[[Sweep], int]] = {
 def run(name: str, seed: int, share: Share) -> int:
     """How many trials were made. Raises ViolationError."""
     logging.disable()  # it tells of every trouble
-    alone = nullcontext() if name == "asyncio" else by_the_seed_alone()  # there are threads in it
+    alone = nullcontext() if name in ("asyncio", "closing") else by_the_seed_alone()  # there are threads in it
     with tempfile.TemporaryDirectory(prefix="rivetq-sweep-", dir=fast_directory()) as directory, alone:
         sweep = Sweep(Path(directory), seed, share)
         try:

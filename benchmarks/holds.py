@@ -217,6 +217,7 @@ def small_verbs(watch: Watch, broker: Broker, queue: str) -> None:
     measure("configure_queue", lambda: broker.configure_queue(queue, max_jobs=next(limits)))
     measure("pause", lambda _: broker.pause(queue), lambda: broker.resume(queue))
     measure("resume", lambda _: broker.resume(queue), lambda: broker.pause(queue))
+    measure("remove_queue", lambda _: broker.remove_queue("gone"), lambda: broker.cancel(broker.enqueue("gone", b"")))
     measure("metrics", broker.metrics)
     copies = itertools.count()
     measure("checkpoint", lambda _: broker.checkpoint(), lambda: fill(broker, queue, 50_000))

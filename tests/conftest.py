@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from rivetq.tasks import App
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As under `nohup make test &`. The programs that tests start would inherit it, and Ctrl-C is what they test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +33,13 @@ class Extent(NamedTuple):
     """Of each byte that is looked at."""
     step: int
     """Where a slice will do, one byte in so many; multiplied by the test."""
+
+
+@pytest.fixture
+def app() -> Iterator[App]:
+    """An open one, in memory."""
+    with App(":memory:") as app:
+        yield app
 
 
 @pytest.fixture(scope="session")

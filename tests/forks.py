@@ -69,7 +69,7 @@ class Stage:
     def __init__(self, path: Path | str, fsync: str, rng: random.Random) -> None:
         self.path = path
         self.rng = rng
-        self.broker = broker = Broker(path, fsync=fsync, segment_bytes=65_536, window_jobs=1024, cache_bytes=20_000)  # type: ignore[arg-type]
+        self.broker = broker = Broker(path, fsync=fsync, segment_bytes=65_536, window_jobs=1024, cache_bytes=20_000)  # type: ignore[arg-type]  # one of its names
         self.aio = AsyncBroker(broker)
         self.loop = asyncio.new_event_loop()
         for queue in QUEUES:
@@ -281,7 +281,7 @@ def probes(stage: Stage) -> dict[str, Callable[[], object]]:
         "stats": lambda: aio.stats(),
         "checkpoint": lambda: aio.checkpoint(),
     }.items():
-        found[f"async {name}"] = lambda verb=verb: asyncio.run(verb())  # type: ignore[misc]
+        found[f"async {name}"] = lambda verb=verb: asyncio.run(verb())  # type: ignore[misc]  # bound now
     return found
 
 
@@ -348,7 +348,7 @@ def locks(engine: LiveEngine) -> list[tuple[str, Any]]:
 
 
 def _of_event(event: threading.Event) -> Any:
-    return event._cond._lock  # type: ignore[attr-defined]
+    return event._cond._lock  # type: ignore[attr-defined]  # an Event has it
 
 
 class Forks:

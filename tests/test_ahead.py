@@ -210,7 +210,7 @@ def test_begun_is_true_or_false(tmp_path: Path) -> None:
     with Broker(":memory:") as broker:
         broker.enqueue("q", b"")
         with pytest.raises(UsageError):
-            broker.lease_many("q", 1, begun=0)  # type: ignore[arg-type]
+            broker.lease_many("q", 1, begun=0)  # type: ignore[arg-type]  # wrong, as a caller may be
         (lease,) = broker.lease_many("q", 1, begun=False)
         assert isinstance(lease, Lease)
         broker.begin(lease)
@@ -251,7 +251,7 @@ def test_an_interrupt_while_it_is_noted_does_not_end_the_leasing(
         note = engine._note_unbegun
 
         def interrupted(event: object) -> None:
-            note(event)  # type: ignore[arg-type]
+            note(event)  # type: ignore[arg-type]  # what it stands in for
             raise KeyboardInterrupt
 
         monkeypatch.setattr(engine, "_note_unbegun", interrupted)
@@ -269,7 +269,7 @@ def test_begin_of_a_closed_broker_or_of_no_lease_raises(tmp_path: Path) -> None:
             (lease,) = broker.lease_many("q", 1, begun=False)
             for wrong in (None, 5, "x"):
                 with pytest.raises(UsageError):
-                    broker.begin(wrong)  # type: ignore[arg-type]
+                    broker.begin(wrong)  # type: ignore[arg-type]  # wrong, as a caller may be
         with pytest.raises(BrokerClosedError):
             broker.begin(lease)
 

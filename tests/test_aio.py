@@ -434,11 +434,11 @@ def test_an_answer_that_comes_while_the_loop_looks_is_not_left_lying() -> None:
 
     def deliver_and_be_told() -> None:
         deliver()
-        mailbox._deliver = deliver  # type: ignore[method-assign]
+        mailbox._deliver = deliver  # type: ignore[method-assign]  # to see what passes
         tell(second)  # the loop has looked, and has not gone on yet
 
     tell(first)
-    mailbox._deliver = deliver_and_be_told  # type: ignore[method-assign]
+    mailbox._deliver = deliver_and_be_told  # type: ignore[method-assign]  # to see what passes
     while loop.calls:
         loop.calls.pop(0)()
     assert (first.future.done(), second.future.done()) == (True, True)
@@ -707,7 +707,7 @@ def test_what_is_told_to_a_loop_that_was_closed_is_given_back() -> None:
         loop = asyncio.new_event_loop()
         task = loop.create_task(AsyncBroker(broker).lease("q", wait=None))
         loop.run_until_complete(asyncio.sleep(0))
-        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # a warning of asyncio's
         loop.close()
         broker.enqueue("q", b"")
         end = time.monotonic() + PATIENCE_S

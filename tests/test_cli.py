@@ -94,7 +94,7 @@ def test_stats_counts_the_age_of_the_oldest_job_from_now_though_nothing_is_writt
 def test_a_job_that_was_ready_in_the_moment_of_the_last_record_has_grown_older(filled: Run) -> None:
     with tools.look(filled.directory) as found:
         stats = attrs.evolve(found.stats("mail"), oldest_age=0.0)
-        found.stats = lambda queue=None: stats  # type: ignore[method-assign]
+        found.stats = lambda queue=None: stats  # type: ignore[method-assign]  # a fixed answer
         found.as_of = datetime.now(UTC) - timedelta(seconds=5)
         assert 5 <= (cli._now(found, "mail").oldest_age or 0) < 60
 
@@ -593,7 +593,7 @@ def test_what_nobody_set_is_as_the_app_has_it(
     used: list[tuple[str, str]] = []
 
     def worker(self: Settings, app: App) -> Any:
-        used.append((os.path.basename(app.broker.path), app.broker._engine._fsync))  # type: ignore[attr-defined]
+        used.append((os.path.basename(app.broker.path), app.broker._engine._fsync))  # type: ignore[attr-defined]  # of a directory
         app.close()
         raise UsageError("seen")
 

@@ -91,7 +91,7 @@ def test_tasks_and_schedules_refuse_it_or_take_it() -> None:
     def put(**options: Any) -> None:
         work.options(**options).enqueue()
 
-    put.__signature__ = inspect.signature(work.options)  # type: ignore[attr-defined]
+    put.__signature__ = inspect.signature(work.options)  # type: ignore[attr-defined]  # hypothesis reads it
     refused_or_fine(put, {}, "options")
     refused_or_fine(lambda **options: app.task(**options)(work.function), {}, "task")
     refused_or_fine(lambda function: app.task(function), {}, "task")

@@ -10,39 +10,18 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import worker_tasks
+from patience import PATIENCE_S, job_of, until
 
-from rivetq import Broker, Job, QueueFullError, RetryPolicy, children, pools
+from rivetq import Broker, QueueFullError, RetryPolicy, children, pools
 from rivetq.children import ProcessPool
 from rivetq.tasks import App, CurrentJob, Snooze, current_job
 from rivetq.worker import Settled, Worker
-
-PATIENCE_S = 30.0
-
-
-def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
-
-
-def job(app: App, job_id: int) -> Job:
-    found = app.broker.get(job_id)
-    assert found is not None
-    return found
-
-
-@pytest.fixture
-def app() -> Iterator[App]:
-    with App(":memory:") as app:
-        yield app
 
 
 @pytest.fixture
@@ -81,8 +60,8 @@ def test_a_hook_that_swallows_what_the_handler_raised_makes_no_ack(app: App, kin
         "exit": ("dead", "SystemExit: 3"),
     }
     with Worker(app):
-        until(lambda: job(app, job_id).state in ("dead", "scheduled"))
-    assert (job(app, job_id).state, job(app, job_id).last_error) == expected[how]
+        until(lambda: job_of(app, job_id).state in ("dead", "scheduled"))
+    assert (job_of(app, job_id).state, job_of(app, job_id).last_error) == expected[how]
 
 
 def test_a_hook_in_a_child_that_swallows_what_the_handler_raised_makes_no_ack(
@@ -107,8 +86,8 @@ def fails():
     found = importlib.import_module(name)
     with found.app, Worker(found.app, concurrency=1):
         job_id = found.fails.enqueue()
-        until(lambda: job(found.app, job_id).state == "dead")
-        assert job(found.app, job_id).last_error == "ValueError: swallowed"
+        until(lambda: job_of(found.app, job_id).state == "dead")
+        assert job_of(found.app, job_id).last_error == "ValueError: swallowed"
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -139,8 +118,8 @@ def test_a_hook_that_swallows_what_another_hook_raised_makes_no_ack(app: App, ki
 
     job_id = (sync if kind == "sync" else asynchronous).enqueue()
     with Worker(app):
-        until(lambda: job(app, job_id).state == "dead")
-    assert "no database" in (job(app, job_id).last_error or "")
+        until(lambda: job_of(app, job_id).state == "dead")
+    assert "no database" in (job_of(app, job_id).last_error or "")
     assert ran == ([] if when == "enter" else [1])
 
 
@@ -168,8 +147,8 @@ def test_a_hook_may_turn_an_error_into_another_ending(app: App, kind: str) -> No
 
     job_id = (sync if kind == "sync" else asynchronous).enqueue()
     with Worker(app):
-        until(lambda: job(app, job_id).state == "scheduled")
-    assert (job(app, job_id).attempts, job(app, job_id).last_error) == (0, None)
+        until(lambda: job_of(app, job_id).state == "scheduled")
+    assert (job_of(app, job_id).attempts, job_of(app, job_id).last_error) == (0, None)
 
 
 def test_an_async_hook_that_swallows_makes_no_ack_of_a_handler_that_was_cancelled(app: App) -> None:
@@ -188,7 +167,7 @@ def test_an_async_hook_that_swallows_makes_no_ack_of_a_handler_that_was_cancelle
     with Worker(app, grace=0):
         job_id = task.enqueue()
         assert begun.wait(PATIENCE_S)
-    assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
+    assert (job_of(app, job_id).state, job_of(app, job_id).attempts) == ("ready", 0)
 
 
 # -- Forks
@@ -653,7 +632,7 @@ def test_no_job_begins_in_a_program_that_ends(of_children: App, monkeypatch: pyt
         ids = [task.enqueue(*([0] if kind == "process" else [])) for _ in range(3)]
         until(lambda: worker.running)
     assert not ran
-    assert {(job(app, job_id).state, job(app, job_id).attempts) for job_id in ids} == {("ready", 0)}
+    assert {(job_of(app, job_id).state, job_of(app, job_id).attempts) for job_id in ids} == {("ready", 0)}
 
 
 # -- The threads of the event loop
@@ -754,8 +733,8 @@ def test_a_retry_policy_is_kept_by_a_job_whose_hook_swallows(app: App) -> None:
 
     job_id = fails.enqueue()
     with Worker(app):
-        until(lambda: job(app, job_id).state == "dead")
-    assert job(app, job_id).attempts == 3
+        until(lambda: job_of(app, job_id).state == "dead")
+    assert job_of(app, job_id).attempts == 3
 
 
 # -- What is left at the end
@@ -888,8 +867,8 @@ def test_a_job_of_a_child_begins_when_the_child_is_up_and_not_before(
         assert begun == []
         of_children.broker.pause("children")
         may_come.set()
-        until(lambda: job(of_children, job_id).state == "ready")
-        assert (begun, job(of_children, job_id).attempts) == ([], 0)
+        until(lambda: job_of(of_children, job_id).state == "ready")
+        assert (begun, job_of(of_children, job_id).attempts) == ([], 0)
         of_children.broker.resume("children")
         until(lambda: of_children.broker.get(job_id) is None)
         assert begun.count(job_id) == 1

@@ -10,7 +10,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,6 @@ module_app = App(":memory:")
 @module_app.task
 def of_a_module(n: int) -> int:
     return n + 1
-
-
-@pytest.fixture
-def app() -> Iterator[App]:
-    with App(":memory:") as app:
-        yield app
 
 
 def find(app: App, job_id: int, queue: str = "default") -> Any:

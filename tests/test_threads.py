@@ -1047,10 +1047,10 @@ def test_a_notifier_that_cannot_go_on_fails_the_broker_and_tells_all(tmp_path: P
         broker.lease_soon("q", 1, lambda leases, error: told.append(error))
         notifier = inside(broker)._notifier
         turn = notifier._turn
-        notifier._turn = mock.Mock(side_effect=[MemoryError("no memory"), *[True] * 3, False])  # type: ignore[method-assign]
+        notifier._turn = mock.Mock(side_effect=[MemoryError("no memory"), *[True] * 3, False])  # type: ignore[method-assign]  # it fails once
         notifier._poked.set()
         settles(lambda: broker.health().state == "failed")
-        notifier._turn = turn  # type: ignore[method-assign]
+        notifier._turn = turn  # type: ignore[method-assign]  # as it was
         assert "no memory" in str(broker.health().last_error)
         with pytest.raises(BrokerFailedError):
             broker.enqueue("q", b"")
@@ -1156,7 +1156,7 @@ def test_a_lease_that_gets_in_line_while_the_broker_fails_is_told(tmp_path: Path
             engine._fail(OSError("a disk that went away"))
             register(lessee, queues)
 
-        engine._register = fails  # type: ignore[method-assign]
+        engine._register = fails  # type: ignore[method-assign]  # it fails
         told: list[BaseException | None] = []
         broker.lease_soon("q", 1, lambda leases, error: told.append(error))
         assert [type(each) for each in told] == [BrokerFailedError]

@@ -438,7 +438,7 @@ def test_verify_refuses_what_is_no_directory(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="there is no log"):
             tools.verify(nothing)
     with pytest.raises(UsageError):
-        tools.verify(3)  # type: ignore[arg-type]
+        tools.verify(3)  # type: ignore[arg-type]  # wrong, as a caller may be
     assert not (tmp_path / "nowhere").exists()
     assert not (tmp_path / "LOCK").exists()
 
@@ -740,7 +740,7 @@ def test_salvage_reads_around_sectors_that_the_disk_does_not_give(
     def bad_sector(disk: object, fd: int, size: int, offset: int) -> bytes:
         if os.readlink(f"/proc/self/fd/{fd}") == str(path) and offset <= 36_864 < offset + size:
             raise OSError(5, "Input/output error")
-        return honest(disk, fd, size, offset)  # type: ignore[arg-type]
+        return honest(disk, fd, size, offset)  # type: ignore[arg-type]  # the disk it stands in for
 
     monkeypatch.setattr(rivetq.io.SystemDisk, "pread", bad_sector)
     report = tools.salvage(closed, tmp_path / "out")
@@ -868,7 +868,7 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "half.partial", "link", "there"]
     with pytest.raises(UsageError):
-        busy.backup(tmp_path / "out", link=1)  # type: ignore[arg-type]
+        busy.backup(tmp_path / "out", link=1)  # type: ignore[arg-type]  # wrong, as a caller may be
     (tmp_path / "empty").mkdir()
     assert busy.backup(tmp_path / "empty").jobs == 91
 

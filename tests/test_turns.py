@@ -139,7 +139,7 @@ def test_a_queue_whose_pool_was_full_for_long_starves_no_other_when_it_is_free()
         "loop": Queue(1, None, False, frozenset({"loop"})),
     }
     desk = Desk(queues, random.Random(0))
-    desk.rng.random = lambda: 1.0  # type: ignore[method-assign]
+    desk.rng.random = lambda: 1.0  # type: ignore[method-assign]  # no chance in it
     for _ in range(4):
         desk.turn("loop", 10)
     for _ in range(1000):

@@ -116,7 +116,7 @@ def test_a_tuple_and_what_a_constructor_computed_come_back() -> None:
     found = codec.loads(codec.dumps([money, (), {"$tuple": [1]}, {"$tuple": (1,)}]))
     assert found == [Money(150, (1, 2)), (), {"$tuple": [1]}, {"$tuple": (1,)}]
     assert found[0].euros == 1.5
-    money.other = object()  # type: ignore[attr-defined]
+    money.other = object()  # type: ignore[attr-defined]  # not a field, on purpose
     with pytest.raises(UsageError, match=r"builtins\.object"):
         codec.dumps(money)
 

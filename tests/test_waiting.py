@@ -47,7 +47,7 @@ def test_no_token_is_expected_while_those_who_were_woken_for_one_have_not_looked
         broker.configure_queue("q", rate_limit=RateLimit(1, 2))
         engine._notifier.start()
         go_on, told = threading.Event(), threading.Event()
-        engine._notifier.call(go_on.wait)  # type: ignore[arg-type]
+        engine._notifier.call(go_on.wait)  # type: ignore[arg-type]  # what it returns is not looked at
         broker.lease_soon("q", 1, lambda leases, error: told.set())
         broker.enqueue_many("q", [b""] * 3)
         assert engine._machine.queues["q"].token_at_ms == NEVER_MS

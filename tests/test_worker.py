@@ -22,12 +22,12 @@ from typing import Any
 import pytest
 import worker_tasks
 from inside import inside
+from patience import PATIENCE_S, job_of, until
 
 from rivetq import (
     Broker,
     BrokerFailedError,
     DiskFullError,
-    Job,
     Lease,
     LeaseLostError,
     LeaseRef,
@@ -44,15 +44,6 @@ from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, curren
 from rivetq.turns import Order, Room
 from rivetq.worker import Concurrency, Settled, Worker, _margin
 
-PATIENCE_S = 30.0
-
-
-def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
-
 
 def drained(app: App) -> Callable[[], bool]:
     def is_drained() -> bool:
@@ -60,18 +51,6 @@ def drained(app: App) -> Callable[[], bool]:
         return stats.enqueued > 0 and not (stats.ready or stats.leased)
 
     return is_drained
-
-
-def job(app: App, job_id: int) -> Job:
-    found = app.broker.get(job_id)
-    assert found is not None
-    return found
-
-
-@pytest.fixture
-def app() -> Iterator[App]:
-    with App(":memory:") as app:
-        yield app
 
 
 @pytest.fixture
@@ -233,8 +212,8 @@ def test_the_end_of_a_handler_decides_what_becomes_of_its_job(app: App, kind: st
     task: Any = sync if kind == "sync" else asynchronous
     with Worker(app, concurrency=2):
         job_id = task.enqueue()
-        until(lambda: job(app, job_id).state in ("scheduled", "dead"))
-    found = job(app, job_id)
+        until(lambda: job_of(app, job_id).state in ("scheduled", "dead"))
+    found = job_of(app, job_id)
     assert (found.state, found.attempts, found.last_error) == (state, attempts, last_error)
     if state == "scheduled":
         assert found.due_at is not None
@@ -280,7 +259,7 @@ def test_a_handler_that_ends_strangely_fails_its_own_job_only(
         fine.enqueue()
         until(drained(app))
     assert worker.failure is None
-    assert (job(app, job_id).state, job(app, job_id).last_error) == ("dead", last_error)
+    assert (job_of(app, job_id).state, job_of(app, job_id).last_error) == ("dead", last_error)
 
 
 def test_a_job_that_fails_for_good_is_a_dead_letter_with_its_error(app: App, caplog: pytest.LogCaptureFixture) -> None:
@@ -291,7 +270,7 @@ def test_a_job_that_fails_for_good_is_a_dead_letter_with_its_error(app: App, cap
     job_id = task.enqueue()
     with caplog.at_level(logging.WARNING, "rivetq.worker"), Worker(app):
         until(drained(app))
-    found = job(app, job_id)
+    found = job_of(app, job_id)
     assert (found.state, found.attempts, found.last_error) == ("dead", 3, "ValueError: bad")
     record = caplog.records[0]
     assert (record.job_id, record.task, record.attempt) == (job_id, "task", 1)  # type: ignore[attr-defined]  # extra
@@ -310,7 +289,10 @@ def test_what_is_no_call_of_a_task_is_a_dead_letter(app: App) -> None:
     with Worker(app):
         assert ran.wait(PATIENCE_S)
         until(drained(app))
-    assert (job(app, job_id).state, job(app, job_id).last_error) == ("dead", "unknown task 'gone': this app has task")
+    assert (job_of(app, job_id).state, job_of(app, job_id).last_error) == (
+        "dead",
+        "unknown task 'gone': this app has task",
+    )
 
 
 def test_mixed_endings_are_answered_in_one_commit(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +332,7 @@ def test_a_job_that_comes_again_before_its_answer_is_noted_is_answered_again(
     monkeypatch.setattr(worker, "_commit", slow)
     job_id = task.enqueue()
     with worker:
-        until(lambda: job(app, job_id).state == "dead")
+        until(lambda: job_of(app, job_id).state == "dead")
     assert attempts == [1, 2, 3, 4]
 
 
@@ -398,7 +380,7 @@ def test_a_worker_outlives_a_job_that_goes_wrong_in_an_odd_way(app: App, end: st
 
     job_id = task.enqueue()
     with Worker(app, concurrency=1) as worker:
-        until(lambda: job(app, job_id).state == "dead")
+        until(lambda: job_of(app, job_id).state == "dead")
         (fine_async if is_async else fine).enqueue()
         until(lambda: app.broker.stats().acked == 1)
         assert worker.failure is None
@@ -432,8 +414,8 @@ def test_a_handler_that_stops_its_own_worker_is_told_that_it_cannot(app: App) ->
     worker = Worker(app)
     job_id = task.enqueue()
     with worker:
-        until(lambda: job(app, job_id).state == "dead")
-    assert (job(app, job_id).last_error or "").startswith("UsageError: stop")
+        until(lambda: job_of(app, job_id).state == "dead")
+    assert (job_of(app, job_id).last_error or "").startswith("UsageError: stop")
 
 
 def test_a_listener_that_exits_ends_nothing(app: App) -> None:
@@ -611,7 +593,7 @@ def test_what_a_hook_raises_fails_the_job(app: App) -> None:
     job_id = task.enqueue()
     with Worker(app):
         until(drained(app))
-    assert job(app, job_id).last_error == "not today"
+    assert job_of(app, job_id).last_error == "not today"
 
 
 def test_on_settled_is_told_each_ending(app: App) -> None:
@@ -816,7 +798,7 @@ def test_a_time_limit_cancels_an_async_handler_and_its_attempt_failed(app: App) 
     job_id = task.enqueue()
     with Worker(app):
         until(drained(app))
-    assert job(app, job_id).last_error == "TimeLimitError: time limit exceeded (0.1 s)"
+    assert job_of(app, job_id).last_error == "TimeLimitError: time limit exceeded (0.1 s)"
     assert reasons == ["time limit exceeded"]
 
 
@@ -829,7 +811,7 @@ def test_a_time_limit_tells_a_handler_in_a_thread(app: App) -> None:
     ids = task.enqueue_many([()] * 3)
     with Worker(app, concurrency=1):
         until(drained(app))
-    assert {job(app, i).last_error for i in ids} == {"TimeoutError: time limit exceeded"}
+    assert {job_of(app, i).last_error for i in ids} == {"TimeoutError: time limit exceeded"}
 
 
 # -- Child processes
@@ -869,7 +851,7 @@ def test_a_child_that_dies_fails_its_own_job_only_and_the_attempt_counts(childre
     worker_tasks.tell_pid.enqueue_many([()] * 4)
     with Worker(children, concurrency=2):
         until(lambda: len(worker_tasks.ends) == 4 and children.broker.stats().scheduled == 2)
-    jobs = [job(children, job_id) for job_id in ids]
+    jobs = [job_of(children, job_id) for job_id in ids]
     assert [(j.attempts, j.last_error) for j in jobs] == [
         (1, "ChildDied: the process of the job ended with exit code 7"),
         (1, "ChildDied: the process of the job ended with exit code -9"),
@@ -882,7 +864,7 @@ def test_a_time_limit_kills_a_child_that_holds_its_interpreter(children: App) ->
     with Worker(children, concurrency=1):
         worker_tasks.tell_pid.enqueue()
         until(lambda: len(worker_tasks.ends) == 1)
-    found = job(children, job_id)
+    found = job_of(children, job_id)
     assert (found.state, found.attempts) == ("dead", 1)
     assert found.last_error == "TimeLimitError: time limit exceeded (0.5 s), its process was killed"
 
@@ -890,9 +872,9 @@ def test_a_time_limit_kills_a_child_that_holds_its_interpreter(children: App) ->
 def test_a_grandchild_that_holds_the_pipe_does_not_hold_up_the_time_limit(children: App, tmp_path: Path) -> None:
     job_id = worker_tasks.hang_with_a_grandchild.enqueue(str(tmp_path / "pid"))
     with Worker(children, concurrency=1):
-        until(lambda: job(children, job_id).state == "dead")
+        until(lambda: job_of(children, job_id).state == "dead")
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # it is there still: it would have slept for longer
-    assert (job(children, job_id).last_error or "").startswith("TimeLimitError")
+    assert (job_of(children, job_id).last_error or "").startswith("TimeLimitError")
 
 
 def test_a_handler_that_forks_and_returns_twice_does_not_answer_for_the_next_job(children: App) -> None:
@@ -922,7 +904,7 @@ def test_a_child_that_answers_for_another_job_is_replaced_and_its_own_job_failed
     worker_tasks.tell_pid.enqueue_many([()] * 3)
     with Worker(children, concurrency=1):
         until(lambda: len(worker_tasks.ends) == 3)
-    assert "the end of another job" in (job(children, job_id).last_error or "")
+    assert "the end of another job" in (job_of(children, job_id).last_error or "")
     assert children.broker.stats("children").acked == 3
 
 
@@ -958,7 +940,7 @@ def test_a_child_has_no_broker(children: App) -> None:
     job_id = worker_tasks.use_broker.options(max_attempts=1).enqueue()
     with Worker(children, concurrency=1):
         until(drained(children))
-    assert "in a process pool a handler can enqueue tasks" in (job(children, job_id).last_error or "")
+    assert "in a process pool a handler can enqueue tasks" in (job_of(children, job_id).last_error or "")
 
 
 @pytest.mark.parametrize("limits", [{"child_max_jobs": 1}, {"child_max_memory": 1}])
@@ -1085,7 +1067,7 @@ def test_what_still_runs_after_the_grace_time_is_given_back_with_its_attempt(chi
         job_id = app.task(sync if kind == "sync" else asynchronous).enqueue()
     seconds, stats = stop_while_it_runs(app, None, lambda: begun.is_set() or bool(worker_tasks.ends), 0.5)
     assert seconds < 0.5 + 2  # the machine may be busy
-    found = job(app, job_id)
+    found = job_of(app, job_id)
     assert (found.state, found.attempts, stats.leased) == ("ready", 0, 0)
     may_end.set()
 
@@ -1104,7 +1086,7 @@ def test_a_handler_that_ends_after_the_worker_gave_its_job_back_changes_nothing(
     may_end.set()
     assert ended.wait(PATIENCE_S)
     time.sleep(0.02)
-    assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
+    assert (job_of(app, job_id).state, job_of(app, job_id).attempts) == ("ready", 0)
 
 
 def test_a_job_that_ends_while_it_is_given_back_is_answered_once(app: App) -> None:
@@ -1353,7 +1335,7 @@ def test_an_async_handler_that_cannot_be_ended_does_not_prolong_the_grace_time(a
     [loop] = [thread for thread in threading.enumerate() if thread.name == "rivetq-worker-loop"]
     end.set()
     assert seconds < 3.5  # and not after the seconds that the loop may take to end
-    assert (job(app, job_id).state, job(app, job_id).attempts) == ("ready", 0)
+    assert (job_of(app, job_id).state, job_of(app, job_id).attempts) == ("ready", 0)
     loop.join(PATIENCE_S)  # it ends with the handler, and leaves no task to the garbage collector
     assert not loop.is_alive()
     assert ended == [True]
@@ -1468,10 +1450,10 @@ def test_a_child_that_logs_without_end_is_killed_by_its_time_limit(children: App
     try:
         with Worker(children, concurrency=1):
             job_id = worker_tasks.log_without_end.enqueue()
-            until(lambda: job(children, job_id).state == "dead")
+            until(lambda: job_of(children, job_id).state == "dead")
     finally:
         logger.removeHandler(slow)
-    assert str(job(children, job_id).last_error).startswith("TimeLimitError")
+    assert str(job_of(children, job_id).last_error).startswith("TimeLimitError")
 
 
 def test_a_record_of_a_child_is_written_by_the_levels_of_its_parent(caplog: pytest.LogCaptureFixture) -> None:
@@ -1754,7 +1736,7 @@ def test_a_handler_that_ends_while_its_job_is_being_given_back_leaves_no_lease(
     worker.start()
     assert begun.wait(PATIENCE_S)
     worker.stop(0)
-    assert (job(app, job_id).state, job(app, job_id).attempts, runs) == ("ready", 0, [1])
+    assert (job_of(app, job_id).state, job_of(app, job_id).attempts, runs) == ("ready", 0, [1])
 
 
 def test_an_answer_for_a_lost_lease_leaves_the_next_delivery_of_the_job_alone(app: App) -> None:
@@ -1794,7 +1776,7 @@ def test_a_disk_that_is_full_when_a_job_is_rejected_ends_no_worker(app: App, mon
     with Worker(app) as worker:
         until(lambda: app.broker.stats().dead == 2)
     assert worker.failure is None
-    assert job(app, job_ids[0]).attempts == 1
+    assert job_of(app, job_ids[0]).attempts == 1
 
 
 def test_a_finish_that_fails_leaves_the_job_to_its_worker(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1808,8 +1790,8 @@ def test_a_finish_that_fails_leaves_the_job_to_its_worker(app: App, monkeypatch:
 
     with Worker(app):
         job_id = task.enqueue()
-        until(lambda: job(app, job_id).state == "dead")
-    assert job(app, job_id).last_error == "DiskFullError: full"
+        until(lambda: job_of(app, job_id).state == "dead")
+    assert job_of(app, job_id).last_error == "DiskFullError: full"
 
 
 # -- The grace time
@@ -1899,10 +1881,10 @@ def test_a_lease_is_renewed_until_its_ending_is_told(app: App) -> None:
     try:
         with Worker(app):
             job_id = fail.enqueue()
-            until(lambda: job(app, job_id).state == "scheduled")
+            until(lambda: job_of(app, job_id).state == "scheduled")
     finally:
         logger.removeHandler(slow)
-    assert (job(app, job_id).attempts, job(app, job_id).last_error) == (1, "ValueError: once")
+    assert (job_of(app, job_id).attempts, job_of(app, job_id).last_error) == (1, "ValueError: once")
 
 
 def test_a_worker_that_is_stopped_while_it_starts_leaves_nothing_behind(app: App) -> None:
@@ -1937,7 +1919,7 @@ def test_a_child_runs_a_function_of_which_its_module_makes_no_task(app: App, mad
     with Worker(app, concurrency=1):
         until(drained(app))
     assert app.broker.get(ids[0]) is None
-    assert job(app, ids[1]).last_error == "ZeroDivisionError: 3 by zero"
+    assert job_of(app, ids[1]).last_error == "ZeroDivisionError: 3 by zero"
 
 
 def test_hooks_that_a_child_cannot_find_fail_the_job_with_the_reason(app: App, made: Any) -> None:
@@ -1945,7 +1927,7 @@ def test_hooks_that_a_child_cannot_find_fail_the_job_with_the_reason(app: App, m
     job_id = made.enqueue(worker_tasks.Work(0))
     with Worker(app, concurrency=1):
         until(drained(app))
-    assert "'made here': its app has hooks" in str(job(app, job_id).last_error)
+    assert "'made here': its app has hooks" in str(job_of(app, job_id).last_error)
 
 
 def test_what_a_child_logs_its_parent_logs_with_the_fields_of_the_job(
@@ -2057,8 +2039,8 @@ def never(data): pass
     found = module_of_tasks(tmp_path, monkeypatch, text)
     with found.app, Worker(found.app, concurrency={"processes": 1}):
         job_id = found.never.enqueue("x" * size)
-        until(lambda: job(found.app, job_id).state == "dead")
-        assert str(job(found.app, job_id).last_error).startswith("TimeLimitError: time limit exceeded (0.3 s)")
+        until(lambda: job_of(found.app, job_id).state == "dead")
+        assert str(job_of(found.app, job_id).last_error).startswith("TimeLimitError: time limit exceeded (0.3 s)")
 
 
 def test_a_child_that_cannot_import_a_task_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2074,8 +2056,10 @@ def never(): pass
     found = module_of_tasks(tmp_path, monkeypatch, text)
     with found.app, Worker(found.app, concurrency={"processes": 1}):
         job_id = found.never.enqueue()
-        until(lambda: job(found.app, job_id).state == "dead")
-        assert "cannot import the task: FileNotFoundError: no settings here" in str(job(found.app, job_id).last_error)
+        until(lambda: job_of(found.app, job_id).state == "dead")
+        assert "cannot import the task: FileNotFoundError: no settings here" in str(
+            job_of(found.app, job_id).last_error
+        )
 
 
 def test_a_worker_is_started_once(app: App) -> None:

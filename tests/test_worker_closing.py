@@ -6,41 +6,25 @@ import asyncio
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import worker_tasks
+from patience import PATIENCE_S, job_of, until
 
 from rivetq import (
     Broker,
     BrokerClosedError,
     BrokerFailedError,
     BrokerLockedError,
-    Job,
     UsageError,
     children,
     pools,
 )
 from rivetq.tasks import App, every
 from rivetq.worker import Settled, Worker
-
-PATIENCE_S = 30.0
-
-
-def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
-
-
-def job(app: App, job_id: int) -> Job:
-    found = app.broker.get(job_id)
-    assert found is not None
-    return found
 
 
 def threads() -> set[threading.Thread]:
@@ -53,12 +37,6 @@ def threads() -> set[threading.Thread]:
 def before() -> set[threading.Thread]:
     """Threads that other tests left behind."""
     return threads()
-
-
-@pytest.fixture
-def app() -> Iterator[App]:
-    with App(":memory:") as app:
-        yield app
 
 
 # -- A start that fails
@@ -142,7 +120,7 @@ def test_a_start_that_is_broken_into_when_jobs_are_leased_gives_them_back(
         patch.setattr(threading.Thread, "start", start)
         with pytest.raises(kind):
             worker.start()
-    assert {(job(app, job_id).state, job(app, job_id).attempts) for job_id in ids} == {("ready", 0)}
+    assert {(job_of(app, job_id).state, job_of(app, job_id).attempts) for job_id in ids} == {("ready", 0)}
     may_end.set()
     until(lambda: not threads() - before)
 

@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE_S, until
 
 from rivetq import Broker, LeaseLostError
 from rivetq.local import LocalEngine
@@ -23,15 +24,6 @@ from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
 from rivetq.turns import PREFETCH_JOBS, Room
 from rivetq.worker import Settled, Worker, _in_parts
-
-PATIENCE_S = 30.0
-
-
-def until(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.002)
 
 
 def test_looking_for_calls_in_other_queues_reads_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,12 +45,6 @@ def test_looking_for_calls_in_other_queues_reads_no_payload(tmp_path: Path, monk
             until(lambda: "calls" in worker._order)
     assert "elsewhere" not in worker._order
     assert read == []
-
-
-@pytest.fixture
-def app() -> Iterator[App]:
-    with App(":memory:") as app:
-        yield app
 
 
 class Gate:
@@ -582,7 +568,7 @@ def test_leases_that_will_soon_be_due_are_renewed_with_those_that_are(app: App) 
         deliveries = []
         for n in range(4):
             wait.enqueue()
-            until(lambda n=n: worker.running == n + 1)  # type: ignore[misc]
+            until(lambda n=n: worker.running == n + 1)  # type: ignore[misc]  # bound now
         deliveries = list(worker._held.values())
         now = time.monotonic()
         for delivery, seconds in zip(deliveries, (-1, 4, 9, 2), strict=True):

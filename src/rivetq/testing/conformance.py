@@ -1707,7 +1707,7 @@ def test_a_batch_of_leases_has_a_limit_of_bytes(broker: Broker) -> None:
     other = broker.enqueue("r", b"x")
     for max_bytes in (0, -1, True, 1.5):
         with pytest.raises(UsageError, match="max_bytes"):
-            broker.lease_many("q", 9, max_bytes=max_bytes)  # type: ignore[arg-type]
+            broker.lease_many("q", 9, max_bytes=max_bytes)  # type: ignore[arg-type]  # wrong, as a caller may be
     leases = broker.lease_many(["q", "r"], 9, max_bytes=59)  # the next one would be too large, and none is left out
     assert [lease.id for lease in leases] == ids[:2]
     [large] = broker.lease_many(["q", "r"], 9, max_bytes=1)  # one is leased in any case

@@ -389,7 +389,11 @@ def threads_of_workers() -> set[threading.Thread]:
 
 
 def children_of_this_process() -> set[str]:
-    return {pid for each in Path("/proc/self/task").glob("*/children") for pid in each.read_text().split()}
+    found: set[str] = set()
+    for each in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that ends meanwhile
+            found.update(each.read_text().split())
+    return found
 
 
 def until(holds: Callable[[], object], trouble: str) -> None:

@@ -20,6 +20,7 @@ import threading
 from pathlib import Path
 
 import worker_tasks
+from closing import children_of_this_process
 from simulation import ViolationError, fast_directory
 
 from rivetq import Broker, RateLimit
@@ -60,7 +61,7 @@ def held(broker: Broker) -> dict[str, int]:
         "MiB": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // MIB,
         "threads": threading.active_count(),
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "children": sum(len(each.read_text().split()) for each in Path("/proc/self/task").glob("*/children")),
+        "children": len(children_of_this_process()),
         **found,
     }
 

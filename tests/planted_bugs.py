@@ -627,6 +627,20 @@ BUGS = (
         "test_worker.py::test_a_job_leased_in_advance_that_is_cancelled_does_not_begin[sync]",
     ),
     Bug(
+        "a finished job is lost",
+        "worker.py",
+        "                    if _was_finished(delivery):",
+        "                    if False:",
+        "test_worker.py::test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_done[False]",
+    ),
+    Bug(
+        "a finish under way is lost",
+        "worker.py",
+        "    is_over.wait()\n",
+        "",
+        "test_worker.py::test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_done[True]",
+    ),
+    Bug(
         "paused job begins",
         "pools.py",
         "if not broker.is_paused(lease.queue):",

@@ -1794,6 +1794,50 @@ def test_a_finish_that_fails_leaves_the_job_to_its_worker(app: App, monkeypatch:
     assert job_of(app, job_id).last_error == "DiskFullError: full"
 
 
+@pytest.mark.parametrize("is_under_way", [False, True])
+def test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_done(
+    app: App, monkeypatch: pytest.MonkeyPatch, is_under_way: bool
+) -> None:
+    begun, give_up, finished, told = threading.Event(), threading.Event(), threading.Event(), threading.Event()
+    transact, commit = Transaction.__exit__, Worker._commit
+    settled: list[str] = []
+    too_early: list[bool] = []
+
+    def slow(self: Transaction, *args: Any) -> None:
+        transact(self, *args)
+        finished.set()
+        if is_under_way:  # it is on disk, and its caller does not know yet
+            too_early.append(told.wait(0.1))
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        assert give_up.wait(PATIENCE_S)
+        monkeypatch.setattr(Transaction, "__exit__", slow)
+        with current_job().finish():
+            pass
+
+    def late(self: Worker, *args: Any) -> None:
+        give_up.set()
+        assert finished.wait(PATIENCE_S)
+        commit(self, *args)
+
+    def note(event: Settled) -> None:
+        settled.append(event.ending)
+        told.set()
+
+    monkeypatch.setattr(Worker, "_commit", late)
+    worker = Worker(app, grace=0, on_settled=note)
+    worker.start()
+    task.enqueue()
+    assert begun.wait(PATIENCE_S)
+    worker.stop()
+    until(lambda: settled)
+    assert settled == ["ack"]
+    assert too_early == [False] * is_under_way
+    assert app.broker.stats().acked == 1
+
+
 # -- The grace time
 
 

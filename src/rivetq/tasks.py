@@ -125,7 +125,7 @@ class CurrentJob:
         self.finished = False
         """It was acked, by `finish`."""
         self.finishing = False  # the commit of that is under way: it may still fail
-        self._waiting: Callable[[], object] | None = None  # told when it is over
+        self._waiting: tuple[Callable[[], object], ...] = ()  # told when it is over
         self.stopping = False
         """The worker is shutting down: a handler that can end soon, or raise `Snooze`, should."""
         self.reason: str | None = None
@@ -204,9 +204,9 @@ class CurrentJob:
             if is_mine:
                 with _finishes:
                     self.finishing = False
-                    waiting, self._waiting = self._waiting, None
-                if waiting is not None:
-                    waiting()
+                    waiting, self._waiting = self._waiting, ()
+                for each in waiting:
+                    each()
 
     def _check_unfinished(self) -> None:
         if self.finished:
@@ -216,7 +216,7 @@ class CurrentJob:
         """For workers: call this when no commit of `finish` is under way; at once if none is."""
         with _finishes:
             if self.finishing:
-                self._waiting = call
+                self._waiting += (call,)
                 return
         call()
 

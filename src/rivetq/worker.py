@@ -876,9 +876,13 @@ class Worker:
                 time.sleep(RETRY_S)
             finally:
                 for delivery in gone:
-                    self._note_lost(delivery)
-                    lost.append(delivery)
-                    del left[delivery], endings[delivery]
+                    del left[delivery]
+                    if _was_finished(delivery):
+                        endings[delivery] = ACK
+                    else:
+                        self._note_lost(delivery)
+                        lost.append(delivery)
+                        del endings[delivery]
         for delivery in batch:
             delivery.is_answered = True
         self._let_go(batch)
@@ -1090,6 +1094,14 @@ def _ending(delivery: Delivery) -> Ending:
     if reason == CANCELLED:
         return Ending("reject", CANCELLED)
     return ending
+
+
+def _was_finished(delivery: Delivery) -> bool:
+    """Whether `CurrentJob.finish` acked the job while another answer to it was under way. Waits for such a commit."""
+    is_over = threading.Event()
+    delivery.job.when_finished(is_over.set)
+    is_over.wait()
+    return delivery.job.finished
 
 
 def _count(value: object, name: str, least: int = 1) -> int:

@@ -262,6 +262,26 @@ def test_a_look_begins_anew_a_few_times_and_then_says_so(closed: Path, monkeypat
     assert [name for name in os.listdir(tempfile.gettempdir()) if name == os.path.basename(looks[0]._copy)] == []
 
 
+def test_a_look_that_is_never_closed_leaves_nothing_behind(closed: Path, tmp_path: Path) -> None:
+    program = """
+import os, sys
+from rivetq import tools
+look = tools.look(sys.argv[1])
+if not os.fork():
+    sys.exit(0)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+print(os.listdir(os.environ["TMPDIR"]), look.get(1))  # a copy that a child took along is not its own to remove
+"""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", program, closed], env=os.environ | {"TMPDIR": str(place)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("['rivetq-view-")
+    assert list(place.iterdir()) == []
+
+
 def test_a_listing_without_payloads_reads_none(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tools.look(closed) as found:
         jobs = found.jobs("mail", limit=1000)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from datetime import datetime
 
@@ -39,6 +40,8 @@ class ViewEngine(LiveEngine):
         self._log_path = os.path.join(directory, "log")
         self._copy = tempfile.mkdtemp(prefix="rivetq-view-")
         self._index = Index(disk, self._copy)
+        # Also of a look that is never closed, at the latest when the process ends.
+        self._drop_copy = weakref.finalize(self, _drop, self._index, self._copy, os.getpid())
         try:
             found = self._read(directory)
             machine = served(found)
@@ -95,9 +98,11 @@ class ViewEngine(LiveEngine):
     def _finish(self, save: bool) -> None:
         self._drop_copy()
 
-    def _drop_copy(self) -> None:
-        self._index.close()
-        shutil.rmtree(self._copy, ignore_errors=True)
+
+def _drop(index: Index, copy: str, process: int) -> None:
+    if os.getpid() == process:  # what it forked has the copy, too, and it is not its own
+        index.close()
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 def served(found: Recovered) -> Machine:

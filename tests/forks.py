@@ -385,6 +385,8 @@ class Forks:
             finally:
                 sys.settrace(None)
         except BaseException as error:
+            if self.child and isinstance(error, SystemExit):  # it leaves by the end of its interpreter
+                raise
             if self.child:
                 self._end(error)
             raise ViolationError(f"{what}: the parent was disturbed: {error!r}") from error

@@ -682,6 +682,30 @@ def test_polls_of_a_limited_queue_leave_nothing_behind() -> None:
     asyncio.run(main())
 
 
+def test_an_answer_that_is_broken_into_where_it_wakes_its_loop_is_told(tmp_path: Path) -> None:
+    async def main(broker: Broker) -> None:
+        awaited, loop = AsyncBroker(broker), asyncio.get_running_loop()
+        wake, breaks = loop.call_soon_threadsafe, [MemoryError(), MemoryError()]
+
+        def waking(*args: Any) -> Any:
+            if breaks and threading.current_thread().name == "rivetq-notifier":
+                raise breaks.pop()
+            return wake(*args)
+
+        loop.call_soon_threadsafe = waking  # type: ignore[method-assign]  # it fails at first
+        waiting = asyncio.create_task(awaited.lease("q", wait=None))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(broker.enqueue, "q", b"x")
+        await asyncio.wait({waiting}, timeout=0.05)  # both times: it is told with the next answer
+        other = asyncio.create_task(awaited.enqueue("other", b""))
+        done, _ = await asyncio.wait({waiting, other}, timeout=PATIENCE_S / 4)
+        assert done == {waiting, other}, "an answer does not come"
+        assert not breaks
+
+    with Broker(tmp_path / "data") as broker:
+        asyncio.run(main(broker))
+
+
 def test_a_loop_that_is_closed_under_a_waiting_lease_leaves_no_lessee_behind() -> None:
     with Broker(":memory:") as broker:
         loop = asyncio.new_event_loop()

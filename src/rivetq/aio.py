@@ -734,11 +734,14 @@ class _Mailbox:
         if threading.get_ident() == self._thread:
             self._deliver()
         elif not self._is_woken:
-            self._is_woken = True
             try:
+                self._is_woken = True
                 self.loop.call_soon_threadsafe(self._wake)
-            except RuntimeError:  # the loop is closed: no task is left to be told
-                while self._told:
+            except BaseException as error:
+                self._is_woken = False  # the next answer tries it again
+                if not isinstance(error, RuntimeError):  # no memory, say
+                    raise
+                while self._told:  # the loop is closed: no task is left to be told
                     self._told.popleft().drop()
 
     def _wake(self) -> None:

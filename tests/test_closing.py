@@ -1,4 +1,4 @@
-"""A slice of the sweep of closings (see closing.py; `make sweeps SWEEPS=closing` makes it whole), and that it sees."""
+"""The scenes of the sweep of closings (closing.py; test_sweeps.py makes a slice of it), and that it sees bugs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import closing
 import pytest
-import sweeps
 from simulation import ViolationError
 
 from rivetq import pools
@@ -24,10 +23,6 @@ def quiet() -> Iterator[None]:
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
-
-
-def test_a_close_at_any_line_is_told_to_all() -> None:
-    assert sweeps.run("closing", 0, sweeps.Share(trials=30, stride=61)) == 30
 
 
 @pytest.mark.parametrize("name", closing.SCENES)

@@ -21,6 +21,7 @@ from rivetq.log import Log
         ("errors", 60, 37),
         ("exceptions", 50, 89),
         ("asyncio", 20, 61),
+        ("closing", 30, 61),
         ("sequences", 40, 113),
     ],
     ids=list(SWEEPS),

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 PACKAGE = os.path.dirname(rivetq.__file__)
 ENGINE = ("ahead", "aio", "broker", "group", "live", "local", "notifier")
-RUNTIME = ("children", "pools", "schedules", "turns", "worker")
+RUNTIME = ("ahead", "children", "pools", "schedules", "turns", "worker")
 PATIENCE_S = 15.0
 """For what must come true by itself; far longer than it takes."""
 STEP_S = 0.01
@@ -183,9 +183,9 @@ class OfBroker(Scene):
 
     def _work(self) -> None:
         for _ in range(JOBS):
-            lease = self.broker.lease(["mail", "slow"], wait=0.2)
-            if lease is not None:
+            for lease in self.broker.lease_many(["mail", "slow"], 2, wait=0.2, begun=False):
                 self.taken.add(lease.id)
+                self.broker.begin(lease)
                 lease.ack()
         self.waits_now()
         self.broker.lease_many(["nothing", "empty"], 3, wait=None)

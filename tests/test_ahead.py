@@ -196,6 +196,17 @@ def test_a_forked_child_does_not_touch_the_page_of_its_parent(tmp_path: Path) ->
         assert read_ahead(str(tmp_path / "data" / "ahead")) == {lease.token}
 
 
+def test_a_page_that_is_closed_in_the_middle_of_a_call_takes_nothing_more(tmp_path: Path) -> None:
+    ahead = Ahead(str(tmp_path / "ahead"))
+    ahead.make()
+    ahead.note([(1, 1)], lambda token, job_id: True)
+    assert ahead._map is not None
+    ahead._map.close()  # as the closing thread does when another one has just looked whether there is a page
+    ahead.begin(1)
+    ahead.note([(2, 2)], lambda token, job_id: True)
+    assert ahead._slots == {}
+
+
 def test_to_begin_needs_no_lock(tmp_path: Path) -> None:
     with Broker(tmp_path / "data", fsync="never") as broker:
         broker.enqueue_many("q", [b""] * 10)

@@ -29,6 +29,8 @@ logger = logging.getLogger("rivetq")
 SLOTS = 8192
 """64 KiB: more than a worker leases in advance. If there are more, the rest counts as begun."""
 _TOKEN = struct.Struct("<Q")
+_CLOSED = (TypeError, ValueError)
+"""What a store raises when the page was closed meanwhile: by another thread, or in a forked child."""
 _ZEROS = bytes(_TOKEN.size)
 
 
@@ -106,7 +108,10 @@ class Ahead:
             if not self._free and not self._sweep(is_held):
                 return
             at = self._free.pop()
-            _TOKEN.pack_into(table, at, token)
+            try:
+                _TOKEN.pack_into(table, at, token)
+            except _CLOSED:
+                return
             self._slots[token] = at, job_id
 
     def _sweep(self, is_held: Callable[[int, int], bool]) -> bool:
@@ -123,7 +128,7 @@ class Ahead:
             at = found[0]
             try:
                 _TOKEN.pack_into(table, at, 0)
-            except ValueError:  # closed meanwhile
+            except _CLOSED:
                 return
             self._free.append(at)
 

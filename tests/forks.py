@@ -172,7 +172,7 @@ def calls(stage: Stage) -> dict[str, Callable[[], object]]:
 
     found: dict[str, Callable[[], object]] = {
         "enqueue": lambda: broker.enqueue("mail", b"payload"),
-        "enqueue with key": lambda: broker.enqueue("mail", b"p", idempotency_key=f"k{stage.rng.random()}", delay=60),
+        "enqueue with key": lambda: broker.enqueue("mail", b"p", idempotency_key=f"k{stage.rng.random()}", delay=3600),
         "enqueue_many": lambda: broker.enqueue_many("work", [b"x" * 2000] * 8),
         "a large enqueue": lambda: broker.enqueue_many("work", [b"x" * 8000] * 7),  # begins a segment
         "lease": lambda: broker.lease(["work", "mail"]),

@@ -259,6 +259,27 @@ def test_a_job_with_an_eta_is_due_at_it_to_the_millisecond() -> None:
         assert job.due_at == eta
 
 
+class BusyClock(SystemClock):
+    """A thread that reads the wall clock loses its processor before it has, now and then."""
+
+    reads = 0
+
+    def wall_ms(self) -> int:
+        self.reads += 1
+        if self.reads % 3:
+            time.sleep(0.01)
+        return super().wall_ms()
+
+
+def test_a_job_with_an_eta_is_due_at_it_also_on_a_busy_machine() -> None:
+    with Broker(":memory:", clock=BusyClock()) as broker:
+        for _ in range(5):
+            eta = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+            job = broker.get(broker.enqueue("q", b"", eta=eta))
+            assert job is not None
+            assert job.due_at == eta
+
+
 def test_an_eta_is_a_moment_of_the_wall_clock_also_after_it_was_set() -> None:
     clock = ManualClock()
     with Broker(":memory:", clock=clock) as broker:

@@ -677,6 +677,38 @@ def test_a_handler_is_told_when_its_lease_is_lost_or_its_job_cancelled(app: App,
     assert (stats.acked, stats.cancelled) == ((1, 0) if why == "lost" else (0, 1))
 
 
+@pytest.mark.parametrize("is_removed", [True, False])
+def test_a_call_that_cancels_hears_of_a_job_that_is_answered_in_the_same_moment(
+    app: App, monkeypatch: pytest.MonkeyPatch, is_removed: bool
+) -> None:
+    begun, let_go = threading.Event(), threading.Event()
+    tell, remove = Worker._tell_handler, Worker._remove_cancelled
+
+    @app.task
+    async def task() -> None:
+        begun.set()
+        await asyncio.sleep(PATIENCE_S)
+
+    def slow_to_look(self: Worker, delivery: Any, reason: str) -> None:
+        tell(self, delivery, reason)
+        until(lambda: delivery.lease.token not in self._held)
+        if is_removed:
+            until(lambda: app.broker.get(delivery.lease.id) is None)
+        let_go.set()
+
+    def slow_to_remove(self: Worker, deliveries: Any) -> None:
+        assert is_removed or let_go.wait(PATIENCE_S)
+        remove(self, deliveries)
+
+    monkeypatch.setattr(Worker, "_tell_handler", slow_to_look)
+    monkeypatch.setattr(Worker, "_remove_cancelled", slow_to_remove)
+    with Worker(app):
+        job_id = task.enqueue()
+        assert begun.wait(PATIENCE_S)
+        assert app.cancel(job_id)
+        assert app.broker.get(job_id) is None
+
+
 def test_a_cancelled_handler_that_goes_on_to_its_end_is_done(app: App) -> None:
     begun, may_end = threading.Event(), threading.Event()
 

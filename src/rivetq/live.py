@@ -43,6 +43,8 @@ from .state import NEVER_MS, Place, Queue
 _LONGEST_SLEEP_S = 3600.0
 ROOM_RETRY_S = 1.0
 """After the disk had no space for the record of ended leases."""
+CLOCK_ROUNDS = 10
+"""A thread may lose its processor between two clocks, on a busy machine several times in a row."""
 EXPIRY_ROUNDS = 4
 """Records of ended leases that one call writes at most: a storm of them is shared among the calls and the timer."""
 FEW_SCHEDULED, MANY_JOBS, TURN_S = 8000, 500, 0.0001
@@ -99,7 +101,7 @@ class LiveEngine:
         self.clock = clock
         self._machine = machine
         machine.grain_ms = getattr(clock, "grain_ms", 0)
-        machine.wall_ms = clock.wall_ms
+        machine.ahead_ms = self._ahead_ms
         self._offset_ms = now_ms - clock.boot_ms()
         self._lock = threading.Lock()  # guards the machine, the log's tail and all below
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
@@ -743,6 +745,16 @@ class LiveEngine:
             self._advance(now_ms)
         self._behind = machine.wake_ms <= now_ms and self._needs_room is None
         return now_ms
+
+    def _ahead_ms(self) -> int:
+        """How far the wall clock is ahead of the time line. The clocks are read again if time passed in between."""
+        # Caller holds self._lock.
+        clock = self.clock
+        for _ in range(CLOCK_ROUNDS):
+            before_ms, wall_ms = clock.boot_ms(), clock.wall_ms()
+            if clock.boot_ms() - before_ms <= 1:
+                break
+        return wall_ms - max(before_ms + self._offset_ms, self._machine.now_ms)
 
     def _advance(self, now_ms: int) -> None:
         # Caller holds self._lock.

@@ -408,6 +408,12 @@ class Worker:
                 self._tell_handler(delivery, CANCELLED)
                 if token in self._held:  # so the settler will see the reason, now or behind its commit
                     return True
+                settler = self._threads["settle"]
+                with self._changed:
+                    while not delivery.is_over and settler.is_alive():  # it may have seen it, and be removing the job
+                        self._changed.wait(LEAST_S)
+                if delivery.is_removed:
+                    return True
         return False
 
     def _let_go(self, deliveries: Sequence[Delivery]) -> None:
@@ -887,6 +893,8 @@ class Worker:
             delivery.is_answered = True
         self._let_go(batch)
         self._remove_cancelled([*(each for each, ending in endings.items() if ending.verb != "ack"), *lost])
+        if self._cancels:
+            self._note_over(batch)
         told: list[tuple[Delivery, str]] = [
             (each, ending.verb) for each, ending in endings.items() if not each.is_untouched
         ]
@@ -902,7 +910,7 @@ class Worker:
         for delivery in deliveries:
             if delivery.job.reason == CANCELLED:
                 with suppress(DiskFullError):
-                    self.cancel(delivery.lease.id)
+                    delivery.is_removed = self.cancel(delivery.lease.id)
 
     def _commit(self, endings: Mapping[Delivery, Ending]) -> None:
         done = [delivery.lease for delivery, ending in endings.items() if ending.verb == "ack"]
@@ -922,7 +930,15 @@ class Worker:
 
     def _note_lost(self, delivery: Delivery) -> None:
         self._let_go((delivery,))
+        self._note_over((delivery,))
         logger.warning("job %s: %s", delivery.lease.id, LEASE_LOST, extra=fields(delivery))
+
+    def _note_over(self, deliveries: Iterable[Delivery]) -> None:
+        """For calls that cancel them."""
+        with self._changed:
+            for delivery in deliveries:
+                delivery.is_over = True
+            self._changed.notify_all()
 
     def _tell(self, delivery: Delivery, ending: str) -> None:
         for listener in self.on_settled:

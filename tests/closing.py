@@ -147,6 +147,7 @@ class Scene(ABC):
             pass
         except BaseException as error:
             self.errors.append(error)
+            self._all_wait.set()
 
     def join(self) -> None:
         for thread in self._threads:
@@ -344,7 +345,7 @@ class OfWorker(Scene):
 
     def _run(self) -> None:
         self.worker.start()
-        self.is_over.wait(PATIENCE_S)
+        assert self.is_over.wait(PATIENCE_S), f"only {self.done} jobs are done"
         self.waits_now()
 
     def close(self) -> None:
@@ -410,8 +411,7 @@ def play(kind: type[Scene], path: Path, place: tuple[str, int, int] | None, what
     try:
         with tracer.tracing():
             all_wait = scene.begin()
-            while not all_wait.wait(0.001) and not tracer.reached.is_set():
-                pass
+            until(lambda: all_wait.wait(0.001) or tracer.reached.is_set(), "the scene stands still")
             tracer.end(what)
         scene.join()
         scene.check()

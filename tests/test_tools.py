@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -260,6 +261,18 @@ def test_a_look_begins_anew_a_few_times_and_then_says_so(closed: Path, monkeypat
             found.get(job.id)
     assert len({id(each) for each in looks}) == len(looks) == tools.LOOKS + 1
     assert [name for name in os.listdir(tempfile.gettempdir()) if name == os.path.basename(looks[0]._copy)] == []
+
+
+def test_the_copy_of_a_look_goes_with_it(closed: Path) -> None:
+    gc.disable()  # nothing that it holds holds it
+    try:
+        look = tools.look(closed)
+        copy = Path(look._engine._copy)
+        assert copy.is_dir()
+        del look
+        assert not copy.exists()
+    finally:
+        gc.enable()
 
 
 def test_a_look_that_is_never_closed_leaves_nothing_behind(closed: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from rivetq import (
 from rivetq.children import ProcessPool, _Child
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
 from rivetq.turns import Order, Room
-from rivetq.worker import Concurrency, Settled, Worker, _margin
+from rivetq.worker import Concurrency, Settled, Worker, _ending, _margin
 
 
 def drained(app: App) -> Callable[[], bool]:
@@ -702,6 +702,44 @@ def test_a_call_that_cancels_hears_of_a_job_that_is_answered_in_the_same_moment(
 
     monkeypatch.setattr(Worker, "_tell_handler", slow_to_look)
     monkeypatch.setattr(Worker, "_remove_cancelled", slow_to_remove)
+    with Worker(app):
+        job_id = task.enqueue()
+        assert begun.wait(PATIENCE_S)
+        assert app.cancel(job_id)
+        assert app.broker.get(job_id) is None
+
+
+def test_a_call_that_cancels_hears_of_a_job_whose_lease_was_lost_in_the_same_moment(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, asked = threading.Event(), threading.Event()
+    tell, remove, wait = Worker._tell_handler, Worker._remove_cancelled, Worker._wait_for_fetcher
+    this = threading.current_thread()
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        current_job().wait_cancelled(PATIENCE_S)
+        raise ValueError
+
+    def lost(self: Worker, delivery: Any, reason: str) -> None:
+        app.broker.release(LeaseRef(delivery.lease.id, delivery.lease.token), delay=100)
+        tell(self, delivery, reason)
+        until(lambda: delivery.lease.token not in self._held)
+
+    def slow_to_remove(self: Worker, deliveries: Any) -> None:
+        asked.wait(0.2)  # the call that cancels waits for this, or has gone on
+        remove(self, deliveries)
+
+    def slow_to_ask(self: Worker) -> None:
+        if threading.current_thread() is this:
+            asked.set()
+            until(lambda: app.broker.get(job_id) is None)
+        wait(self)
+
+    monkeypatch.setattr(Worker, "_tell_handler", lost)
+    monkeypatch.setattr(Worker, "_remove_cancelled", slow_to_remove)
+    monkeypatch.setattr(Worker, "_wait_for_fetcher", slow_to_ask)
     with Worker(app):
         job_id = task.enqueue()
         assert begun.wait(PATIENCE_S)
@@ -1869,6 +1907,79 @@ def test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_don
     assert settled == ["ack"]
     assert too_early == [False] * is_under_way
     assert app.broker.stats().acked == 1
+
+
+def test_a_job_that_is_finished_when_its_answer_is_decided_is_told_as_done(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, decided, finished = threading.Event(), threading.Event(), threading.Event()
+    settled: list[str] = []
+
+    @app.task
+    def task() -> None:
+        begun.set()
+        assert decided.wait(PATIENCE_S)
+        with current_job().finish():
+            pass
+        finished.set()
+
+    def slow(delivery: Any) -> Any:
+        found = _ending(delivery)
+        decided.set()
+        assert finished.wait(PATIENCE_S)
+        return found
+
+    monkeypatch.setattr("rivetq.worker._ending", slow)
+    worker = Worker(app, grace=0, on_settled=lambda event: settled.append(event.ending))
+    worker.start()
+    task.enqueue()
+    assert begun.wait(PATIENCE_S)
+    worker.stop()
+    until(lambda: settled)
+    assert (settled, app.broker.stats().acked) == (["ack"], 1)
+
+
+def test_a_finish_that_fails_while_its_job_is_given_back_leaves_it_ready(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_fail, failed, told = threading.Event(), threading.Event(), threading.Event(), threading.Event()
+    settled: list[str] = []
+    jobs: list[CurrentJob] = []
+    answer, exit_ = Worker._answer, Transaction.__exit__
+
+    @app.task
+    def task() -> None:
+        jobs.append(current_job())
+        begun.set()
+        assert may_fail.wait(PATIENCE_S)
+        monkeypatch.setattr(Transaction, "__exit__", full)
+        with pytest.raises(DiskFullError), current_job().finish():
+            pass
+        failed.set()
+        assert told.wait(PATIENCE_S)  # so that it does not end before it is given back
+
+    def full(self: Transaction, *args: Any) -> None:
+        if threading.current_thread().name.startswith("rivetq-worker"):
+            time.sleep(0.1)  # so that the answer has to wait for it
+            exit_(self, DiskFullError, DiskFullError("full", path="d"), None)
+            raise DiskFullError("full", path="d")
+        exit_(self, *args)
+
+    def beside(self: Worker, batch: Any) -> None:
+        may_fail.set()
+        until(lambda: jobs[0].finishing or failed.is_set())
+        answer(self, batch)
+
+    monkeypatch.setattr(Worker, "_answer", beside)
+    worker = Worker(app, grace=0, on_settled=lambda event: settled.append(event.ending))
+    worker.start()
+    task.enqueue()
+    assert begun.wait(PATIENCE_S)
+    worker.stop()
+    assert failed.wait(PATIENCE_S)
+    told.set()
+    stats = app.broker.stats()
+    assert (settled, stats.acked, stats.ready, stats.leased) == (["release"], 0, 1, 0)
 
 
 # -- The grace time

@@ -741,8 +741,15 @@ class _Mailbox:
                 self._is_woken = False  # the next answer tries it again
                 if not isinstance(error, RuntimeError):  # no memory, say
                     raise
-                while self._told:  # the loop is closed: no task is left to be told
-                    self._told.popleft().drop()
+                self._drop()  # the loop is closed: no task is left to be told
+
+    def _drop(self) -> None:
+        while True:
+            try:
+                answer = self._told.popleft()
+            except IndexError:  # another thread may be at it, too
+                return
+            answer.drop()
 
     def _wake(self) -> None:
         self._is_woken = False

@@ -81,7 +81,7 @@ def _due_ms(machine: Machine, operation: Enqueue, now_ms: int) -> int:
     eta_ms = operation.eta_ms
     if eta_ms is None:
         return now_ms + operation.delay_ms if operation.delay_ms else 0
-    ahead_ms = 0 if machine.ahead_ms is None else machine.ahead_ms()
+    ahead_ms = 0 if machine.ahead_ms is None else machine.ahead_ms(now_ms)
     if abs(ahead_ms) > SKEW_MS:  # the wall clock was set since the time line began
         eta_ms -= ahead_ms
     return eta_ms if eta_ms > now_ms else 0

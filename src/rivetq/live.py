@@ -101,8 +101,8 @@ class LiveEngine:
         self.clock = clock
         self._machine = machine
         machine.grain_ms = getattr(clock, "grain_ms", 0)
-        machine.ahead_ms = self._ahead_ms
         self._offset_ms = now_ms - clock.boot_ms()
+        machine.ahead_ms = partial(_ahead_ms, clock, self._offset_ms)
         self._lock = threading.Lock()  # guards the machine, the log's tail and all below
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
         self._finished = False  # close() is through
@@ -746,16 +746,6 @@ class LiveEngine:
         self._behind = machine.wake_ms <= now_ms and self._needs_room is None
         return now_ms
 
-    def _ahead_ms(self) -> int:
-        """How far the wall clock is ahead of the time line. The clocks are read again if time passed in between."""
-        # Caller holds self._lock.
-        clock = self.clock
-        for _ in range(CLOCK_ROUNDS):
-            before_ms, wall_ms = clock.boot_ms(), clock.wall_ms()
-            if clock.boot_ms() - before_ms <= 1:
-                break
-        return wall_ms - max(before_ms + self._offset_ms, self._machine.now_ms)
-
     def _advance(self, now_ms: int) -> None:
         # Caller holds self._lock.
         try:
@@ -1086,6 +1076,18 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 def _nothing() -> None:
     """In place of what was done already."""
+
+
+def _ahead_ms(clock: Clock, offset_ms: int, now_ms: int) -> int:
+    """How far the wall clock is ahead of the time line, which has seen `now_ms`.
+
+    The clocks are read again if time passed between them. No method: the machine would keep its engine alive.
+    """
+    for _ in range(CLOCK_ROUNDS):
+        before_ms, wall_ms = clock.boot_ms(), clock.wall_ms()
+        if clock.boot_ms() - before_ms <= 1:
+            break
+    return wall_ms - max(before_ms + offset_ms, now_ms)
 
 
 def give_turn() -> None:

@@ -107,9 +107,9 @@ class Machine:
         self.grain_ms = 0
         """Of the clock that moments come from, which rounds them down: a job is due so much later, and no delay is too
         short."""
-        self.ahead_ms: Callable[[], int] | None = None
-        """How far the wall clock is ahead of the time line: for an `eta_ms` alone, and no part of the state. None: they
-        show the same."""
+        self.ahead_ms: Callable[[int], int] | None = None
+        """How far the wall clock is ahead of the time line, which has come to this moment: for an `eta_ms` alone, and
+        no part of the state. None: they show the same."""
         self.unbegun: set[int] = set()
         """Tokens of a former owner's leases that were taken in advance and never begun: their attempts do not count."""
         self.promised: dict[int, int] = {}  # ids that were told in advance and have no job yet: first id -> how many

@@ -58,8 +58,7 @@ class Delivery:
 
     __slots__ = (
         "args", "broker", "ending", "error", "is_answered", "is_in_pool", "is_over", "is_removed", "is_told",
-        "is_untouched", "job", "kwargs",
-        "lease", "renew_at", "seconds", "started_at", "task", "visibility",
+        "is_untouched", "job", "kwargs", "lease", "renew_at", "seconds", "started_at", "task", "visibility",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -73,8 +72,8 @@ class Delivery:
         self.ending: Ending | None = None
         self.is_told = False  # the worker knows the ending
         self.is_answered = False  # and the broker, too
-        self.is_over = False  # nothing more is done about it, as far as one waits for that
-        self.is_removed = False  # its job, which was cancelled
+        self.is_over = False  # the worker is through with it, removal included
+        self.is_removed = False  # its job is gone, because it was cancelled
         self.is_in_pool = False  # it was handed over and counts there
         self.is_untouched = False  # it did not begin and is given back
         self.broker: Broker | None = None  # to ask before it begins

@@ -858,9 +858,10 @@ class Worker:
                 self._changed.notify_all()
         # As each has ended by now: it may be that its handler did after the job was given back.
         held = self._held
-        endings = {each: _ending(each) for each in batch if each.lease.token in held}
+        finished = {each for each in batch if each.job.finished and _was_finished(each)}
+        endings = {each: ACK if each in finished else _ending(each) for each in batch if each.lease.token in held}
         lost = [] if len(endings) == len(batch) else [delivery for delivery in batch if delivery not in endings]
-        left = {delivery: ending for delivery, ending in endings.items() if not delivery.job.finished}
+        left = {delivery: ending for delivery, ending in endings.items() if delivery not in finished}
 
         def commit(part: list[Delivery]) -> None:
             if len(part) == len(left):
@@ -886,7 +887,7 @@ class Worker:
                     if _was_finished(delivery):
                         endings[delivery] = ACK
                     else:
-                        self._note_lost(delivery)
+                        _log_lost(delivery)
                         lost.append(delivery)
                         del endings[delivery]
         for delivery in batch:
@@ -931,7 +932,7 @@ class Worker:
     def _note_lost(self, delivery: Delivery) -> None:
         self._let_go((delivery,))
         self._note_over((delivery,))
-        logger.warning("job %s: %s", delivery.lease.id, LEASE_LOST, extra=fields(delivery))
+        _log_lost(delivery)
 
     def _note_over(self, deliveries: Iterable[Delivery]) -> None:
         """For calls that cancel them."""
@@ -1101,8 +1102,6 @@ def _ending(delivery: Delivery) -> Ending:
     """What becomes of the job, since its handler may have been told to stop."""
     ending, reason = delivery.ending, delivery.job.reason
     assert ending is not None
-    if delivery.job.finished:
-        return ACK
     if reason is None or ending.verb == "ack":
         return ending
     if reason == SHUTDOWN:
@@ -1110,6 +1109,10 @@ def _ending(delivery: Delivery) -> Ending:
     if reason == CANCELLED:
         return Ending("reject", CANCELLED)
     return ending
+
+
+def _log_lost(delivery: Delivery) -> None:
+    logger.warning("job %s: %s", delivery.lease.id, LEASE_LOST, extra=fields(delivery))
 
 
 def _was_finished(delivery: Delivery) -> bool:

@@ -57,8 +57,8 @@ class Delivery:
     """A leased job on its way through a pool."""
 
     __slots__ = (
-        "args", "broker", "ending", "error", "is_answered", "is_in_pool", "is_over", "is_removed", "is_told",
-        "is_untouched", "job", "kwargs", "lease", "renew_at", "seconds", "started_at", "task", "visibility",
+        "args", "broker", "ending", "error", "is_answered", "is_in_pool", "is_removed", "is_told", "is_untouched",
+        "job", "kind", "kwargs", "lease", "renew_at", "seconds", "started_at", "task", "visibility",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any]) -> None:
@@ -72,8 +72,8 @@ class Delivery:
         self.ending: Ending | None = None
         self.is_told = False  # the worker knows the ending
         self.is_answered = False  # and the broker, too
-        self.is_over = False  # the worker is through with it, removal included
-        self.is_removed = False  # its job is gone, because it was cancelled
+        self.is_removed: bool | None = None  # because it was cancelled; None: the worker is not through with it yet
+        self.kind = "thread"  # of its pool
         self.is_in_pool = False  # it was handed over and counts there
         self.is_untouched = False  # it did not begin and is given back
         self.broker: Broker | None = None  # to ask before it begins

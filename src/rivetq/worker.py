@@ -410,7 +410,9 @@ class Worker:
                     return True
                 settler = self._threads["settle"]
                 with self._changed:
-                    while not delivery.is_over and settler.is_alive():  # it may have seen it, and be removing the job
+                    while (
+                        delivery.is_removed is None and settler.is_alive()
+                    ):  # it may have seen it, and be removing the job
                         self._changed.wait(LEAST_S)
                 if delivery.is_removed:
                     return True
@@ -437,7 +439,7 @@ class Worker:
 
     def _tell_handler(self, delivery: Delivery, reason: str) -> None:
         delivery.job.cancel(reason)
-        self._rooms[_kind(delivery.task)].pool.cancel(delivery)
+        self._rooms[delivery.kind].pool.cancel(delivery)
 
     @property
     def running(self) -> int:
@@ -627,7 +629,7 @@ class Worker:
             if kind not in self._rooms:  # the first such task of the app came after the start
                 self._add_room(kind)
             delivery = Delivery(lease, task, args, kwargs)
-            delivery.broker = self._broker
+            delivery.broker, delivery.kind = self._broker, kind
             seconds = lease.granted
             delivery.visibility = seconds
             delivery.renew_at = now + seconds / RENEWALS
@@ -716,7 +718,7 @@ class Worker:
         self._came_back.append(delivery)
         if delivery.is_in_pool:
             delivery.is_in_pool = False
-            self._rooms[_kind(delivery.task)].left(delivery)
+            self._rooms[delivery.kind].left(delivery)
             self._left += 1
 
     def _give_back_late(self, due: float) -> float:
@@ -849,7 +851,7 @@ class Worker:
             rooms = self._rooms
             for delivery in batch:
                 if not delivery.is_untouched:
-                    rooms[_kind(delivery.task)].ran(delivery)
+                    rooms[delivery.kind].ran(delivery)
                 elif delivery.is_in_pool:  # its pool saw that it must not begin
                     self._undo(delivery)
             for room in self._rooms.values():
@@ -859,9 +861,12 @@ class Worker:
         # As each has ended by now: it may be that its handler did after the job was given back.
         held = self._held
         finished = {each for each in batch if each.job.finished and _was_finished(each)}
-        endings = {each: ACK if each in finished else _ending(each) for each in batch if each.lease.token in held}
+        endings = {each: _ending(each) for each in batch if each.lease.token in held}
         lost = [] if len(endings) == len(batch) else [delivery for delivery in batch if delivery not in endings]
-        left = {delivery: ending for delivery, ending in endings.items() if delivery not in finished}
+        left = endings.copy()
+        for delivery in finished & endings.keys():
+            endings[delivery] = ACK
+            del left[delivery]
 
         def commit(part: list[Delivery]) -> None:
             if len(part) == len(left):
@@ -938,7 +943,7 @@ class Worker:
         """For calls that cancel them."""
         with self._changed:
             for delivery in deliveries:
-                delivery.is_over = True
+                delivery.is_removed = delivery.is_removed or False
             self._changed.notify_all()
 
     def _tell(self, delivery: Delivery, ending: str) -> None:

@@ -409,10 +409,8 @@ class Worker:
                 if token in self._held:  # so the settler will see the reason, now or behind its commit
                     return True
                 settler = self._threads["settle"]
-                with self._changed:
-                    while (
-                        delivery.is_removed is None and settler.is_alive()
-                    ):  # it may have seen it, and be removing the job
+                with self._changed:  # it may have seen the reason, and be removing the job
+                    while delivery.is_removed is None and settler.is_alive():
                         self._changed.wait(LEAST_S)
                 if delivery.is_removed:
                     return True

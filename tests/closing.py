@@ -207,7 +207,7 @@ class OfBroker(Scene):
 
     async def _await(self) -> None:
         aio = AsyncBroker(self.broker)
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # of those that nobody awaits
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)  # of those awaited no more
         waiting = [asyncio.create_task(aio.lease(name, wait=None)) for name in ("loop", "nothing", "nothing")]
         self.sent.add(await aio.enqueue("loop", b"1"))
         lease = await waiting[0]

@@ -627,6 +627,13 @@ BUGS = (
         "test_worker.py::test_a_job_leased_in_advance_that_is_cancelled_does_not_begin[sync]",
     ),
     Bug(
+        "a closed loop keeps the second answer",
+        "aio.py",
+        "                self._is_woken = False  # the next answer tries it again\n",
+        "",
+        "test_aio.py::test_each_answer_for_a_loop_that_was_closed_is_given_back",
+    ),
+    Bug(
         "a finished job is lost",
         "worker.py",
         "                    if _was_finished(delivery):",

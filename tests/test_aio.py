@@ -444,6 +444,18 @@ def test_an_answer_that_comes_while_the_loop_looks_is_not_left_lying() -> None:
     assert (first.future.done(), second.future.done()) == (True, True)
 
 
+def test_each_answer_for_a_loop_that_was_closed_is_given_back() -> None:
+    loop, given_back = asyncio.new_event_loop(), list[Any]()
+    mailbox = _Mailbox(loop)
+    answers = [_Answer(mailbox, given_back.append) for _ in range(2)]
+    loop.close()
+    for number, answer in enumerate(answers):  # one after the other: the first must not keep the second
+        thread = threading.Thread(target=answer.tell, args=(number, None))
+        thread.start()
+        thread.join(PATIENCE_S)
+    assert given_back == [0, 1]
+
+
 def test_an_error_that_nobody_waits_for_is_not_given_back() -> None:
     loop: Any = _Loop()
     given_back: list[Any] = []
@@ -720,7 +732,7 @@ def test_a_loop_that_is_closed_under_a_waiting_lease_leaves_no_lessee_behind() -
             coroutine.close()  # type: ignore[union-attr]  # what the garbage collector does
         end = time.monotonic() + PATIENCE_S
         while inside(broker)._lessees:
-            assert time.monotonic() < end, "a lessee that nobody knows"
+            assert time.monotonic() < end, "a lessee that the test did not make"
             time.sleep(0.001)
         broker.enqueue("q", b"")
         assert broker.lease("q") is not None

@@ -71,7 +71,7 @@ if __name__ == "__main__":
         closing.play(closing.SCENES[{scene!r}], Path({str(tmp_path / "data")!r}), None, "planted")
     except closing.ViolationError as error:
         print(error, flush=True)
-    os._exit(0)  # whatever is left
+    os._exit(0)  # with all that the bug left
 """)
     found = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, check=True)
     assert re.search(what, found.stdout), found

@@ -119,7 +119,7 @@ class Notifier:
             error = failure
         for _, tell in batch:
             if not _guarded(tell, error):
-                _guarded(tell, error)  # it may have been broken into before it told anybody
+                _guarded(tell, error)  # it may have been broken into before it told its caller
         self._batch = []
         return True
 

@@ -229,7 +229,7 @@ class Schedule:
         return ticks, tick
 
     def _last(self, first: datetime, now: datetime) -> datetime:
-        """The last tick up to `now`, found by halves: since `first` there may have been years of seconds."""
+        """The last tick up to `now`, found by binary search: since `first` there may have been years of seconds."""
         low, high = first, now
         while high - low > timedelta(minutes=1):
             middle = low + (high - low) / 2

@@ -913,6 +913,30 @@ def test_what_single_looks_read_does_not_stay_in_memory(tmp_path: Path) -> None:
             time.sleep(0.01)
 
 
+def test_what_is_read_while_runs_are_put_away_is_put_away_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "q", fsync="never") as broker:
+        for _ in range(300):
+            broker.enqueue_many("q", [b""] * 1024)
+    with Broker(tmp_path / "q", fsync="never") as broker:
+        window = inside(broker)._machine.queues["q"].window(READY, 5)
+        slices, meanwhile = LocalEngine._slices, iter([range(150 * 1024 + 500, 300 * 1024, 1024)])
+
+        def reading(self: LocalEngine, items: Any) -> Any:
+            for job_id in next(meanwhile, ()):
+                assert broker.get(job_id) is not None
+            return slices(self, items)
+
+        monkeypatch.setattr(LocalEngine, "_slices", reading)
+        for job_id in range(500, 150 * 1024, 1024):
+            assert broker.get(job_id) is not None
+        end = time.monotonic() + 20
+        while meanwhile.__length_hint__() or sum(run.columns is not None for run in window.runs) > 100:
+            assert time.monotonic() < end, "what was read meanwhile stays in memory"
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("path", [":memory:", "q"])
 def test_ids_are_given_to_whom_they_were_promised_and_once(tmp_path: Path, path: str) -> None:
     with Broker(path if path == ":memory:" else tmp_path / path) as broker:

@@ -651,6 +651,7 @@ class LocalEngine(LiveEngine):
         """Let go of the columns of runs that are in the index as they are: not of the head of a window, nor of one
         that still grows or has payloads in memory."""
         machine = self._machine
+        self._runs_read = self._index.reads  # first: what is read meanwhile is put away the next time
         with self._lock:
             windows = [window for queue in machine.queues.values() for _, window in queue.waiting()]
         loaded: list[Run] = []
@@ -668,7 +669,6 @@ class LocalEngine(LiveEngine):
                 for run in part:
                     if run.left and run.number and run not in changes.runs:
                         run.put_away(self._index)
-        self._runs_read = self._index.reads
 
     def _take_jobs(self, ids: list[int]) -> list[tuple[bytes, bytes | None]]:
         items: list[tuple[bytes, bytes | None]] = []

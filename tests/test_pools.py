@@ -227,12 +227,18 @@ def test_a_copy_that_a_handler_forked_ends_with_the_handler(
 def test_a_job_is_answered_for_when_a_commit_that_is_under_way_in_a_thread_is_over(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The handler is cancelled meanwhile, and the commit is refused: what the worker tells is not an ack."""
+    """The handler is cancelled meanwhile, and the commit is refused: what the worker tells is not an ack.
+
+    Other jobs do not wait for that commit.
+    """
     committing, go = threading.Event(), threading.Event()
     told: list[str] = []
 
     @app.task(queue="next")
     def following() -> None: ...
+
+    @app.task
+    def other() -> None: ...
 
     @app.task
     async def load() -> None:
@@ -256,10 +262,13 @@ def test_a_job_is_answered_for_when_a_commit_that_is_under_way_in_a_thread_is_ov
         assert worker.cancel(job_id)
         until(lambda: delivery.is_told and not worker._endings)
         assert (told, worker.running) == ([], 1)
-        go.set()
+        other.enqueue()
         until(lambda: told)
-    assert told == ["reject"]
-    assert (app.broker.get(job_id), app.broker.stats().cancelled, app.broker.stats().acked) == (None, 1, 0)
+        assert told == ["ack"]
+        go.set()
+        until(lambda: len(told) == 2)
+    assert told == ["ack", "reject"]
+    assert (app.broker.get(job_id), app.broker.stats().cancelled, app.broker.stats().acked) == (None, 1, 1)
 
 
 def test_a_commit_under_way_in_a_thread_that_comes_through_makes_the_job_done(

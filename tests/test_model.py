@@ -665,9 +665,7 @@ def replay_in_model(model, steps, leases, answers):
     no = {}
     before = copy.deepcopy(model)
     answers = answers + [None] * (len(steps) - len(answers))  # a refusal ended the block early
-    # Keys are looked up as they are before the block's own answers: an ack that frees one frees it for the next block.
-    paired = sorted(zip(steps, answers, strict=True), key=lambda pair: not pair[0][0].startswith("enqueue"))
-    for step, ids in paired:
+    for step, ids in zip(steps, answers, strict=True):
         try:
             replay_step_in_model(model, step, leases, None if no else ids)
         except RefusedError as refused:

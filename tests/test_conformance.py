@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from rivetq import Broker
-from rivetq.testing import ManualClock
+from rivetq.testing import ManualClock, conformance
 from rivetq.testing.conformance import *
+
+
+def test_all_tests_of_the_suite_are_handed_out() -> None:
+    assert {name for name in dir(conformance) if name.startswith("test_")} == set(conformance.__all__)
 
 
 @pytest.fixture(params=["memory", "local", "local-real-clock"])

@@ -634,6 +634,13 @@ BUGS = (
         "test_aio.py::test_each_answer_for_a_loop_that_was_closed_is_given_back",
     ),
     Bug(
+        "header with clocks of two moments",
+        "local.py",
+        "now_ms - self._offset_ms  # at that moment, not now",
+        "self.clock.boot_ms()",
+        "test_local.py::test_the_time_line_shows_the_wall_clock_however_long_openings_take",
+    ),
+    Bug(
         "a finished job is lost",
         "worker.py",
         "                    if _was_finished(delivery):",

@@ -22,6 +22,7 @@ from rivetq.engine import Enqueue
 from rivetq.entry import LEASED, READY
 from rivetq.index import Index
 from rivetq.local import LocalEngine
+from rivetq.log import Log
 from rivetq.run import RUN_JOBS
 from rivetq.testing import ManualClock
 from rivetq.testing.disk import SimulatedDisk
@@ -935,6 +936,29 @@ def test_what_is_read_while_runs_are_put_away_is_put_away_the_next_time(
         while meanwhile.__length_hint__() or sum(run.columns is not None for run in window.runs) > 100:
             assert time.monotonic() < end, "what was read meanwhile stays in memory"
             time.sleep(0.01)
+
+
+def test_the_time_line_shows_the_wall_clock_however_long_openings_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, read, make_room = ManualClock(), rivetq.local.recover, Log.make_room
+
+    def slow_to_read(*args: Any) -> Any:
+        found = read(*args)
+        clock.advance(1)
+        return found
+
+    def slow_to_make_room(*args: Any, **kwargs: Any) -> None:
+        clock.advance(1)
+        make_room(*args, **kwargs)
+
+    monkeypatch.setattr(rivetq.local, "recover", slow_to_read)
+    monkeypatch.setattr(Log, "make_room", slow_to_make_room)
+    for _ in range(3):
+        with Broker(tmp_path / "q", clock=clock) as broker:
+            job = broker.get(broker.enqueue("q", b""))
+            assert job is not None
+            assert job.enqueued_at == clock.now()
 
 
 @pytest.mark.parametrize("path", [":memory:", "q"])

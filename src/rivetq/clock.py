@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
+ROUNDS = 10
 
 
 class Clock(Protocol):
@@ -37,6 +38,18 @@ class Clock(Protocol):
     def subscribe(self, moved: Callable[[], None]) -> Callable[[], None]:
         """Call `moved` after each jump of the clock; returns a function that ends that. Real clocks never jump."""
         ...
+
+
+def read_together(clock: Clock) -> tuple[int, int]:
+    """The boot-time clock and the wall clock at one moment, in milliseconds.
+
+    A thread may lose its processor between the two, on a busy machine several times in a row: they are read again then.
+    """
+    for _ in range(ROUNDS):
+        boot_ms, wall_ms = clock.boot_ms(), clock.wall_ms()
+        if clock.boot_ms() - boot_ms <= 1:
+            break
+    return boot_ms, wall_ms
 
 
 class SystemClock:

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from . import decide
-from .clock import Clock
+from .clock import Clock, read_together
 from .engine import Backup, Capabilities, Done, Enqueue, Operation
 from .entry import DEAD, READY, SCHEDULED, STATES, Entry
 from .errors import (
@@ -43,8 +43,6 @@ from .state import NEVER_MS, Place, Queue
 _LONGEST_SLEEP_S = 3600.0
 ROOM_RETRY_S = 1.0
 """After the disk had no space for the record of ended leases."""
-CLOCK_ROUNDS = 10
-"""A thread may lose its processor between two clocks, on a busy machine several times in a row."""
 EXPIRY_ROUNDS = 4
 """Records of ended leases that one call writes at most: a storm of them is shared among the calls and the timer."""
 FEW_SCHEDULED, MANY_JOBS, TURN_S = 8000, 500, 0.0001
@@ -93,15 +91,22 @@ _Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
 
 
 class LiveEngine:
-    """The machine behind a lock."""
+    """The machine behind a lock.
+
+    Args:
+        machine: its state.
+        clock: where time comes from.
+        now_ms: a moment of the time line.
+        boot_ms: the boot-time clock at that moment.
+    """
 
     capabilities = Capabilities(durable=False, shared=False, strict_order=True)
 
-    def __init__(self, machine: Machine, clock: Clock, now_ms: int) -> None:
+    def __init__(self, machine: Machine, clock: Clock, now_ms: int, boot_ms: int) -> None:
         self.clock = clock
         self._machine = machine
         machine.grain_ms = getattr(clock, "grain_ms", 0)
-        self._offset_ms = now_ms - clock.boot_ms()
+        self._offset_ms = now_ms - boot_ms
         machine.ahead_ms = partial(_ahead_ms, clock, self._offset_ms)
         self._lock = threading.Lock()  # guards the machine, the log's tail and all below
         self._ended: str | None = None  # "closed", "forked" or "failed": no call works any more
@@ -1081,13 +1086,10 @@ def _nothing() -> None:
 def _ahead_ms(clock: Clock, offset_ms: int, now_ms: int) -> int:
     """How far the wall clock is ahead of the time line, which has seen `now_ms`.
 
-    The clocks are read again if time passed between them. No method: the machine would keep its engine alive.
+    No method: the machine would keep its engine alive.
     """
-    for _ in range(CLOCK_ROUNDS):
-        before_ms, wall_ms = clock.boot_ms(), clock.wall_ms()
-        if clock.boot_ms() - before_ms <= 1:
-            break
-    return wall_ms - max(before_ms + offset_ms, now_ms)
+    boot_ms, wall_ms = read_together(clock)
+    return wall_ms - max(boot_ms + offset_ms, now_ms)
 
 
 def give_turn() -> None:

@@ -176,7 +176,7 @@ class LocalEngine(LiveEngine):
 
     def _open(self, clock: Clock, release_on_open: bool) -> None:
         found = recover(self._disk, self._path, self._index, clock, self._new_machine)
-        super().__init__(found.machine, clock, found.now_ms)
+        super().__init__(found.machine, clock, found.now_ms, found.boot_ms)
         self._open_log(found, release_on_open)
         with suppress(DiskFullError):  # the keeper tries it again
             self._sweep()
@@ -285,7 +285,7 @@ class LocalEngine(LiveEngine):
         return place
 
     def _begin_segment(self, snapshot: bytes, now_ms: int, body_length: int = 1) -> None:
-        boot_id, boot_ms = self.clock.boot_id, self.clock.boot_ms()
+        boot_id, boot_ms = self.clock.boot_id, now_ms - self._offset_ms  # at that moment, not now
         try:
             self._log.begin_segment(snapshot, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms, body_length=body_length)
         except BaseException as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .clock import Clock
+from .clock import Clock, read_together
 from .live import LiveEngine
 from .machine import Machine
 
@@ -11,5 +11,6 @@ class MemoryEngine(LiveEngine):
     """Payloads are kept in the machine itself."""
 
     def __init__(self, clock: Clock) -> None:
-        super().__init__(Machine(keep_payloads=True), clock, clock.wall_ms())
+        boot_ms, wall_ms = read_together(clock)
+        super().__init__(Machine(keep_payloads=True), clock, wall_ms, boot_ms)
         self.start()

@@ -21,7 +21,7 @@ from typing import TypeVar
 import attrs
 import lmdb
 
-from .clock import Clock
+from .clock import Clock, read_together
 from .codec import decode_record, decode_snapshot
 from .errors import CorruptLogError, StorageError
 from .events import Event, SegmentsDropped
@@ -74,6 +74,9 @@ class Recovered:
     applied_lsn: int = 0
     """What the index holds; 0 without a usable one."""
     now_ms: int = 0
+    """The moment on the time line, when all was read."""
+    boot_ms: int = 0
+    """The boot-time clock at that moment."""
 
 
 def recover(
@@ -89,11 +92,13 @@ def recover(
     if not numbers:
         if mark is not None or os.path.exists(os.path.join(directory, "index", "manifest")):
             raise corrupt(os.path.join(log_directory, segment_name(1)), 0, "all segments of the log are missing")
-        return Recovered(machine=new_machine(), log_id=secrets.token_bytes(16), epoch=1, now_ms=clock.wall_ms())
+        boot_ms, now_ms = read_together(clock)
+        log_id = secrets.token_bytes(16)
+        return Recovered(machine=new_machine(), log_id=log_id, epoch=1, now_ms=now_ms, boot_ms=boot_ms)
     reader = _Reader(disk, log_directory, numbers)
     reader.check_links()
     found = reader.recovered(index, new_machine, read_mark(mark, reader.headers[-1].log_id))
-    found.now_ms = time_line(clock, reader.headers[-1], found.machine.now_ms)
+    found.now_ms, found.boot_ms = time_line(clock, reader.headers[-1], found.machine.now_ms)
     return found
 
 
@@ -117,15 +122,16 @@ def beside_its_owner(directory: str, read: Callable[[], T]) -> T:
         turn += 1
 
 
-def time_line(clock: Clock, last: Header, latest_ms: int) -> int:
-    """The time line goes on: by the boot-time clock within one boot, else by the wall clock, and never back.
+def time_line(clock: Clock, last: Header, latest_ms: int) -> tuple[int, int]:
+    """The moment at which the time line goes on, and the boot-time clock at it.
 
+    It goes on by the boot-time clock within one boot, else by the wall clock, and never back.
     So a step of the wall clock changes nothing within a boot; after a reboot with the clock set back, what was
     granted is the most that is left to wait.
     """
-    if last.boot_id == clock.boot_id:
-        return max(latest_ms, last.now_ms + clock.boot_ms() - last.boot_ms)
-    return max(latest_ms, clock.wall_ms())
+    boot_ms, wall_ms = read_together(clock)
+    now_ms = last.now_ms + boot_ms - last.boot_ms if last.boot_id == clock.boot_id else wall_ms
+    return max(latest_ms, now_ms), boot_ms
 
 
 def records(disk: Disk, directory: str) -> Iterator[tuple[SegmentFile, Record]]:

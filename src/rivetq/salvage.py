@@ -372,7 +372,7 @@ def _frames_with(data: bytes, at: int, salt: int | None) -> Iterator[tuple[int, 
 def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
     """A log with the totals in its first header; behind it jobs and keys, as if a compaction had copied them."""
     machine, report, header = wreck.machine, wreck.report, wreck.newest_header()
-    now_ms = max(machine.now_ms, clock.wall_ms()) if header is None else time_line(clock, header, machine.now_ms)
+    now_ms = max(machine.now_ms, clock.wall_ms()) if header is None else time_line(clock, header, machine.now_ms)[0]
     _begin(disk, directory, _totals(machine, report), now_ms, clock)
     engine = LocalEngine(
         directory, fsync="never", fsync_interval=1.0, segment_bytes=_SEGMENT_BYTES, release_on_open=False,

@@ -48,7 +48,7 @@ class ViewEngine(LiveEngine):
         except BaseException:
             self._drop_copy()
             raise
-        super().__init__(machine, SystemClock(), machine.now_ms)
+        super().__init__(machine, SystemClock(), machine.now_ms, 0)  # time stands still
         self.record = found.end_lsn + len(found.surplus)
         """The last one that was read."""
 

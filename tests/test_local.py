@@ -959,6 +959,7 @@ def test_the_time_line_shows_the_wall_clock_however_long_openings_take(
             job = broker.get(broker.enqueue("q", b""))
             assert job is not None
             assert job.enqueued_at == clock.now()
+        clock.advance(10)
 
 
 @pytest.mark.parametrize("path", [":memory:", "q"])

@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from rivetq.tasks import App
+
+settings.register_profile(
+    "whatever the machine is busy with", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("whatever the machine is busy with")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As under `nohup make test &`. The programs that tests start would inherit it, and Ctrl-C is what they test.

@@ -382,15 +382,21 @@ def hold_a_round(desk: Desk, callers: int) -> int:
 
 
 class ImpatientLock:
-    """A waiter's lock: it notes for how long somebody would wait, and time is over at once, or after `meanwhile`."""
+    """A waiter's lock: it notes for how long somebody would wait, and time is over at once, or after `meanwhile`.
 
-    def __init__(self, timeouts: list[float], meanwhile: Callable[[], None]) -> None:
+    After that it tells, by `again`, that somebody waits without a limit.
+    """
+
+    def __init__(self, timeouts: list[float], meanwhile: Callable[[], None], again: Callable[[], None]) -> None:
         self._real = threading.Lock()
         self._timeouts = timeouts
         self._meanwhile = meanwhile
+        self._again = again
 
     def acquire(self, timeout: float | None = None) -> bool:
         if timeout is None:
+            if self._timeouts:
+                self._again()
             return self._real.acquire()
         self._timeouts.append(timeout)
         self._meanwhile()
@@ -403,7 +409,11 @@ class ImpatientLock:
         return self._real.locked()
 
 
-def lose_patience(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None] = lambda: None) -> list[float]:
+def lose_patience(
+    monkeypatch: pytest.MonkeyPatch,
+    meanwhile: Callable[[], None] = lambda: None,
+    again: Callable[[], None] = lambda: None,
+) -> list[float]:
     """The next waiter has an ImpatientLock; the timeouts that it notes."""
     timeouts: list[float] = []
 
@@ -413,7 +423,7 @@ def lose_patience(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None]
         def __init__(self, lsn: int) -> None:
             super().__init__(lsn)
             monkeypatch.undo()
-            self.lock = ImpatientLock(timeouts, meanwhile)  # type: ignore[assignment]  # a lock that tells who takes it
+            self.lock = ImpatientLock(timeouts, meanwhile, again)  # type: ignore[assignment]  # a lock that tells who takes it
             self.lock.acquire()
 
     monkeypatch.setattr(rivetq.group, "_Waiter", Impatient)
@@ -487,10 +497,11 @@ def test_whose_patience_ends_as_the_last_one_leads_waits_for_that_sync(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lsn = hold_a_round(desk, 2)
-    timeouts = lose_patience(monkeypatch, lambda: desk.call(lsn + 1))
+    waits = threading.Event()
+    timeouts = lose_patience(monkeypatch, lambda: desk.call(lsn + 1), waits.set)
     thread = threading.Thread(target=desk.group.wait, args=(lsn,), daemon=True)
     thread.start()
-    until(lambda: desk.log.syncs == 3)
+    until(lambda: waits.is_set() or desk.log.syncs > 3)
     desk.disk_answers()
     thread.join(PATIENCE_OF_THE_TEST_S)
     desk.all_return()

@@ -568,9 +568,13 @@ def _broken_into(sweep: Sweep, fsync: str, tracer: Tracer, what: str, *, in_noti
         while len(engine._lessees.get("other", ())) < len(others):
             time.sleep(0.0005)
         _break_into(broker, tracer, what, in_notifier=in_notifier)
-        with suppress(BrokerFailedError):
+        try:
             for _ in others:
                 broker.enqueue("other", b"")
+        except BrokerFailedError:
+            pass
+        except (KeyboardInterrupt, MemoryError) as error:
+            raise ViolationError(f"{what}: a later call is broken into, too") from error
         for other in others:
             other.join(HANG_S / 4)
             if other.is_alive():

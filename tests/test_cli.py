@@ -154,7 +154,7 @@ def test_dump_prints_the_records_of_the_log(filled: Run) -> None:
     assert any("payloads" in event for record in records for event in record["events"])
 
 
-MARKUP = "ValueError: list[int] expected, got [/tmp/x] [bold]b[/bold] :smile:"
+MARKUP = "ValueError: list[int] expected, got [/x] [bold]b[/bold] :smile:"
 HOSTILE = "\x1b[2J\x9b31mred\x7f\r\nforged line\u202e\ud800"
 ESCAPED = r"\x1b[2J\x9b31mred\x7f\r\nforged line\u202e\ud800"
 

@@ -382,9 +382,9 @@ def hold_a_round(desk: Desk, callers: int) -> int:
 
 
 class ImpatientLock:
-    """A waiter's lock: it notes for how long somebody would wait, and time is over at once, or after `meanwhile`.
+    """A waiter's lock: it notes the limit of a wait, and time is over at once, or after `meanwhile`.
 
-    After that it tells, by `again`, that somebody waits without a limit.
+    After that it tells, by `again`, of a wait without a limit.
     """
 
     def __init__(self, timeouts: list[float], meanwhile: Callable[[], None], again: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rivetq.__main__ import main
 from rivetq.codec import decode_record
 from rivetq.events import Acked, Buried, Cancelled, Enqueued, Leased, Purged
 from rivetq.index import Index
+from rivetq.log import Log
 from rivetq.segment import Record, Scan, decode_header
 
 SEGMENT_BYTES = 65_536
@@ -938,6 +940,23 @@ def test_segments_that_always_go_are_an_error_in_the_end(
 def test_a_queue_in_memory_has_no_backup(tmp_path: Path) -> None:
     with Broker(":memory:") as broker, pytest.raises(UsageError, match="in memory"):
         broker.backup(tmp_path / "out")
+
+
+def test_the_time_line_of_a_salvaged_log_is_that_of_its_source(
+    closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_room = Log.make_room
+
+    def slow(*args: Any, **kwargs: Any) -> None:
+        time.sleep(0.02)
+        make_room(*args, **kwargs)
+
+    monkeypatch.setattr(Log, "make_room", slow)
+    tools.salvage(closed, tmp_path / "out")
+    source, salvaged = (sorted((path / "log").glob("*.log")) for path in (closed, tmp_path / "out"))
+    last, first = (decode_header(path.read_bytes(), path.name) for path in (source[-1], salvaged[0]))
+    assert first.boot_id == last.boot_id
+    assert first.now_ms - first.boot_ms == last.now_ms - last.boot_ms
 
 
 # dump

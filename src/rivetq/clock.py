@@ -13,6 +13,7 @@ from typing import Protocol
 
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 ROUNDS = 10
+"""Two clocks are read so often at most, to have them at one moment."""
 
 
 class Clock(Protocol):

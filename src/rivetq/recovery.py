@@ -92,7 +92,7 @@ def recover(
     if not numbers:
         if mark is not None or os.path.exists(os.path.join(directory, "index", "manifest")):
             raise corrupt(os.path.join(log_directory, segment_name(1)), 0, "all segments of the log are missing")
-        boot_ms, now_ms = read_together(clock)
+        now_ms, boot_ms = time_line(clock, None, 0)
         log_id = secrets.token_bytes(16)
         return Recovered(machine=new_machine(), log_id=log_id, epoch=1, now_ms=now_ms, boot_ms=boot_ms)
     reader = _Reader(disk, log_directory, numbers)
@@ -122,15 +122,16 @@ def beside_its_owner(directory: str, read: Callable[[], T]) -> T:
         turn += 1
 
 
-def time_line(clock: Clock, last: Header, latest_ms: int) -> tuple[int, int]:
-    """The moment at which the time line goes on, and the boot-time clock at it.
+def time_line(clock: Clock, last: Header | None, latest_ms: int) -> tuple[int, int]:
+    """The moment at which the time line goes on, or begins, and the boot-time clock at it.
 
-    It goes on by the boot-time clock within one boot, else by the wall clock, and never back.
-    So a step of the wall clock changes nothing within a boot; after a reboot with the clock set back, what was
-    granted is the most that is left to wait.
+    It goes on by the boot-time clock within one boot, else by the wall clock, and never back. So a step of the wall
+    clock changes nothing within a boot; after a reboot with the clock set back, what was granted is the most that is
+    left to wait.
     """
-    boot_ms, wall_ms = read_together(clock)
-    now_ms = last.now_ms + boot_ms - last.boot_ms if last.boot_id == clock.boot_id else wall_ms
+    boot_ms, now_ms = read_together(clock)
+    if last is not None and last.boot_id == clock.boot_id:
+        now_ms = last.now_ms + boot_ms - last.boot_ms
     return max(latest_ms, now_ms), boot_ms
 
 

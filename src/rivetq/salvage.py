@@ -372,8 +372,8 @@ def _frames_with(data: bytes, at: int, salt: int | None) -> Iterator[tuple[int, 
 def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
     """A log with the totals in its first header; behind it jobs and keys, as if a compaction had copied them."""
     machine, report, header = wreck.machine, wreck.report, wreck.newest_header()
-    now_ms = max(machine.now_ms, clock.wall_ms()) if header is None else time_line(clock, header, machine.now_ms)[0]
-    _begin(disk, directory, _totals(machine, report), now_ms, clock)
+    now_ms, boot_ms = time_line(clock, header, machine.now_ms)
+    _begin(disk, directory, _totals(machine, report), clock.boot_id, boot_ms, now_ms)
     engine = LocalEngine(
         directory, fsync="never", fsync_interval=1.0, segment_bytes=_SEGMENT_BYTES, release_on_open=False,
         cache_bytes=0, window_jobs=200_000, clock=clock, disk=disk,
@@ -413,7 +413,7 @@ def _totals(machine: Machine, report: Salvage) -> Snapshot:
     return snapshot
 
 
-def _begin(disk: Disk, directory: str, snapshot: Snapshot, now_ms: int, clock: Clock) -> None:
+def _begin(disk: Disk, directory: str, snapshot: Snapshot, boot_id: str, boot_ms: int, now_ms: int) -> None:
     """The first segment, without a record."""
     path = os.path.join(directory, "log")
     disk.make_directory(path)
@@ -421,7 +421,7 @@ def _begin(disk: Disk, directory: str, snapshot: Snapshot, now_ms: int, clock: C
     try:
         data = encode_snapshot(snapshot)
         log.make_room(1, len(data), keep_reserve=False)
-        log.begin_segment(data, boot_id=clock.boot_id, boot_ms=clock.boot_ms(), now_ms=now_ms)
+        log.begin_segment(data, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms)
         log.flush()
         log.close()
     finally:

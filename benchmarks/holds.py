@@ -32,7 +32,7 @@ from unittest import mock
 import machine
 
 from rivetq import Broker, RetryPolicy
-from rivetq.local import LocalEngine
+from rivetq.engines.local import LocalEngine
 from rivetq.testing import ManualClock
 
 BAR_MS = 50.0

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
     from sweeps import Sweep
 
 PACKAGE = os.path.dirname(rivetq.__file__)
-ENGINE = ("ahead", "aio", "broker", "group", "live", "local", "notifier")
-RUNTIME = ("ahead", "children", "pools", "schedules", "turns", "worker")
+ENGINE = (
+    "aio", "broker/broker", "engines/live", "engines/local", "engines/notifier", "storage/ahead",
+    "storage/group_commit",
+)  # fmt: skip
+RUNTIME = ("schedules/scheduler", "storage/ahead", "worker/children", "worker/order", "worker/pools", "worker/worker")
 PATIENCE_S = 15.0
 """For what must come true by itself; far longer than it takes."""
 STEP_S = 0.01
@@ -184,9 +187,9 @@ class OfBroker(Scene):
 
     def _work(self) -> None:
         for _ in range(JOBS):
-            for lease in self.broker.lease_many(["mail", "slow"], 2, wait=0.2, begun=False):
+            lease = self.broker.lease(["mail", "slow"], wait=0.2)
+            if lease is not None:
                 self.taken.add(lease.id)
-                self.broker.begin(lease)
                 lease.ack()
         self.waits_now()
         self.broker.lease_many(["nothing", "empty"], 3, wait=None)
@@ -242,7 +245,7 @@ class OfBroker(Scene):
 class OfLoop(Scene):
     """An event loop ends, without a word to its tasks; the broker stays. What was on its way to them comes back."""
 
-    files = ("aio", "live", "notifier")
+    files = ("aio", "engines/live", "engines/notifier")
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -380,7 +383,7 @@ class OfWorker(Scene):
 SCENES: dict[str, type[Scene]] = {"broker": OfBroker, "loop": OfLoop} | {
     f"{how}, {' and '.join(pools)}": type("OfWorker", (OfWorker,), {"how": how, "pools": pools, "files": files})
     for how in ("worker", "app", "broker")
-    for pools, files in ((("thread", "loop"), RUNTIME), (("process",), ("children", "pools")))
+    for pools, files in ((("thread", "loop"), RUNTIME), (("process",), ("worker/children", "worker/pools")))
 }
 
 

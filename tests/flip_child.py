@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from rivetq import CorruptLogError, FormatError
-from rivetq.index import Index
-from rivetq.io import SystemDisk
-from rivetq.log import Log
-from rivetq.machine import Machine
-from rivetq.recovery import recover, replay
-from rivetq.state import Place
+from rivetq.machine.machine import Machine
+from rivetq.machine.snapshot import Place
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.index import Index
+from rivetq.storage.log import Log
+from rivetq.storage.recovery import recover, replay
 from rivetq.testing import ManualClock
 
 NOWHERE = 2**31

@@ -39,16 +39,20 @@ from simulation import ViolationError, fast_directory
 import rivetq
 from rivetq import Broker, BrokerClosedError, ForkedBrokerError, Lease, QueueStats
 from rivetq.aio import AsyncBroker
-from rivetq.live import LiveEngine
-from rivetq.local import LocalEngine
+from rivetq.engines.live import LiveEngine
+from rivetq.engines.local import LocalEngine
 from rivetq.tools import verify
 
 PACKAGE = os.path.dirname(rivetq.__file__)
 TRACED = {
     os.path.join(PACKAGE, f"{name}.py")
     for name in (
-        "ahead", "aio", "broker", "codec", "decide", "group", "index", "io", "keys", "live", "local", "log", "machine",
-        "memory", "notifier", "owner", "ratelimit", "run", "segment", "state", "values", "view", "window",
+        "aio", "broker/broker",
+        "engines/live", "engines/local", "engines/memory", "engines/notifier", "engines/view",
+        "storage/ahead", "storage/codec", "storage/disk", "storage/group_commit", "storage/index",
+        "storage/index_values", "storage/lock", "storage/log", "storage/segment",
+        "machine/decide", "machine/keys", "machine/machine", "machine/ratelimit", "machine/run", "machine/snapshot",
+        "machine/window",
     )
 }  # fmt: skip
 VISITS = 2

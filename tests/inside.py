@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from rivetq import Broker
-from rivetq.local import LocalEngine
+from rivetq.engines.local import LocalEngine
 
 
 def inside(broker: Broker) -> LocalEngine:

@@ -24,9 +24,9 @@ from closing import children_of_this_process
 from simulation import ViolationError, fast_directory
 
 from rivetq import Broker, RateLimit
-from rivetq.ahead import SLOTS
 from rivetq.aio import AsyncBroker
-from rivetq.local import LocalEngine
+from rivetq.engines.local import LocalEngine
+from rivetq.storage.ahead import SLOTS
 from rivetq.tasks import App
 from rivetq.worker import Settled, Worker
 

@@ -24,7 +24,7 @@ class Bug(NamedTuple):
 BUGS = (
     Bug(
         "ack before fsync",
-        "group.py",
+        "storage/group_commit.py",
         "        waiter = _Waiter(lsn)\n        try:\n            self._join(waiter)",
         "        if lsn:\n            return self._target.write(lsn)\n"
         "        waiter = _Waiter(lsn)\n        try:\n            self._join(waiter)",
@@ -32,14 +32,14 @@ BUGS = (
     ),
     Bug(
         "no directory fsync",
-        "segment.py",
+        "storage/segment.py",
         "        self._disk.sync_directory(os.path.dirname(final_path))\n",
         "",
         "test_sweeps.py::test_nothing_that_goes_wrong_breaks_a_promise[sequences]",
     ),
     Bug(
         "mark before sync",
-        "log.py",
+        "storage/log.py",
         "            self._syncing = threading.get_ident()\n",
         "            self._syncing = threading.get_ident()\n"
         "            write_all(self._disk, self._mark_fd, encode_mark(self._log_id, lsn), 0)\n",
@@ -47,28 +47,28 @@ BUGS = (
     ),
     Bug(
         "no chain",
-        "segment.py",
+        "storage/segment.py",
         " or frame.previous != self.last_crc:",
         ":",
         "test_segment.py::test_a_frame_of_another_history_ends_the_scan",
     ),
     Bug(
         "no epoch",
-        "recovery.py",
+        "storage/recovery.py",
         "epoch=last.epoch + 1,",
         "epoch=last.epoch,",
         "test_recovery.py::test_every_opening_begins_a_segment_and_an_epoch",
     ),
     Bug(
         "short write ignored",
-        "segment.py",
+        "storage/segment.py",
         "        if written < end:\n            write_all(self._disk, self._fd, data[written - offset :], written)\n",
         "",
         "test_disk_full.py::test_a_short_write_is_completed",
     ),
     Bug(
         "fsync retried",
-        "log.py",
+        "storage/log.py",
         "                done.extend(map(self._disk.fdatasync, (file.fd,)))\n",
         "                try:\n"
         "                    done.extend(map(self._disk.fdatasync, (file.fd,)))\n"
@@ -78,35 +78,35 @@ BUGS = (
     ),
     Bug(
         "checkpoint ahead of the log",
-        "local.py",
+        "engines/local.py",
         "            self._wait_durable(last_lsn)  # the index is never ahead of the disk\n",
         "",
         "test_simulation.py::test_no_power_cut_takes_what_was_promised",
     ),
     Bug(
         "segment dropped early",
-        "local.py",
+        "engines/local.py",
         "        self._checkpoint()  # which syncs the copies; the index now points at them\n",
         "        self._log.drop(upto)\n        self._checkpoint()\n",
         "test_simulation.py::test_no_power_cut_takes_what_was_promised",
     ),
     Bug(
         "counter not logged",
-        "machine.py",
+        "machine/machine.py",
         "QueueSnapshot(q.number, q.name, q.config, q.enqueued, q.acked, q.cancelled, q.purged)",
         "QueueSnapshot(q.number, q.name, q.config, q.enqueued, 0, q.cancelled, q.purged)",
         "test_housekeeping.py::test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key[before its slice]",
     ),
     Bug(
         "lease not fenced",
-        "decide.py",
+        "machine/decide.py",
         "entry.state == LEASED and entry.token == token and entry.deadline_ms > now_ms",
         "entry.state == LEASED and entry.deadline_ms > now_ms",
         "test_decide.py::test_a_lease_of_a_job_that_was_delivered_again_says_so",
     ),
     Bug(
         "zero header accepted",
-        "segment.py",
+        "storage/segment.py",
         "            if frame is None or frame.lsn",
         "            if frame is None and self._data[at : at + HEADER_BYTES] == bytes(HEADER_BYTES):\n"
         "                self.end, self.next_lsn = at + HEADER_BYTES, self.next_lsn + 1\n"
@@ -116,21 +116,21 @@ BUGS = (
     ),
     Bug(
         "used-up runs forgotten",
-        "local.py",
+        "engines/local.py",
         "            changes.gone |= taken.gone\n",
         "",
         "test_local.py::test_after_a_checkpoint_that_failed_the_next_one_takes_acked_jobs_of_saved_runs_away",
     ),
     Bug(
         "packed jobs forgotten",
-        "local.py",
+        "engines/local.py",
         "            changes.packed |= taken.packed\n",
         "",
         "test_local.py::test_after_a_checkpoint_that_failed_the_next_one_takes_acked_single_jobs_away",
     ),
     Bug(
         "wake-up kept",
-        "live.py",
+        "engines/live.py",
         "            if self._lessees:\n"
         "                self._wake_lessees(queues)  # this one may have been woken for another of its queues\n",
         "",
@@ -138,14 +138,14 @@ BUGS = (
     ),
     Bug(
         "reservation not looked at again",
-        "live.py",
+        "engines/live.py",
         "                if decide.ids(self._machine, count, 0) is None:\n                    first_id",
         "                if True:\n                    first_id",
         "test_threads.py::test_two_transactions_that_meet_in_one_reservation_get_ids_of_their_own",
     ),
     Bug(
         "loop waits for the disk",
-        "local.py",
+        "engines/local.py",
         "        if not self._is_to_sync(lsn) or",
         '        if self._fsync != "always" or',
         "test_aio.py::test_in_a_relaxed_mode_an_id_is_told_when_its_block_is_on_disk_and_the_loop_does_not_wait_for_that[never]",
@@ -216,28 +216,28 @@ BUGS = (
     ),
     Bug(
         "ticks without end",
-        "schedules.py",
+        "schedules/scheduler.py",
         "if tick > now or len(ticks) == TICKS:",
         "if tick > now:",
         "test_schedules.py::test_one_transaction_has_a_hundred_ticks_at_most_and_waits_for_the_next",
     ),
     Bug(
         "record of a former schedule fires",
-        "schedules.py",
+        "schedules/scheduler.py",
         ' or (schedule is not None and content["spec"] != schedule.spec.text)',
         "",
         "test_schedules.py::test_a_record_that_was_held_while_its_schedule_was_changed_fires_nothing",
     ),
     Bug(
         "record dies of five deaths",
-        "schedules.py",
+        "schedules/scheduler.py",
         "            max_attempts=2**31 - 1,\n",
         "",
         "test_schedules.py::test_a_record_outlives_any_number_of_deaths_of_who_fires_it",
     ),
     Bug(
         "dead record stays dead",
-        "schedules.py",
+        "schedules/scheduler.py",
         "                elif job.state == JobState.DEAD:  # somebody took it for a job of theirs\n"
         "                    self._broker.redrive(SCHEDULES, job_ids=[job.id])\n",
         "",
@@ -245,21 +245,21 @@ BUGS = (
     ),
     Bug(
         "two records of a schedule",
-        "schedules.py",
+        "schedules/scheduler.py",
         "if job not in valid[-1:]:",
         "if job not in valid:",
         "test_schedules.py::test_of_two_records_of_a_schedule_one_is_left",
     ),
     Bug(
         "first page of records only",
-        "schedules.py",
+        "schedules/scheduler.py",
         "            after = jobs[-1].id\n            for job",
         "            after = 2**62\n            for job",
         "test_schedules.py::test_a_start_finds_the_records_of_more_schedules_than_one_page_has",
     ),
     Bug(
         "stranger ends at once",
-        "schedules.py",
+        "schedules/scheduler.py",
         "        if now_ms - self._strangers.setdefault(lease.id, now_ms) < LOOK_MS:\n"
         "            self._broker.release(lease, delay=AGAIN_S)\n"
         "            return\n",
@@ -268,49 +268,49 @@ BUGS = (
     ),
     Bug(
         "key outlives its record",
-        "schedules.py",
+        "schedules/scheduler.py",
         "        self._broker.configure_queue(SCHEDULES, idempotency_ttl=0)\n",
         "",
         "test_schedules.py::test_a_schedule_that_was_given_up_and_comes_back_before_its_tick_has_its_record",
     ),
     Bug(
         "key not found during a checkpoint",
-        "keys.py",
+        "machine/keys.py",
         "key = self.changed.get(name) or self.frozen.get(name)",
         "key = self.changed.get(name)",
         "test_machine.py::test_keys_are_found_while_a_checkpoint_writes_them_and_change_beside_it",
     ),
     Bug(
         "failed checkpoint brings old keys back",
-        "keys.py",
+        "machine/keys.py",
         "        changed = {**self.frozen, **self.changed}\n        ends",
         "        changed = {**self.changed, **self.frozen}\n        ends",
         "test_machine.py::test_keys_that_a_failed_checkpoint_took_are_still_to_be_written_and_still_end",
     ),
     Bug(
         "living key swept",
-        "keys.py",
+        "machine/keys.py",
         "if key is not None and key.expires_ms and key.expires_ms <= now_ms:",
         "if key is not None and key.expires_ms <= now_ms:",
         "test_machine.py::test_a_key_of_a_living_job_or_of_another_one_by_now_is_not_swept",
     ),
     Bug(
         "lease of a paused queue",
-        "decide.py",
+        "machine/decide.py",
         "if queue is None or queue.config.paused or not queue.counts[READY]:",
         "if queue is None or not queue.counts[READY]:",
         "test_decide.py::test_a_queue_that_is_unknown_empty_or_paused_gives_nothing",
     ),
     Bug(
         "token of a bucket not expected",
-        "machine.py",
+        "machine/machine.py",
         "            if at_ms < queue.token_at_ms:\n",
         "            if at_ms > queue.token_at_ms:\n",
         "test_decide.py::test_the_first_of_several_buckets_is_waited_for",
     ),
     Bug(
         "visibility of the job ignored",
-        "decide.py",
+        "machine/decide.py",
         "default_ms if own is None else now_ms + own for own",
         "default_ms for own",
         "test_decide.py::test_deliveries_have_tokens_attempts_and_deadlines",
@@ -373,7 +373,7 @@ BUGS = (
     ),
     Bug(
         "failing schedule without a pause",
-        "schedules.py",
+        "schedules/scheduler.py",
         "                self._broker.release(lease, delay=AGAIN_S)\n\n    def _fire",
         "                self._broker.release(lease)\n\n    def _fire",
         "test_schedules.py::test_a_schedule_that_cannot_be_fired_waits_a_second_and_holds_up_no_other",
@@ -387,35 +387,35 @@ BUGS = (
     ),
     Bug(
         "record waits past a clock set forward",
-        "schedules.py",
+        "schedules/scheduler.py",
         "delay=max(0, min(tick_ms - now_ms, LOOK_MS)) / 1000",
         "delay=max(0, tick_ms - now_ms) / 1000",
         "test_schedules.py::test_a_wall_clock_that_is_set_forward_makes_a_tick_five_minutes_late_at_most",
     ),
     Bug(
         "changed expression with the same tick",
-        "schedules.py",
+        "schedules/scheduler.py",
         'idempotency_key=key(f"{schedule.name}@{schedule.spec.text}", tick)',
         "idempotency_key=key(schedule.name, tick)",
         "test_schedules.py::test_a_changed_schedule_with_the_same_next_tick_has_a_record_of_its_own",
     ),
     Bug(
         "grace without its end",
-        "schedules.py",
+        "schedules/scheduler.py",
         ".total_seconds() > self.grace:",
         ".total_seconds() >= self.grace:",
         "test_schedules.py::test_a_tick_is_in_time_up_to_the_very_end_of_its_grace",
     ),
     Bug(
         "call renames its task",
-        "tasks.py",
+        "tasks/app.py",
         "{**(opts.headers or {}), TASK_HEADER: task.name}",
         "{TASK_HEADER: task.name, **(opts.headers or {})}",
         "test_tasks.py::test_no_header_of_a_call_renames_its_task",
     ),
     Bug(
         "task known before its classes",
-        "tasks.py",
+        "tasks/app.py",
         "                    if isinstance(self.codec, TypedJson):\n"
         "                        self.codec.register_annotations(hints(task.function))\n"
         "                    self._unhinted.remove(task)  # another may have come behind it\n",
@@ -426,154 +426,154 @@ BUGS = (
     ),
     Bug(
         "last reason wins",
-        "tasks.py",
+        "tasks/app.py",
         "        if not self._is_cancelled:\n            self.reason = reason\n            self._is_cancelled = True\n",
         "        self.reason = reason\n        self._is_cancelled = True\n",
         "test_tasks.py::test_the_first_reason_for_a_cancellation_stays",
     ),
     Bug(
         "cancellation wakes nobody",
-        "tasks.py",
+        "tasks/app.py",
         "        if (event := self._cancelled) is not None:\n            event.set()\n",
         "",
         "test_tasks.py::test_who_waits_for_a_cancellation_is_woken_and_who_comes_later_does_not_wait",
     ),
     Bug(
         "handler is over and still current",
-        "tasks.py",
+        "tasks/app.py",
         "    finally:\n        _current.reset(token)\n",
         "    finally:\n        pass\n",
         "test_tasks.py::test_behind_a_handler_there_is_no_current_job_and_behind_one_in_another_that_one",
     ),
     Bug(
         "awaited call leaves its transaction",
-        "tasks.py",
+        "tasks/app.py",
         "if self._remote is not None or self._runner is not None or task.opts.transaction is not None:",
         "if self._remote is not None or self._runner is not None:",
         "test_tasks.py::test_a_call_that_is_awaited_in_a_transaction_exists_when_its_block_ends",
     ),
     Bug(
         "closed broker awaited",
-        "tasks.py",
+        "tasks/app.py",
         "self._broker = self._async = None",
         "self._broker = None",
         "test_tasks.py::test_an_app_that_opens_again_awaits_its_new_broker",
     ),
     Bug(
         "leasing ahead never shrinks",
-        "turns.py",
+        "worker/order.py",
         "0.9 * known + 0.1 * seconds",
         "min(known, seconds)",
         "test_turns.py::test_less_is_leased_in_advance_when_handlers_take_longer",
     ),
     Bug(
         "bytes leased ahead without bound",
-        "turns.py",
+        "worker/order.py",
         " or self.bytes >= PREFETCH_BYTES or",
         " or",
         "test_turns.py::test_nothing_is_leased_in_advance_beyond_so_many_bytes_or_for_careful_queues",
     ),
     Bug(
         "share not refunded",
-        "turns.py",
+        "worker/order.py",
         "            self._got[name] -= got\n",
         "            pass\n",
         "test_turns.py::test_a_queue_gets_back_what_it_paid_for_jobs_that_did_not_begin",
     ),
     Bug(
         "idle queue saves its share up",
-        "turns.py",
+        "worker/order.py",
         "return max(got, self._now) if is_idle else",
         "return got if is_idle else",
         "test_turns.py::test_what_a_queue_did_not_use_is_neither_saved_up_nor_owed",
     ),
     Bug(
         "last attempt leased ahead",
-        "worker.py",
+        "worker/worker.py",
         "(not is_last and (is_known or len(kept) < places))",
         "((is_known or len(kept) < places))",
         "test_worker_leasing.py::test_a_last_attempt_in_the_first_batch_waits_in_its_queue_too",
     ),
     Bug(
         "given back counts against max_jobs",
-        "worker.py",
+        "worker/worker.py",
         "self._jobs += len(told)",
         "self._jobs += len(endings) + len(lost)",
         "test_worker_leasing.py::test_jobs_that_were_given_back_do_not_count_against_max_jobs",
     ),
     Bug(
         "cancel overtakes the fetcher",
-        "worker.py",
+        "worker/worker.py",
         "                self._wait_for_fetcher()  # it may be leased and not be in `_held` yet\n",
         "",
         "test_worker_leasing.py::test_a_job_that_is_cancelled_while_it_is_being_leased_does_not_begin",
     ),
     Bug(
         "each lease renewed by itself",
-        "worker.py",
+        "worker/worker.py",
         "self._extend(deliveries + soon.get(seconds, []), seconds)",
         "self._extend(deliveries, seconds)",
         "test_worker_leasing.py::test_leases_that_will_soon_be_due_are_renewed_with_those_that_are",
     ),
     Bug(
         "handlers not told of the end",
-        "worker.py",
+        "worker/worker.py",
         "        for delivery in list(self._held.values()):\n            delivery.job.stopping = True\n",
         "",
         "test_worker.py::test_stop_lets_run_what_runs_and_gives_back_the_rest",
     ),
     Bug(
         "second signal ignored",
-        "worker.py",
+        "worker/worker.py",
         "                grace = most if self._signals < 2 else 0.0\n",
         "                grace = most\n",
         "test_worker_closing.py::test_a_second_signal_ends_the_grace_time",
     ),
     Bug(
         "payload not looked for in its new place",
-        "local.py",
+        "engines/local.py",
         "                if payload is not None:\n                    return payload\n                with self._lock:",
         "                return payload\n                with self._lock:",
         "test_local.py::test_a_payload_whose_segment_goes_while_it_is_read_is_read_from_its_new_place",
     ),
     Bug(
         "changed run put away",
-        "local.py",
+        "engines/local.py",
         "if run.left and run.number and run not in changes.runs:",
         "if run.left and run.number:",
         "test_local.py::test_a_run_that_has_changed_stays_in_memory_until_it_is_in_the_index",
     ),
     Bug(
         "ended keys stay in the index",
-        "local.py",
+        "engines/local.py",
         "                machine.keys.sweep(part, machine.now_ms)\n",
         "                pass\n",
         "test_local.py::test_keys_whose_window_is_over_leave_the_index",
     ),
     Bug(
         "used-up run written again",
-        "local.py",
+        "engines/local.py",
         "                (changes.runs.add if run.left else changes.runs.discard)(run)\n",
         "                changes.runs.add(run)\n",
         "test_local.py::test_a_run_that_is_used_up_while_a_checkpoint_fails_is_gone_with_the_next",
     ),
     Bug(
         "run written as it is by then",
-        "local.py",
+        "engines/local.py",
         "columns = columns.picked(slice(start, stop))  # others may append to it meanwhile",
         "columns = columns.picked(slice(start, None))",
         "test_local.py::test_jobs_that_come_while_a_checkpoint_writes_their_run_are_in_it_once",
     ),
     Bug(
         "clean end not noted",
-        "local.py",
+        "engines/local.py",
         "                self._record([IdsReserved(machine.next_id)], machine.now_ms)\n",
         "                pass\n",
         "test_local.py::test_a_clean_end_in_a_relaxed_mode_skips_no_ids[never]",
     ),
     Bug(
         "notifier ends without a last look",
-        "notifier.py",
+        "engines/notifier.py",
         "            if not stopping:\n                self._poked.wait()\n            return not stopping",
         "            stopping = self._stopping\n"
         "            if not stopping:\n"
@@ -583,14 +583,14 @@ BUGS = (
     ),
     Bug(
         "earliest record waited for",
-        "notifier.py",
+        "engines/notifier.py",
         "self._wait(max(lsn for lsn, _ in batch))",
         "self._wait(min(lsn for lsn, _ in batch))",
         "test_notifier.py::test_one_wait_is_for_all_and_none_is_told_before_its_record_is_durable",
     ),
     Bug(
         "notifier dies in silence",
-        "notifier.py",
+        "engines/notifier.py",
         "            self._stopping = True\n"
         "            for _, tell in self._batch:  # each is told why; some of these for the second time\n"
         "                _guarded(tell, error)\n"
@@ -601,7 +601,7 @@ BUGS = (
     ),
     Bug(
         "a callback ends the notifier",
-        "notifier.py",
+        "engines/notifier.py",
         "    try:\n"
         "        do(*arguments)\n"
         "    except BaseException:\n"
@@ -612,14 +612,14 @@ BUGS = (
     ),
     Bug(
         "swallowed error is an ack",
-        "pools.py",
+        "worker/pools.py",
         "    if failures:\n        raise failures[0]\n    return value\n\n\n_copies = 0",
         "    return value\n\n\n_copies = 0",
         "test_pools.py::test_a_hook_that_swallows_what_the_handler_raised_makes_no_ack[error-sync]",
     ),
     Bug(
         "cancelled job begins",
-        "pools.py",
+        "worker/pools.py",
         "    if delivery.job.cancelled:  # before it began, so it does not begin\n"
         "        delivery.ending = stopped(delivery)\n"
         "        return False\n",
@@ -635,84 +635,84 @@ BUGS = (
     ),
     Bug(
         "header with clocks of two moments",
-        "local.py",
+        "engines/local.py",
         "now_ms - self._offset_ms  # at that moment, not now",
         "self.clock.boot_ms()",
         "test_local.py::test_the_time_line_shows_the_wall_clock_however_long_openings_take",
     ),
     Bug(
         "a finished job is lost",
-        "worker.py",
+        "worker/worker.py",
         "                    if _was_finished(delivery):",
         "                    if False:",
         "test_worker.py::test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_done[False]",
     ),
     Bug(
         "a finish under way is lost",
-        "worker.py",
+        "worker/worker.py",
         "    is_over.wait()\n",
         "",
         "test_worker.py::test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_done[True]",
     ),
     Bug(
         "paused job begins",
-        "pools.py",
+        "worker/pools.py",
         "if not broker.is_paused(lease.queue):",
         "if True:",
         "test_worker_leasing.py::test_when_pause_has_returned_no_job_of_the_queue_begins[sync]",
     ),
     Bug(
         "copy answers too",
-        "pools.py",
+        "worker/pools.py",
         "    _copies += 1\n",
         "    _copies += 0\n",
         "test_pools.py::test_a_copy_that_a_handler_forked_ends_with_the_handler[returns-0-sync-True]",
     ),
     Bug(
         "loop forgets who waits",
-        "pools.py",
+        "worker/pools.py",
         "        self._done(delivery)\n        if self._waiting:\n            self._begin()",
         "        self._done(delivery)",
         "test_worker.py::test_async_handlers_that_wait_for_a_place_get_it_one_after_the_other",
     ),
     Bug(
         "delay of a retry lost",
-        "pools.py",
+        "worker/pools.py",
         'None if error.delay is None else seconds_of(error.delay, "delay"))\n        case Snooze',
         "None)\n        case Snooze",
         "test_worker.py::test_the_end_of_a_handler_decides_what_becomes_of_its_job[Retry with a delay-raised-sync]",
     ),
     Bug(
         "dying child gets a job",
-        "children.py",
+        "worker/children.py",
         "return not self._is_killed and self._process.is_alive()",
         "return self._process.is_alive()",
         "test_pools.py::test_a_child_that_was_killed_gets_no_other_job_while_it_dies",
     ),
     Bug(
         "dead child gets a job",
-        "children.py",
+        "worker/children.py",
         "        if not child.is_alive():\n            return None\n        with",
         "        with",
         "test_pools.py::test_a_job_is_sent_to_a_living_child",
     ),
     Bug(
         "answer of another job",
-        "children.py",
+        "worker/children.py",
         "if token != delivery.lease.token or not isinstance(ending, Ending):",
         "if not isinstance(ending, Ending):",
         "test_worker.py::test_a_child_that_answers_for_another_job_is_replaced_and_its_own_job_failed",
     ),
     Bug(
         "spent child goes on",
-        "children.py",
+        "worker/children.py",
         "            or (max_jobs is not None and self._jobs >= max_jobs)\n",
         "",
         "test_worker.py::test_a_child_is_replaced_when_it_is_spent[limits0]",
     ),
     Bug(
         "thread outlives its handler",
-        "children.py",
+        "worker/children.py",
         "            if not self.is_asked:\n"
         '                raise UsageError("enqueue: no job runs in this child process any more")\n',
         "",
@@ -720,7 +720,7 @@ BUGS = (
     ),
     Bug(
         "child takes its time before the answer",
-        "children.py",
+        "worker/children.py",
         "            self._done(delivery)  # first: a child may take its time to end\n"
         "            if child is not None and child.is_spent(self._max_jobs, self._max_memory):\n"
         "                child.end()\n"
@@ -733,14 +733,14 @@ BUGS = (
     ),
     Bug(
         "cancelled before its child",
-        "children.py",
+        "worker/children.py",
         "            if delivery.job.cancelled:  # told before it could be killed\n                child.kill()\n",
         "",
         "test_worker.py::test_a_job_that_is_cancelled_while_its_child_is_made_is_killed_in_it",
     ),
     Bug(
         "cancel kills the next",
-        "children.py",
+        "worker/children.py",
         "        with self._lock:\n"
         "            child = self._running.get(delivery)\n"
         "            if child is not None:\n"
@@ -750,7 +750,7 @@ BUGS = (
     ),
     Bug(
         "filter of the parent fails the job",
-        "children.py",
+        "worker/children.py",
         "                    with suppress(Exception):  # a filter of the program's, say: not the job's fault\n"
         "                        logs.take(content)\n",
         "                    logs.take(content)\n",
@@ -758,14 +758,14 @@ BUGS = (
     ),
     Bug(
         "a hook outside makes an ack",
-        "pools.py",
+        "worker/pools.py",
         "    if failures:\n        raise failures[0]\n    return value\n\n\n_copies",
         "    return value\n\n\n_copies",
         "test_pools.py::test_a_hook_that_swallows_what_another_hook_raised_makes_no_ack",
     ),
     Bug(
         "a copy comes back",
-        "pools.py",
+        "worker/pools.py",
         "            if _copies != own:\n"
         "                _end_copy(delivery, None)\n"
         "        delivery.ending = ACK if value is None else _returned(value)\n"
@@ -784,63 +784,63 @@ BUGS = (
     ),
     Bug(
         "threads that Python shuts",
-        "pools.py",
+        "worker/pools.py",
         "        self._loop.set_default_executor(self._threads)\n",
         "",
         "test_pools.py::test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time",
     ),
     Bug(
         "jobs begin while Python ends",
-        "pools.py",
+        "worker/pools.py",
         "    return not main.is_alive() and",
         "    return False and",
         "test_pools.py::test_a_worker_that_is_stopped_by_atexit_gives_handlers_their_grace_time",
     ),
     Bug(
         "a program that serves has ended",
-        "pools.py",
+        "worker/pools.py",
         " and all(each.daemon or each is main for each in threading.enumerate())",
         "",
         "test_pools.py::test_a_worker_goes_on_while_another_thread_serves",
     ),
     Bug(
         "no thread but new ones",
-        "pools.py",
+        "worker/pools.py",
         "                    if not self._begun:\n                        raise",
         "                    raise",
         "test_pools.py::test_a_loop_that_can_start_no_other_thread_gets_along_with_the_first",
     ),
     Bug(
         "async generators left open",
-        "pools.py",
+        "worker/pools.py",
         "        self._loop.run_until_complete(self._loop.shutdown_asyncgens())\n",
         "",
         "test_pools.py::test_an_async_generator_that_a_handler_left_open_is_closed_when_the_worker_stops",
     ),
     Bug(
         "a job for a dead child",
-        "children.py",
+        "worker/children.py",
         "        if not child.is_alive():\n            return None\n        with self._lock:",
         "        with self._lock:",
         "test_pools.py::test_a_job_is_sent_to_a_living_child",
     ),
     Bug(
         "a job in the pipe pays",
-        "children.py",
+        "worker/children.py",
         "isinstance(trouble, BrokenPipeError | ConnectionResetError)",
         "isinstance(trouble, BrokenPipeError)",
         "test_pools.py::test_a_job_that_meets_a_child_that_just_died_begins_in_another",
     ),
     Bug(
         "a job that began does not pay",
-        "children.py",
+        "worker/children.py",
         "                is_taken = is_sent\n",
         "",
         "test_pools.py::test_a_job_that_began_in_a_child_that_dies_with_an_answer_in_its_pipe_failed",
     ),
     Bug(
         "a cancellation takes its time",
-        "children.py",
+        "worker/children.py",
         "        with self._lock:\n"
         "            child = self._running.get(delivery)\n"
         "            if child is not None:\n"
@@ -850,42 +850,42 @@ BUGS = (
     ),
     Bug(
         "a child outlives its parent",
-        "children.py",
+        "worker/children.py",
         '    threading.Thread(target=_end_with_parent, name="rivetq-parent", daemon=True).start()\n',
         "",
         "test_pools.py::test_a_child_ends_with_its_parent_in_the_middle_of_a_job",
     ),
     Bug(
         "a copy kills children",
-        "children.py",
+        "worker/children.py",
         "        if child.parent == os.getpid():  # and not a copy of it that was forked\n            child.kill()",
         "        child.kill()",
         "test_pools.py::test_a_copy_of_the_program_that_ends_kills_no_children",
     ),
     Bug(
         "answered twice",
-        "worker.py",
+        "worker/worker.py",
         "if not delivery.is_answered]",
         "]",
         "test_worker_closing.py::test_a_handler_left_behind_that_ends_before_its_settler_is_told_of_once",
     ),
     Bug(
         "answered while it commits",
-        "worker.py",
+        "worker/worker.py",
         "if delivery.job.finishing]",
         "if 0]",
         "test_pools.py::test_a_job_is_answered_for_when_a_commit_that_is_under_way_in_a_thread_is_over",
     ),
     Bug(
         "half a start goes on",
-        "worker.py",
+        "worker/worker.py",
         "                self._end_all(time.monotonic(), 0.0)\n                raise",
         "                self._leave()\n                raise",
         "test_worker_closing.py::test_a_start_that_raises_leaves_nothing_behind",
     ),
     Bug(
         "stopped within its start",
-        "worker.py",
+        "worker/worker.py",
         "            if self._ended.is_set():  # a signal handler stopped it: also what began behind that\n"
         "                self._end_all(time.monotonic(), 0.0)\n",
         "",
@@ -893,28 +893,28 @@ BUGS = (
     ),
     Bug(
         "a second signal is one",
-        "worker.py",
+        "worker/worker.py",
         "grace = most if self._signals < 2 else 0.0",
         "grace = most",
         "test_worker_closing.py::test_a_second_signal_ends_the_grace_time",
     ),
     Bug(
         "signal handlers kept",
-        "worker.py",
+        "worker/worker.py",
         "            for number, handler in before.items():\n                signal.signal(number, handler)",
         "            pass",
         "test_worker_closing.py::test_run_gives_back_the_signal_handlers_that_it_found",
     ),
     Bug(
         "a closed app opens",
-        "tasks.py",
+        "tasks/app.py",
         "            self._is_closed = True\n",
         "",
         "test_tasks.py::test_an_app_that_was_closed_does_not_open_again_by_itself",
     ),
     Bug(
         "two threads finish",
-        "tasks.py",
+        "tasks/app.py",
         "                with _finishes:  # another thread of the handler's may do the same\n"
         "                    self._check_unfinished()",
         "                with _finishes:  # another",
@@ -922,7 +922,7 @@ BUGS = (
     ),
     Bug(
         "cancelled lessee keeps its wake-up",
-        "live.py",
+        "engines/live.py",
         "            engine._wake_lessees(self._arguments[0])"
         "  # it may have been woken for a job that another can have\n        return True",
         "        return True",
@@ -930,7 +930,7 @@ BUGS = (
     ),
     Bug(
         "failed lessee stays in the line",
-        "live.py",
+        "engines/live.py",
         "            self.over = True\n            engine._unregister(self, self._arguments[0])\n"
         "            if engine._ended",
         "            self.over = True\n            if engine._ended",
@@ -938,35 +938,35 @@ BUGS = (
     ),
     Bug(
         "duplicate answered before its record",
-        "live.py",
+        "engines/live.py",
         "lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()",
         "lsn = self._record(events, now_ms, keep_reserve) if events else 0",
         "test_aio.py::test_the_answer_to_a_duplicate_waits_for_the_record_of_the_first[called]",
     ),
     Bug(
         "lease of what is not on disk",
-        "live.py",
+        "engines/live.py",
         "        self._settle(max([entry.lsn for entry in entries]))\n        return leases",
         "        return leases",
         "test_aio.py::test_a_lease_waits_for_the_records_of_its_jobs",
     ),
     Bug(
         "awaited enqueue uses the reserve",
-        "live.py",
+        "engines/live.py",
         "self._record(events, now_ms, enqueues) if events",
         "self._record(events, now_ms) if events",
         "test_aio.py::test_an_enqueue_leaves_the_reserve_of_space_to_answers[awaited]",
     ),
     Bug(
         "nobody waits for a token",
-        "live.py",
+        "engines/live.py",
         "                        self._expect_tokens(limited, now_ms)\n",
         "",
         "test_aio.py::test_who_waits_for_a_token_is_woken_when_there_is_one_whatever_came_first[jobs]",
     ),
     Bug(
         "next token wakes nobody",
-        "live.py",
+        "engines/live.py",
         "                if not count:  # else those who are woken take the tokens first, and come here\n"
         "                    self._expect_tokens([queue], machine.now_ms)\n",
         "",
@@ -974,7 +974,7 @@ BUGS = (
     ),
     Bug(
         "lead taken along",
-        "group.py",
+        "storage/group_commit.py",
         "            if self.failure is None and self._leader in (waiter, None):\n"
         "                self._pass_on()\n"
         "            elif",
@@ -983,14 +983,14 @@ BUGS = (
     ),
     Bug(
         "two lead",
-        "group.py",
+        "storage/group_commit.py",
         "if waiter in self._waiters and self._leader is None:",
         "if waiter in self._waiters:",
         "test_group.py::test_whose_patience_ends_as_the_last_one_leads_waits_for_that_sync",
     ),
     Bug(
         "covered one not woken",
-        "group.py",
+        "storage/group_commit.py",
         "            if waiter.lsn <= durable_lsn:\n",
         "            if waiter.lsn < durable_lsn:\n",
         "test_group.py::test_callers_that_come_while_the_disk_is_busy_share_the_next_sync",

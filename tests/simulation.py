@@ -28,15 +28,15 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-import rivetq.local
+import rivetq.engines.local
 from rivetq import Broker, DiskFullError, Lease, LeaseLostError, RateLimit, RetryPolicy
-from rivetq.index import Index
-from rivetq.live import LiveEngine
-from rivetq.local import LocalEngine
-from rivetq.log import Log
-from rivetq.machine import Machine
-from rivetq.recovery import replay
-from rivetq.state import Place
+from rivetq.engines.live import LiveEngine
+from rivetq.engines.local import LocalEngine
+from rivetq.machine.machine import Machine
+from rivetq.machine.snapshot import Place
+from rivetq.storage.index import Index
+from rivetq.storage.log import Log
+from rivetq.storage.recovery import replay
 from rivetq.testing import ManualClock
 from rivetq.testing.disk import WAYS, PowerCut, SimulatedDisk
 
@@ -102,10 +102,10 @@ class Life:
             sweep(engine)
 
         with (
-            mock.patch.object(rivetq.local, "SystemDisk", return_value=self.disk),
-            mock.patch.object(rivetq.local, "Log", NotingLog),
-            mock.patch.object(rivetq.local, "Index", NotingIndex),
-            mock.patch.object(rivetq.local, "MANY_SEGMENTS", MANY_SEGMENTS),
+            mock.patch.object(rivetq.engines.local, "SystemDisk", return_value=self.disk),
+            mock.patch.object(rivetq.engines.local, "Log", NotingLog),
+            mock.patch.object(rivetq.engines.local, "Index", NotingIndex),
+            mock.patch.object(rivetq.engines.local, "MANY_SEGMENTS", MANY_SEGMENTS),
             mock.patch.object(LocalEngine, "_sweep", noting_sweep),
         ):
             self.broker = Broker(

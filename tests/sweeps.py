@@ -53,21 +53,7 @@ from simulation import (
     same_moment,
 )
 
-import rivetq.ahead
-import rivetq.aio
-import rivetq.decide
-import rivetq.group
-import rivetq.index
-import rivetq.keys
-import rivetq.live
-import rivetq.local
-import rivetq.log
-import rivetq.machine
-import rivetq.notifier
-import rivetq.run
-import rivetq.segment
-import rivetq.state
-import rivetq.window
+import rivetq
 from rivetq import Broker, BrokerFailedError, DiskFullError, LeaseLostError, RivetQError, StorageError
 from rivetq.aio import AsyncBroker
 from rivetq.testing import ManualClock
@@ -76,14 +62,18 @@ from rivetq.testing.disk import SimulatedDisk
 HANG_S = 60.0
 """A trial takes some hundredths of a second. One that hangs ends its process and says where."""
 STEPS_BEFORE, STEPS, STEPS_AFTER = 30, 18, 3
+PACKAGE = os.path.dirname(rivetq.__file__)
 TRACED = {
-    module.__file__
-    for module in (
-        rivetq.log, rivetq.segment, rivetq.live, rivetq.local, rivetq.index, rivetq.machine, rivetq.window, rivetq.run,
-        rivetq.keys, rivetq.decide, rivetq.group, rivetq.state,
+    os.path.join(PACKAGE, f"{name}.py")
+    for name in (
+        "machine/decide", "machine/keys", "machine/machine", "machine/run", "machine/snapshot", "machine/window",
+        "storage/group_commit", "storage/index", "storage/log", "storage/segment", "engines/live", "engines/local",
     )
 }  # fmt: skip
-AWAITED = {module.__file__ for module in (rivetq.aio, rivetq.notifier, rivetq.live, rivetq.group, rivetq.ahead)}
+AWAITED = {
+    os.path.join(PACKAGE, f"{name}.py")
+    for name in ("aio", "engines/live", "engines/notifier", "storage/ahead", "storage/group_commit")
+}
 TROUBLES = (*itertools.product(("EIO", "ENOSPC", "short"), (1, 1_000_000)), ("full", 1))
 """What a call meets, once or for good; or from there on there is little space, which comes back at the end."""
 

@@ -14,7 +14,7 @@ import pytest
 from inside import inside
 
 from rivetq import Broker, BrokerClosedError, ForkedBrokerError, Lease, UsageError
-from rivetq.ahead import SLOTS, Ahead, read_ahead
+from rivetq.storage.ahead import SLOTS, Ahead, read_ahead
 from rivetq.testing import ManualClock
 
 
@@ -132,7 +132,7 @@ def test_a_disk_without_room_for_the_page_costs_attempts_only(
 
     with Broker(tmp_path / "data") as broker:
         broker.enqueue("q", b"x", max_attempts=1)
-        monkeypatch.setattr("rivetq.ahead.os.write", full)
+        monkeypatch.setattr("rivetq.storage.ahead.os.write", full)
         (lease,) = broker.lease_many("q", 1, begun=False)
         assert lease.payload == b"x"
         broker.begin(lease)
@@ -194,17 +194,6 @@ def test_a_forked_child_does_not_touch_the_page_of_its_parent(tmp_path: Path) ->
                 os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
         assert read_ahead(str(tmp_path / "data" / "ahead")) == {lease.token}
-
-
-def test_a_page_that_is_closed_in_the_middle_of_a_call_takes_nothing_more(tmp_path: Path) -> None:
-    ahead = Ahead(str(tmp_path / "ahead"))
-    ahead.make()
-    ahead.note([(1, 1)], lambda token, job_id: True)
-    assert ahead._map is not None
-    ahead._map.close()  # as the closing thread does when another one has just looked whether there is a page
-    ahead.begin(1)
-    ahead.note([(2, 2)], lambda token, job_id: True)
-    assert ahead._slots == {}
 
 
 def test_to_begin_needs_no_lock(tmp_path: Path) -> None:

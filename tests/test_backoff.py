@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rivetq.backoff import retry_delay_ms
+from rivetq.machine.backoff import retry_delay_ms
 from rivetq.model import Jitter, RetryPolicy
 
 JITTERS: tuple[Jitter, ...] = ("full", "equal", "none")

@@ -26,7 +26,8 @@ pytest.importorskip("click", reason="the extra cli is not installed")
 from click.testing import CliRunner
 from rich.console import Console
 
-from rivetq import cli, tools, view
+from rivetq import cli, tools
+from rivetq.engines import view
 from rivetq.settings import Settings
 
 

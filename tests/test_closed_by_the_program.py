@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import rivetq.index
+import rivetq.storage.index
 from rivetq import Broker, BrokerFailedError, BrokerLockedError
-from rivetq.io import OwnFile, SystemDisk
-from rivetq.local import LocalEngine
-from rivetq.owner import DirectoryLock
+from rivetq.engines.local import LocalEngine
+from rivetq.storage.disk import OwnFile, SystemDisk
+from rivetq.storage.lock import DirectoryLock
 
 
 class Foreign:
@@ -132,11 +132,11 @@ def test_each_file_is_looked_at_by_itself(tmp_path: Path, foreign: Foreign, name
 
 
 def test_the_index_is_closed_unless_files_are_gone(tmp_path: Path) -> None:
-    forgotten = len(rivetq.index._LEFT_ALONE)
+    forgotten = len(rivetq.storage.index._LEFT_ALONE)
     for _ in range(2):
         with Broker(tmp_path / "data") as broker:
             broker.enqueue("q", b"x")
-    assert len(rivetq.index._LEFT_ALONE) == forgotten
+    assert len(rivetq.storage.index._LEFT_ALONE) == forgotten
     assert not [link for link in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if link.endswith(".mdb")]
 
 

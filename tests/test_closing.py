@@ -27,7 +27,8 @@ def quiet() -> Iterator[None]:
 def test_a_close_when_all_wait_is_told_to_all(tmp_path: Path, name: str) -> None:
     kind = closing.SCENES[name]
     tracer = closing.play(kind, tmp_path / "data", None, name)
-    assert {Path(file).stem for file, line in tracer.visits} >= set(kind.files) - {"ahead", "children"}
+    seen = {str(Path(file).relative_to(closing.PACKAGE).with_suffix("")) for file, line in tracer.visits}
+    assert seen >= set(kind.files) - {"storage/ahead", "worker/children"}
 
 
 PLANTS = {
@@ -58,8 +59,8 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import closing
-from rivetq.live import LiveEngine
-from rivetq.pools import ThreadPool
+from rivetq.engines.live import LiveEngine
+from rivetq.worker.pools import ThreadPool
 from rivetq.tasks import App
 from rivetq.worker import Worker
 {plant}

@@ -16,9 +16,8 @@ from crc32c import crc32c
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rivetq.codec import decode_record, decode_snapshot, encode_record, encode_snapshot
-from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
-from rivetq.events import (
+from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.machine.events import (
     Acked,
     Buried,
     Cancelled,
@@ -38,10 +37,11 @@ from rivetq.events import (
     Retried,
     SegmentsDropped,
 )
+from rivetq.machine.run import Columns, Run
+from rivetq.machine.snapshot import Queue, QueueSnapshot, Snapshot
 from rivetq.model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
-from rivetq.run import Columns, Run
-from rivetq.state import Queue, QueueSnapshot, Snapshot
-from rivetq.values import (
+from rivetq.storage.codec import decode_record, decode_snapshot, encode_record, encode_snapshot
+from rivetq.storage.index_values import (
     decode_columns,
     decode_entry,
     decode_key_value,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from inside import inside
 
-import rivetq.local
+import rivetq.engines.local
 from rivetq import Broker, RetryPolicy, RivetQError
 from rivetq.testing import ManualClock, PowerCut, SimulatedDisk
 
@@ -82,7 +82,7 @@ def live_and_die(
     directory: Path, life: Life, clock: ManualClock, disk: SimulatedDisk, fsync: Any, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """Whether it died."""
-    monkeypatch.setattr(rivetq.local, "SystemDisk", lambda: disk)
+    monkeypatch.setattr(rivetq.engines.local, "SystemDisk", lambda: disk)
     broker = None
     try:
         broker = Broker(directory, segment_bytes=SEGMENT_BYTES, fsync=fsync, clock=clock)

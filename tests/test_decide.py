@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rivetq import decide
 from rivetq.engine import Ack, Enqueue, Extend, Nack, Operation, Reject, Release
-from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry
 from rivetq.errors import (
     DuplicateJobError,
     JobNotFoundError,
@@ -23,7 +21,9 @@ from rivetq.errors import (
     RivetQError,
     UsageError,
 )
-from rivetq.events import (
+from rivetq.machine import decide
+from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry
+from rivetq.machine.events import (
     Acked,
     Buried,
     Cancelled,
@@ -39,9 +39,9 @@ from rivetq.events import (
     Released,
     Retried,
 )
-from rivetq.machine import Machine
+from rivetq.machine.machine import Machine
+from rivetq.machine.snapshot import Place
 from rivetq.model import QueueConfig, RateLimit, RetryPolicy
-from rivetq.state import Place
 
 NOW = 1_000_000
 FLAT = RetryPolicy(max_attempts=3, base=1, factor=2, jitter="none")

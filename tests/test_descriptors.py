@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from inside import inside
 
-import rivetq.local
-import rivetq.log
+import rivetq.engines.local
+import rivetq.storage.log
 from rivetq import Broker, CorruptLogError
-from rivetq.io import SystemDisk
-from rivetq.local import MANY_SEGMENTS, LocalEngine
-from rivetq.log import list_segments
-from rivetq.segment import SegmentFile, SegmentFiles, segment_name
+from rivetq.engines.local import MANY_SEGMENTS, LocalEngine
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.log import list_segments
+from rivetq.storage.segment import SegmentFile, SegmentFiles, segment_name
 
 SEGMENTS, LIMIT = 150, 110
 """More segments than descriptors; so many more than 64 are for the interpreter, LMDB and the files beside the log."""
@@ -28,7 +28,7 @@ CHILD = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
 from rivetq import Broker, tools
-from rivetq.io import SystemDisk
+from rivetq.storage.disk import SystemDisk
 
 most = 0
 class Disk(SystemDisk):
@@ -39,8 +39,8 @@ class Disk(SystemDisk):
         most = max(most, sum(name.endswith(".log") or "spare-" in name for name in names))
         return fd
 
-import rivetq.local, rivetq.tools
-rivetq.local.SystemDisk = rivetq.tools.SystemDisk = Disk
+import rivetq.engines.local, rivetq.tools.repair
+rivetq.engines.local.SystemDisk = rivetq.tools.repair.SystemDisk = Disk
 directory = sys.argv[1]
 """
 
@@ -55,7 +55,7 @@ def without_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_keeper: None) -> Path:
     """A directory with a job in each of many segments, of which none was swept up."""
     with monkeypatch.context() as patched:
-        patched.setattr(rivetq.local, "MANY_SEGMENTS", 10**6)
+        patched.setattr(rivetq.engines.local, "MANY_SEGMENTS", 10**6)
         with Broker(tmp_path / "data", fsync="never") as broker:
             for n in range(SEGMENTS):
                 broker.enqueue("q", b"job %d" % n)
@@ -101,7 +101,7 @@ assert tools.rebuild_index(directory) == 150
 def test_a_broker_works_on_more_segments_than_there_are_descriptors(many: Path, swept: bool) -> None:
     in_child(
         f"""
-rivetq.local.MANY_SEGMENTS = {MANY_SEGMENTS if swept else 10**6}
+rivetq.engines.local.MANY_SEGMENTS = {MANY_SEGMENTS if swept else 10**6}
 with Broker(directory, fsync="never", cache_bytes=0) as broker:
     assert (broker.metrics()["log_segments"] < 20) == {swept}
     assert [job.payload for job in broker.jobs("q", limit=1000)] == [b"job %d" % n for n in range(150)]
@@ -143,8 +143,8 @@ with Broker(directory, fsync="never", segment_bytes=64 * 1024, cache_bytes=0) as
 def test_readers_in_many_threads_read_right_while_files_come_and_go(
     many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rivetq.log, "OPEN_SEGMENTS", 2)
-    monkeypatch.setattr(rivetq.local, "MANY_SEGMENTS", 10**6)
+    monkeypatch.setattr(rivetq.storage.log, "OPEN_SEGMENTS", 2)
+    monkeypatch.setattr(rivetq.engines.local, "MANY_SEGMENTS", 10**6)
     wrong: list[object] = []
 
     def read(broker: Broker, seed: int) -> None:
@@ -305,7 +305,7 @@ def test_an_opening_sweeps_no_more_than_the_number_of_segments_is_worth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_keeper: None
 ) -> None:
     """What is large and oldest is copied when there are many small ones behind it, and not before."""
-    monkeypatch.setattr(rivetq.local, "SWEEP_BYTES", 20_000)
+    monkeypatch.setattr(rivetq.engines.local, "SWEEP_BYTES", 20_000)
     with Broker(tmp_path / "data", fsync="never") as broker:
         broker.enqueue("q", bytes(30_000))
         broker.rotate()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from inside import inside
 
-import rivetq.local
+import rivetq.engines.local
 from rivetq import (
     Broker,
     BrokerClosedError,
@@ -28,8 +28,8 @@ from rivetq import (
     LeaseLostError,
     RetryPolicy,
 )
-from rivetq.io import SystemDisk
-from rivetq.log import RESERVE_BYTES
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.log import RESERVE_BYTES
 from rivetq.testing import ManualClock
 
 AGAIN = RetryPolicy(max_attempts=None, base=0, jitter="none")
@@ -81,7 +81,7 @@ def eio() -> None:
 def disk(monkeypatch: pytest.MonkeyPatch) -> TroubledDisk:
     """The disk of every broker that is opened from here on."""
     disk = TroubledDisk()
-    monkeypatch.setattr(rivetq.local, "SystemDisk", lambda: disk)
+    monkeypatch.setattr(rivetq.engines.local, "SystemDisk", lambda: disk)
     return disk
 
 

@@ -12,8 +12,8 @@ import forks
 import pytest
 from simulation import ViolationError
 
-import rivetq.live
-import rivetq.segment
+import rivetq.engines.live
+import rivetq.storage.segment
 from rivetq import Broker, ForkedBrokerError
 from rivetq.aio import AsyncBroker
 
@@ -26,17 +26,17 @@ def test_a_fork_at_any_line_leaves_the_parent_alone_and_the_child_is_refused() -
 
 
 PLANTS = {
-    "a lock of the log": ("m.Log.forked = lambda self: self._disk.forked()", "log", "sync", "hung.*under way"),
-    "a write": ("m.SystemDisk.forked = lambda self: None", "io", "enqueue", r"the child changed \['log/"),
-    "the index": ("m.Index.forget = lambda self: None", "index", "checkpoint", r"the child changed \[.*'index/"),
-    "the group": ("m.GroupCommit.forked = lambda self, error: None", "group", "enqueue", "hung"),
+    "a lock of the log": ("m.Log.forked = lambda self: self._disk.forked()", "storage.log", "sync", "hung.*under way"),
+    "a write": ("m.SystemDisk.forked = lambda self: None", "storage.disk", "enqueue", r"the child changed \['log/"),
+    "the index": ("m.Index.forget = lambda self: None", "storage.index", "checkpoint", r"the child changed \[.*'index"),
+    "the group": ("m.GroupCommit.forked = lambda self, error: None", "storage.group_commit", "enqueue", "hung"),
 }
 
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_the_sweep_of_forks_sees(name: str) -> None:
     plant, module, call, what = PLANTS[name]
-    traced = f"forks.HANG_S = 5; forks.TRACED = {{m.__file__, {rivetq.segment.__file__!r}}}"
+    traced = f"forks.HANG_S = 5; forks.TRACED = {{m.__file__, {rivetq.storage.segment.__file__!r}}}"
     with pytest.raises(ViolationError, match=what):
         forks.run(400, 0, 1, only=[call], plant=f"import forks, rivetq.{module} as m; {plant}; {traced}")
 
@@ -44,10 +44,10 @@ def test_the_sweep_of_forks_sees(name: str) -> None:
 def test_a_lease_that_is_about_to_wait_when_its_thread_forks_ends_in_the_child(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    park = rivetq.live._Lessee.park
+    park = rivetq.engines.live._Lessee.park
     child = [0]
 
-    def forks_first(lessee: rivetq.live._Lessee, timeout_s: float | None) -> None:
+    def forks_first(lessee: rivetq.engines.live._Lessee, timeout_s: float | None) -> None:
         child[0] = os.fork()
         if child[0]:
             broker.enqueue("q", b"")
@@ -56,7 +56,7 @@ def test_a_lease_that_is_about_to_wait_when_its_thread_forks_ends_in_the_child(
             signal.alarm(20)
         park(lessee, timeout_s)
 
-    monkeypatch.setattr(rivetq.live._Lessee, "park", forks_first)
+    monkeypatch.setattr(rivetq.engines.live._Lessee, "park", forks_first)
     with Broker(":memory:") as broker:
         try:
             assert broker.lease("q", wait=None) is not None

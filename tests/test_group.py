@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 
-import rivetq.group
-from rivetq.group import COMPANY, PATIENCE, PATIENCE_S, GroupCommit
+from rivetq.storage import group_commit
+from rivetq.storage.group_commit import COMPANY, PATIENCE, PATIENCE_S, GroupCommit
 
 PATIENCE_OF_THE_TEST_S = 20.0
 
@@ -113,7 +113,7 @@ def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def desk() -> Iterator[Desk]:
     desk = Desk()
-    with mock.patch.object(rivetq.group, "PATIENCE_S", 1e6):  # the clock of the test machine decides nothing
+    with mock.patch.object(group_commit, "PATIENCE_S", 1e6):  # the clock of the test machine decides nothing
         yield desk
     assert not any(thread.is_alive() for thread in desk.threads)
 
@@ -285,7 +285,7 @@ def test_an_interrupt_that_breaks_the_log_hits_all(desk: Desk) -> None:
 def interrupt_the_parked(monkeypatch: pytest.MonkeyPatch, ready: Callable[[Any], bool]) -> None:
     """The next to park gets a KeyboardInterrupt as soon as it is `ready`."""
 
-    class Interrupted(rivetq.group._Waiter):
+    class Interrupted(group_commit._Waiter):
         __slots__ = ()
 
         def __init__(self, lsn: int) -> None:
@@ -306,7 +306,7 @@ def interrupt_the_parked(monkeypatch: pytest.MonkeyPatch, ready: Callable[[Any],
 
             self.lock = Lock()  # type: ignore[assignment]  # a lock that tells who takes it
 
-    monkeypatch.setattr(rivetq.group, "_Waiter", Interrupted)
+    monkeypatch.setattr(group_commit, "_Waiter", Interrupted)
 
 
 def test_an_interrupted_waiter_leaves_the_others_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +417,7 @@ def lose_patience(
     """The next waiter has an ImpatientLock; the timeouts that it notes."""
     timeouts: list[float] = []
 
-    class Impatient(rivetq.group._Waiter):
+    class Impatient(group_commit._Waiter):
         __slots__ = ()
 
         def __init__(self, lsn: int) -> None:
@@ -426,7 +426,7 @@ def lose_patience(
             self.lock = ImpatientLock(timeouts, meanwhile, again)  # type: ignore[assignment]  # a lock that tells who takes it
             self.lock.acquire()
 
-    monkeypatch.setattr(rivetq.group, "_Waiter", Impatient)
+    monkeypatch.setattr(group_commit, "_Waiter", Impatient)
     return timeouts
 
 
@@ -476,7 +476,7 @@ def test_a_disk_that_stalled_once_makes_nobody_patient_for_long(desk: Desk, monk
     timeouts = lose_patience(monkeypatch)
     desk.log.written_lsn = lsn
     desk.disk_answers()
-    with mock.patch.object(rivetq.group, "PATIENCE_S", PATIENCE_S):
+    with mock.patch.object(group_commit, "PATIENCE_S", PATIENCE_S):
         desk.group.wait(lsn)
     assert timeouts == [PATIENCE_S]
     assert PATIENCE_S < 0.1
@@ -567,10 +567,10 @@ def test_an_interrupt_at_any_line_leaves_the_others_alone() -> None:
 
         def trace(frame: FrameType, event: str, arg: object, group: GroupCommit = group, step: int = step) -> Any:
             nonlocal lines
-            if frame.f_code.co_filename != rivetq.group.__file__:
+            if frame.f_code.co_filename != group_commit.__file__:
                 return None
             # Leaving a `with` is a line of its own to a trace, but nothing comes between its body and the release.
-            if event == "line" and "with" not in linecache.getline(rivetq.group.__file__, frame.f_lineno):
+            if event == "line" and "with" not in linecache.getline(group_commit.__file__, frame.f_lineno):
                 lines += 1
                 if lines == step + 1:
                     raise KeyboardInterrupt
@@ -632,9 +632,9 @@ def interrupted_among_heirs(step: int) -> bool:
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal lines
-        if frame.f_code.co_filename != rivetq.group.__file__:
+        if frame.f_code.co_filename != group_commit.__file__:
             return None
-        if event == "line" and "with" not in linecache.getline(rivetq.group.__file__, frame.f_lineno):
+        if event == "line" and "with" not in linecache.getline(group_commit.__file__, frame.f_lineno):
             lines += 1
             if lines == step + 1:
                 raise KeyboardInterrupt

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from inside import inside
 
-import rivetq.local
-import rivetq.machine
+import rivetq.engines.local
+import rivetq.machine.machine
 from rivetq import Broker
-from rivetq.io import SystemDisk
-from rivetq.keys import Keys
-from rivetq.local import MANY_SEGMENTS, LocalEngine
-from rivetq.machine import Machine
+from rivetq.engines.local import MANY_SEGMENTS, LocalEngine
+from rivetq.machine.keys import Keys
+from rivetq.machine.machine import Machine
+from rivetq.storage.disk import SystemDisk
 from rivetq.testing import ManualClock
 
 
@@ -30,7 +30,7 @@ def test_the_names_of_new_directories_are_on_disk_before_an_enqueue_returns(
             super().sync_directory(path)
             synced.append(os.path.relpath(path, tmp_path))
 
-    monkeypatch.setattr(rivetq.local, "SystemDisk", Recording)
+    monkeypatch.setattr(rivetq.engines.local, "SystemDisk", Recording)
     with Broker(tmp_path / "new" / "parent" / "data") as broker:
         broker.enqueue("q", b"job")
         # each holds the name of the next; the last one holds the segment's
@@ -123,8 +123,8 @@ def test_a_job_that_leaves_its_run_while_a_checkpoint_is_taken_is_in_the_index_o
             lease.release()
         broker.checkpoint()  # four single jobs, and the index knows them
         engine._not_before_s = math.inf  # the keeper takes none of its own before the one below
-        monkeypatch.setattr(rivetq.machine, "FEW_JOBS", 0)
-        monkeypatch.setattr(rivetq.local, "LOOSE_SHARE", 2**30)  # the next one packs them into a run
+        monkeypatch.setattr(rivetq.machine.machine, "FEW_JOBS", 0)
+        monkeypatch.setattr(rivetq.engines.local, "LOOSE_SHARE", 2**30)  # the next one packs them into a run
         broker.enqueue("q", b"another")
         lease = broker.lease("q")
         take_jobs = engine._take_jobs

@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rivetq import QueueConfig, RateLimit, RetryPolicy, StorageError
-from rivetq.entry import READY
-from rivetq.events import Acked, Enqueued, Event, Leased, QueueConfigured, QueueCreated
-from rivetq.index import MAP_BYTES, Index
-from rivetq.io import SystemDisk
-from rivetq.keys import Key
-from rivetq.machine import Machine
-from rivetq.state import Place
-from rivetq.values import encode_entry, encode_run, seal
+from rivetq.machine.entry import READY
+from rivetq.machine.events import Acked, Enqueued, Event, Leased, QueueConfigured, QueueCreated
+from rivetq.machine.keys import Key
+from rivetq.machine.machine import Machine
+from rivetq.machine.snapshot import Place
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.index import MAP_BYTES, Index
+from rivetq.storage.index_values import encode_entry, encode_run, seal
 
 LOG_ID = bytes(range(16))
 KEY = (1).to_bytes(4, "big") + b"spent"
@@ -527,7 +527,7 @@ def test_a_write_into_a_directory_that_is_there_uses_it(desk: Desk) -> None:
 
 def test_a_forked_child_lets_go_without_touching_the_environment(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[Any] = []
-    monkeypatch.setattr("rivetq.index._LEFT_ALONE", left)
+    monkeypatch.setattr("rivetq.storage.index._LEFT_ALONE", left)
     desk.save(machine_of())
     env = desk.index._env
     desk.index.forget()

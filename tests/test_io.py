@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rivetq.io import SystemDisk, read_file, replace_file, write_all
+from rivetq.storage.disk import SystemDisk, read_file, replace_file, write_all
 
 PERMISSIONS = stat.S_IRWXU | stat.S_IRWXG | stat.S_IRWXO
 

@@ -1,98 +1,174 @@
-"""The floors of the house: a file imports only from those above it. The list is the architecture (docs/design.md)."""
+"""The law of the house: which room may import which, and inside a room which file (docs/design.md, "The rooms")."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+import pytest
 
 import rivetq
 
 PACKAGE = Path(rivetq.__file__).parent
-FLOORS = [
-    # words
-    "errors", "model", "events", "clock", "histogram", "engine",
-    # pure
-    "backoff", "ratelimit", "entry", "run", "window", "keys", "state", "machine", "decide",
-    "fields", "codec", "values", "record",
-    # files
-    "io", "ahead", "owner", "segment", "log", "index", "recovery", "backup",
-    # engines
-    "group", "notifier", "live", "memory", "local", "salvage", "view",
-    # public
-    "arguments", "broker", "aio", "__init__", "tools", "__main__",
-]  # fmt: skip
-EXTRAS = [
-    "texts", "typedjson", "schedules", "tasks", "logs", "pools", "children", "turns", "worker", "metrics", "otel",
-    "settings", "cli",
-]  # fmt: skip
-"""Above the house: they import public names of `rivetq` and each other, and what their extra brings."""
-TESTING = {
-    "testing/tasks",
-    "testing/__init__",
-    "testing/clock",
-    "testing/disk",
-    "testing/plugin",
-    "testing/conformance",
+ROOMS: dict[str, list[str]] = {
+    "words": ["errors", "model", "clock", "histogram", "engine"],
+    "machine": [
+        "__init__", "backoff", "ratelimit", "events", "entry", "run", "window", "keys", "snapshot", "machine", "decide",
+    ],
+    "storage": [
+        "__init__", "disk", "lock", "fields", "codec", "index_values", "record", "segment", "log", "index", "recovery",
+        "backup", "ahead", "group_commit",
+    ],
+    "engines": ["__init__", "notifier", "live", "memory", "local", "view"],
+    "broker": ["__init__", "arguments", "broker"],
+    "face": ["aio", "__init__"],
+    "tools": ["salvage", "repair", "__init__"],
+    "commands": ["__main__"],
+}  # fmt: skip
+"""The spine, from the ground up: a file imports from the rooms before its own, and from the files before it in its own.
+
+A room is a folder; "words", "face" and "commands" are files beside the folders.
+"""
+WINGS: dict[str, list[str]] = {
+    "texts": [],
+    "typedjson": [],
+    "schedules": ["scheduler", "__init__"],
+    "tasks": ["app", "__init__"],
+    "logs": [],
+    "worker": ["pools", "children", "order", "worker", "__init__"],
+    "metrics": [],
+    "otel": [],
+    "settings": [],
+    "cli": [],
 }
-PURE = set(FLOORS[FLOORS.index("backoff") : FLOORS.index("io")])
+"""Who runs and shows: they import the wings before them, the public names of `rivetq`, `aio` and `tools`."""
+PUBLIC = {"__init__", "aio", "tools.__init__"}
+TESTING = {"__init__", "clock", "disk", "plugin", "conformance", "tasks"}
+TOP = {"words", "face", "commands"}
+PURE = {"machine"} | {f"storage.{name}" for name in ("fields", "codec", "index_values", "record")}
 DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}
 IO_MODULES = {"os", "io", "time", "threading", "socket", "fcntl", "shutil", "pathlib", "logging"}
+PUBLIC_PATHS = [
+    "rivetq", "rivetq.__main__", "rivetq.aio", "rivetq.cli", "rivetq.logs", "rivetq.metrics", "rivetq.otel",
+    "rivetq.schedules", "rivetq.settings", "rivetq.tasks", "rivetq.testing", "rivetq.testing.conformance",
+    "rivetq.testing.plugin", "rivetq.testing.tasks", "rivetq.tools", "rivetq.typedjson", "rivetq.worker",
+]  # fmt: skip
 
 
-def imports(path: Path) -> list[tuple[int, str]]:
-    """(level, module) of every import in a file that happens at run time; level 0 is absolute."""
-    found: list[tuple[int, str]] = []
+def module_of(path: Path) -> str:
+    """Below `rivetq`, as "machine.run"."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def spine() -> Iterator[str]:
+    for room, files in ROOMS.items():
+        for file in files:
+            yield file if room in TOP else f"{room}.{file}"
+
+
+def wings() -> Iterator[str]:
+    for wing, files in WINGS.items():
+        yield from (f"{wing}.{file}" for file in files) if files else (wing,)
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    """Of all that happens at run time."""
     tree = ast.parse(path.read_text())
     for node in tree.body:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             node.body = []  # a job's queue has a type, and nothing is called there
-    for node in ast.walk(tree):
+    yield from ast.walk(tree)
+
+
+def imports(module: str) -> Iterator[tuple[str, str]]:
+    """(module of ours, name) of each import of our own at run time."""
+    package = module.split(".")[:-1]
+    for node in nodes(MODULES[module]):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = node.module.split(".") if node.module else []
+        if node.level:
+            parts = package[: len(package) - node.level + 1] + parts
+        elif parts[0] == "rivetq":
+            parts = parts[1:]
+        else:
+            continue
+        for alias in node.names:
+            for found in ([*parts, alias.name], [*parts, alias.name, "__init__"], parts, [*parts, "__init__"]):
+                if (name := ".".join(found)) in MODULES:
+                    yield name, alias.name
+                    break
+            else:
+                raise AssertionError(f"{module} imports {alias.name} from {'.'.join(parts)}, which is not there")
+
+
+def others(module: str) -> Iterator[str]:
+    """Packages that are not ours."""
+    for node in nodes(MODULES[module]):
         if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            names = [module] if module else [alias.name for alias in node.names]
-            found += [(node.level, name) for name in names]
-    return found
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.module.partition(".")[0]
 
 
-def test_every_file_has_its_floor() -> None:
-    files = {str(path.relative_to(PACKAGE).with_suffix("")) for path in PACKAGE.rglob("*.py")}
-    assert files == {*FLOORS, *EXTRAS, *TESTING}
+def breaks(order: list[str], more: Collection[str] = ()) -> list[str]:
+    """Imports of files that do not come before in the order."""
+    return [
+        f"{module} imports {name} from {found}"
+        for at, module in enumerate(order)
+        for found, name in imports(module)
+        if found not in {*order[:at], *more}
+    ]
 
 
-def test_a_file_imports_only_from_the_floors_above_it() -> None:
-    for number, name in enumerate(FLOORS):
-        for level, module in imports(PACKAGE / f"{name}.py"):
-            if level:
-                assert module in FLOORS[:number], f"{name} imports {module}, which is not above it"
+def test_every_file_has_its_place() -> None:
+    assert MODULES.keys() == {*spine(), *wings(), *(f"testing.{name}" for name in TESTING)}
 
 
-def test_an_extra_imports_public_names_and_extras_above_it() -> None:
-    for number, name in enumerate(EXTRAS):
-        for level, module in imports(PACKAGE / f"{name}.py"):
-            if level:
-                assert module in {*EXTRAS[:number], "aio", "tools", "testing.tasks"}, f"{name} imports {module}"
-        for node in ast.walk(ast.parse((PACKAGE / f"{name}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module == "rivetq":
-                private = {alias.name for alias in node.names} - {*rivetq.__all__, "__version__"}
-                assert not private, f"{name} imports {private}, which is not public"
+def test_the_spine_imports_downwards_only() -> None:
+    assert breaks(list(spine())) == []
+
+
+def test_a_wing_imports_public_names_and_the_wings_before_it() -> None:
+    assert breaks(list(wings()), {*PUBLIC, "testing.tasks"}) == []
+    for module in wings():
+        for found, name in imports(module):
+            assert found != "__init__" or name in {*rivetq.__all__, "__version__"}, f"{module} imports {name}"
 
 
 def test_the_testing_kit_imports_public_files_only() -> None:
-    for name in TESTING:
-        for level, module in imports(PACKAGE / f"{name}.py"):
-            if level == 2:
-                assert module in {"broker", "model", "clock", *EXTRAS}, f"{name} imports {module}"
+    allowed = {*PUBLIC, *wings(), *(f"testing.{name}" for name in TESTING), "broker.broker", "model", "clock"}
+    for file in TESTING:
+        for found, name in imports(f"testing.{file}"):
+            assert found in allowed, f"testing.{file} imports {name} from {found}"
+
+
+def test_a_break_of_the_law_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    climbing = tmp_path / "run.py"
+    climbing.write_text("from ..storage.log import Log\nfrom .machine import Machine\n")
+    monkeypatch.setitem(MODULES, "machine.run", climbing)
+    assert breaks(list(spine())) == [
+        "machine.run imports Log from storage.log",
+        "machine.run imports Machine from machine.machine",
+    ]
+
+
+@pytest.mark.parametrize("path", PUBLIC_PATHS)
+def test_a_public_path_can_be_imported(path: str) -> None:
+    importlib.import_module(path)
 
 
 def test_the_core_depends_on_four_libraries_and_the_standard_one() -> None:
-    for name in FLOORS:
-        for level, module in imports(PACKAGE / f"{name}.py"):
-            top = module.partition(".")[0]
-            assert level or top in DEPENDENCIES or top in sys.stdlib_module_names, f"{name} imports {module}"
+    for module in spine():
+        for package in others(module):
+            assert package in {*DEPENDENCIES, *sys.stdlib_module_names}, f"{module} imports {package}"
 
 
 def test_importing_rivetq_loads_little() -> None:
@@ -101,10 +177,11 @@ def test_importing_rivetq_loads_little() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     outside = {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names
     assert outside <= {"rivetq", "attr", "attrs"}
-    assert not {"asyncio", "multiprocessing", "logging", "rivetq.local", "rivetq.tasks"} & set(loaded)
+    assert not {"asyncio", "multiprocessing", "logging", "rivetq.engines", "rivetq.tasks"} & set(loaded)
 
 
-def test_the_pure_floor_knows_no_clock_no_files_and_no_threads() -> None:
-    for name in PURE:
-        for level, module in imports(PACKAGE / f"{name}.py"):
-            assert level or module.partition(".")[0] not in IO_MODULES, f"{name} imports {module}"
+def test_the_pure_files_know_no_clock_no_disk_and_no_threads() -> None:
+    for module in spine():
+        if module in PURE or module.partition(".")[0] in PURE:
+            for package in others(module):
+                assert package not in IO_MODULES, f"{module} imports {package}"

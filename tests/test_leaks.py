@@ -6,7 +6,7 @@ import leaks
 import pytest
 from simulation import ViolationError
 
-from rivetq.live import SoonLease
+from rivetq.engines.live import SoonLease
 
 
 def test_what_a_process_holds_stays_flat() -> None:

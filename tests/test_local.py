@@ -16,14 +16,16 @@ import lmdb
 import pytest
 from inside import inside
 
-import rivetq.local
-from rivetq import Broker, LeaseLostError, LeaseRef, QueueFullError, RateLimit, RetryPolicy, UsageError, decide, values
+import rivetq.engines.local
+from rivetq import Broker, LeaseLostError, LeaseRef, QueueFullError, RateLimit, RetryPolicy, UsageError
 from rivetq.engine import Enqueue
-from rivetq.entry import LEASED, READY
-from rivetq.index import Index
-from rivetq.local import LocalEngine
-from rivetq.log import Log
-from rivetq.run import RUN_JOBS
+from rivetq.engines.local import LocalEngine
+from rivetq.machine import decide
+from rivetq.machine.entry import LEASED, READY
+from rivetq.machine.run import RUN_JOBS
+from rivetq.storage import index_values as values
+from rivetq.storage.index import Index
+from rivetq.storage.log import Log
 from rivetq.testing import ManualClock
 from rivetq.testing.disk import SimulatedDisk
 
@@ -399,7 +401,7 @@ def test_after_a_checkpoint_that_failed_the_next_one_takes_acked_single_jobs_awa
             lease.release()
         broker.checkpoint()
         inside(broker)._not_before_s = math.inf  # none by itself
-        monkeypatch.setattr(rivetq.local, "LOOSE_SHARE", 2**30)
+        monkeypatch.setattr(rivetq.engines.local, "LOOSE_SHARE", 2**30)
         left = broker.enqueue("q", b"y")
         fail_a_checkpoint(broker, monkeypatch)
         assert len(inside(broker)._machine.jobs) < 200  # those at the head stay single
@@ -941,7 +943,7 @@ def test_what_is_read_while_runs_are_put_away_is_put_away_the_next_time(
 def test_the_time_line_shows_the_wall_clock_however_long_openings_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, read, make_room = ManualClock(), rivetq.local.recover, Log.make_room
+    clock, read, make_room = ManualClock(), rivetq.engines.local.recover, Log.make_room
 
     def slow_to_read(*args: Any) -> Any:
         found = read(*args)
@@ -952,7 +954,7 @@ def test_the_time_line_shows_the_wall_clock_however_long_openings_take(
         clock.advance(1)
         make_room(*args, **kwargs)
 
-    monkeypatch.setattr(rivetq.local, "recover", slow_to_read)
+    monkeypatch.setattr(rivetq.engines.local, "recover", slow_to_read)
     monkeypatch.setattr(Log, "make_room", slow_to_make_room)
     for _ in range(3):
         with Broker(tmp_path / "q", clock=clock) as broker:

@@ -13,8 +13,8 @@ import pytest
 from crc32c import crc32c
 
 from rivetq import CorruptLogError, DiskFullError
-from rivetq.io import SystemDisk
-from rivetq.log import (
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.log import (
     FIRST_BYTES,
     READ_BYTES,
     READ_GAP_BYTES,
@@ -24,8 +24,8 @@ from rivetq.log import (
     list_segments,
     read_mark,
 )
-from rivetq.record import frame_bytes
-from rivetq.segment import Header, Scan, SegmentFile, read_header, segment_name
+from rivetq.storage.record import frame_bytes
+from rivetq.storage.segment import Header, Scan, SegmentFile, read_header, segment_name
 
 LOG_ID = bytes(range(16))
 SEGMENT_BYTES = 1 << 16

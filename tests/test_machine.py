@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
-from rivetq.events import (
+from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.machine.events import (
     Acked,
     Buried,
     Cancelled,
@@ -33,13 +33,13 @@ from rivetq.events import (
     Retried,
     SegmentsDropped,
 )
-from rivetq.keys import Key
-from rivetq.machine import NEVER_MS, RIPE_JOBS, Machine
+from rivetq.machine.keys import Key
+from rivetq.machine.machine import NEVER_MS, RIPE_JOBS, Machine
+from rivetq.machine.ratelimit import TokenBucket
+from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
+from rivetq.machine.snapshot import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Queue, Snapshot
+from rivetq.machine.window import Window
 from rivetq.model import NO_HEADERS, QueueConfig, QueueStats, RateLimit, RetryPolicy, read_only
-from rivetq.ratelimit import TokenBucket
-from rivetq.run import PAYLOAD_BYTES, Columns, Run
-from rivetq.state import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Queue, Snapshot
-from rivetq.window import Window
 
 NOW = 1_000_000
 POLICY = RetryPolicy()
@@ -1022,7 +1022,7 @@ def test_the_end_of_a_job_in_the_index_is_to_be_written() -> None:
 def test_a_job_in_the_index_that_was_put_into_a_run_is_to_be_removed_whatever_becomes_of_it_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rivetq.machine.FEW_JOBS", 0)
+    monkeypatch.setattr("rivetq.machine.machine.FEW_JOBS", 0)
     for end in ("pack", "ack", "cancel", "purge"):
         bench = Bench()
         bench.enqueue(2)
@@ -1326,9 +1326,9 @@ def test_a_scheduled_run_that_is_loaded_falls_due_at_its_moment() -> None:
 def small(run_jobs: int, few_jobs: int = 1) -> Iterator[None]:
     """Runs that are full soon."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rivetq.run.RUN_JOBS", run_jobs)
-        patch.setattr("rivetq.machine.RUN_JOBS", run_jobs)
-        patch.setattr("rivetq.machine.FEW_JOBS", few_jobs)
+        patch.setattr("rivetq.machine.run.RUN_JOBS", run_jobs)
+        patch.setattr("rivetq.machine.machine.RUN_JOBS", run_jobs)
+        patch.setattr("rivetq.machine.machine.FEW_JOBS", few_jobs)
         yield
 
 

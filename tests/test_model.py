@@ -25,9 +25,9 @@ from hypothesis.stateful import (
 from inside import inside
 from model import Model, Policy, Rate, RefusedError
 
-import rivetq.local
-import rivetq.machine
-import rivetq.run
+import rivetq.engines.local
+import rivetq.machine.machine
+import rivetq.machine.run
 from rivetq import Broker, LeaseRef, RateLimit, RetryPolicy, RivetQError, UsageError
 from rivetq.testing import ManualClock
 
@@ -742,19 +742,19 @@ def listing(directory):
 
 def keep_little_in_memory(monkeypatch, jobs_in_a_run):
     """The ways of a backlog of millions, with a handful of jobs."""
-    for module in (rivetq.run, rivetq.machine):
+    for module in (rivetq.machine.run, rivetq.machine.machine):
         monkeypatch.setattr(module, "RUN_JOBS", jobs_in_a_run)
-    monkeypatch.setattr(rivetq.machine, "FEW_JOBS", 1)
-    monkeypatch.setattr(rivetq.local, "RESIDENT_RUNS", 0)
-    monkeypatch.setattr(rivetq.local, "RUNS_READ", 0)
-    monkeypatch.setattr(rivetq.local, "LOOSE_SHARE", 2**30)
-    new_machine = rivetq.local.LocalEngine._new_machine
+    monkeypatch.setattr(rivetq.machine.machine, "FEW_JOBS", 1)
+    monkeypatch.setattr(rivetq.engines.local, "RESIDENT_RUNS", 0)
+    monkeypatch.setattr(rivetq.engines.local, "RUNS_READ", 0)
+    monkeypatch.setattr(rivetq.engines.local, "LOOSE_SHARE", 2**30)
+    new_machine = rivetq.engines.local.LocalEngine._new_machine
 
     def without_cache(engine):
         engine._cache_bytes = 0  # a run whose payloads are in memory stays there itself
         return new_machine(engine)
 
-    monkeypatch.setattr(rivetq.local.LocalEngine, "_new_machine", without_cache)
+    monkeypatch.setattr(rivetq.engines.local.LocalEngine, "_new_machine", without_cache)
 
 
 def damage_index(directory, how, pick, place, bit):

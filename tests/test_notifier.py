@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rivetq.notifier import Notifier
+from rivetq.engines.notifier import Notifier
 
 PATIENCE_S = 20.0
 

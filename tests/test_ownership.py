@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from rivetq import Broker, BrokerLockedError, CorruptLogError, StorageError
-from rivetq.log import FIRST_BYTES
+from rivetq.storage.log import FIRST_BYTES
 
 OPEN_AND_WAIT = """
 import sys
@@ -347,7 +347,7 @@ os.kill(os.getpid(), 9)
 
 FORKED_WHILE_OPENING = """
 import os, sys
-import rivetq.local
+import rivetq.engines.local
 from rivetq import Broker
 
 def recover(*args):
@@ -357,7 +357,7 @@ def recover(*args):
         os._exit(0)
     return real(*args)
 
-real, rivetq.local.recover = rivetq.local.recover, recover
+real, rivetq.engines.local.recover = rivetq.engines.local.recover, recover
 broker = Broker(sys.argv[1])
 broker.enqueue("q", b"x")
 os.kill(os.getpid(), 9)
@@ -544,7 +544,7 @@ def test_a_path_that_cannot_be_used_is_a_storage_error_and_nothing_is_touched(tm
 
 AS_NOBODY = """
 import os, sys
-import rivetq.local  # an engine is loaded when it is opened, and nobody may not read this interpreter's files
+import rivetq.engines.local  # an engine is loaded when it is opened, and nobody may not read this interpreter's files
 from rivetq import Broker, StorageError
 path, verb = sys.argv[1:]
 if os.getuid() == 0:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from inside import inside
 
-import rivetq.live
+import rivetq.engines.live
 from rivetq import Broker, BrokerClosedError, JobNotFoundError, JobState, RetryPolicy, StorageError
-from rivetq.decide import PART_JOBS
-from rivetq.events import Purged, Redriven
-from rivetq.local import LocalEngine
+from rivetq.engines.local import LocalEngine
+from rivetq.machine.decide import PART_JOBS
+from rivetq.machine.events import Purged, Redriven
 from rivetq.testing import ManualClock
 
 MANY = 3 * PART_JOBS + 7
@@ -50,7 +50,7 @@ def between(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]],
 
     def arrange(act: Callable[[], object]) -> None:
         acts = [act]
-        monkeypatch.setattr(rivetq.live, "give_turn", lambda: acts.pop()() if acts else None)
+        monkeypatch.setattr(rivetq.engines.live, "give_turn", lambda: acts.pop()() if acts else None)
 
     return arrange
 
@@ -133,7 +133,7 @@ def test_a_job_that_dies_again_meanwhile_is_not_brought_back_for_ever(
             for lease in broker.lease_many("q", 1000):
                 transaction.reject(lease)
 
-    monkeypatch.setattr(rivetq.live, "give_turn", die)
+    monkeypatch.setattr(rivetq.engines.live, "give_turn", die)
     assert broker.redrive("q") <= MANY
 
 
@@ -250,9 +250,9 @@ def test_a_long_listing_is_that_of_one_look(
     for after in (0, 1000):
         expected = broker.jobs("q", state=state, after=after, limit=limit)
         with monkeypatch.context() as patched:
-            patched.setattr(rivetq.live, "FEW_SCHEDULED", 10)
-            patched.setattr(rivetq.decide, "PART_JOBS", 7)
-            patched.setattr(rivetq.live, "RUNS_AT_ONCE", 2)
+            patched.setattr(rivetq.engines.live, "FEW_SCHEDULED", 10)
+            patched.setattr(rivetq.machine.decide, "PART_JOBS", 7)
+            patched.setattr(rivetq.engines.live, "RUNS_AT_ONCE", 2)
             assert broker.jobs("q", state=state, after=after, limit=limit) == expected
     assert [job.id for job in expected] == sorted({job.id for job in expected})
 
@@ -271,8 +271,8 @@ def test_a_job_that_changes_while_a_listing_goes_on_is_there_once(
         for each in broker.lease_many("q", 200):
             each.release(delay=60)  # single ones
     engine = inside(broker)
-    monkeypatch.setattr(rivetq.live, "FEW_SCHEDULED", 10)
-    monkeypatch.setattr(rivetq.decide, "PART_JOBS", 50)
+    monkeypatch.setattr(rivetq.engines.live, "FEW_SCHEDULED", 10)
+    monkeypatch.setattr(rivetq.machine.decide, "PART_JOBS", 50)
     looks = 0
     look = engine._look
 

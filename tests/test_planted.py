@@ -18,7 +18,7 @@ CORE = 12
 """So many of the list are of log, recovery, machine and what stands between: seen here, in every run of the tests."""
 HARMLESS = Bug(
     "a comment",
-    "decide.py",
+    "machine/decide.py",
     "        return entry\n    if entry is None:\n",
     "        return entry\n    # Why?\n    if entry is None:\n",
     "test_decide.py::test_jobs_get_the_next_ids_in_order",

@@ -18,10 +18,10 @@ import pytest
 import worker_tasks
 from patience import PATIENCE_S, job_of, until
 
-from rivetq import Broker, QueueFullError, RetryPolicy, children, pools
-from rivetq.children import ProcessPool
+from rivetq import Broker, QueueFullError, RetryPolicy
 from rivetq.tasks import App, CurrentJob, Snooze, current_job
-from rivetq.worker import Settled, Worker
+from rivetq.worker import Settled, Worker, children, pools
+from rivetq.worker.children import ProcessPool
 
 
 @pytest.fixture

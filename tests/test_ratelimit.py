@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rivetq.machine.ratelimit import TokenBucket
 from rivetq.model import RateLimit
-from rivetq.ratelimit import TokenBucket
 
 START_MS = 1_767_225_600_000
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from crc32c import crc32c
 
-from rivetq.record import (
+from rivetq.storage.record import (
     ALIGN,
     HEADER,
     HEADER_BYTES,
@@ -110,9 +110,9 @@ def test_a_length_beyond_the_data_is_no_frame(length: int) -> None:
 
 def test_the_largest_body_is_a_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_BODY_BYTES == 2**30
-    monkeypatch.setattr("rivetq.record.MAX_BODY_BYTES", len(BODY))
+    monkeypatch.setattr("rivetq.storage.record.MAX_BODY_BYTES", len(BODY))
     assert decode_frame(frame_of(), 0, SALT) is not None
-    monkeypatch.setattr("rivetq.record.MAX_BODY_BYTES", len(BODY) - 1)
+    monkeypatch.setattr("rivetq.storage.record.MAX_BODY_BYTES", len(BODY) - 1)
     assert decode_frame(frame_of(), 0, SALT) is None
 
 

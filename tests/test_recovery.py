@@ -19,28 +19,19 @@ import lmdb
 import pytest
 from conftest import Extent
 
-import rivetq.recovery
-from rivetq import (
-    Broker,
-    CorruptLogError,
-    FormatError,
-    JobState,
-    Lease,
-    LeaseLostError,
-    RetryPolicy,
-    StorageError,
-    recovery,
-)
-from rivetq.codec import decode_record, encode_record, encode_snapshot
-from rivetq.events import Acked, Enqueued, Event, Leased, QueueCreated, SegmentsDropped
-from rivetq.index import Index
-from rivetq.io import SystemDisk
-from rivetq.log import Log
-from rivetq.machine import Machine
-from rivetq.record import frame_bytes
-from rivetq.recovery import Recovered, beside_its_owner, recover
-from rivetq.segment import Header, Record, Scan, decode_header, segment_name
-from rivetq.state import Place
+import rivetq.storage.recovery
+from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy, StorageError
+from rivetq.machine.events import Acked, Enqueued, Event, Leased, QueueCreated, SegmentsDropped
+from rivetq.machine.machine import Machine
+from rivetq.machine.snapshot import Place
+from rivetq.storage import recovery
+from rivetq.storage.codec import decode_record, encode_record, encode_snapshot
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.index import Index
+from rivetq.storage.log import Log
+from rivetq.storage.record import frame_bytes
+from rivetq.storage.recovery import Recovered, beside_its_owner, recover
+from rivetq.storage.segment import Header, Record, Scan, decode_header, segment_name
 from rivetq.testing import ManualClock
 
 SEGMENT_BYTES = 65_536
@@ -332,7 +323,7 @@ def test_a_cut_log_beside_its_mark_opens_to_an_equal_state_or_is_refused(busy: L
     lose_index(directory)
     last = segments(directory)[-1]
     data, header, records = last.read_bytes(), header_of(last), records_of(last)
-    mark_lsn = rivetq.recovery.read_mark((log_of(directory) / "mark").read_bytes(), header.log_id)
+    mark_lsn = rivetq.storage.recovery.read_mark((log_of(directory) / "mark").read_bytes(), header.log_id)
     assert records[5].frame.lsn < mark_lsn < records[-5].frame.lsn
     clock = busy.still_clock()
     opened = refused = 0
@@ -732,7 +723,7 @@ def test_a_refused_opening_makes_no_files_of_its_own(bare: Path) -> None:
 
 def test_another_format_version_is_refused_as_such(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = everything(directory)
-    monkeypatch.setattr("rivetq.segment.VERSION", 2)
+    monkeypatch.setattr("rivetq.storage.segment.VERSION", 2)
     with pytest.raises(FormatError, match=r"\.log: format version 1, this RivetQ reads version 2"):
         Broker(directory, clock=ManualClock())
     assert everything(directory) == before
@@ -836,7 +827,7 @@ def test_a_crash_between_writing_again_and_cutting_the_old_segment_is_no_damage(
 
 
 def test_where_there_is_no_log_there_are_no_records(tmp_path: Path) -> None:
-    assert list(rivetq.recovery.records(SystemDisk(), str(tmp_path))) == []
+    assert list(rivetq.storage.recovery.records(SystemDisk(), str(tmp_path))) == []
 
 
 def test_a_missing_mark_is_fine(directory: Path, closed: Ledger) -> None:

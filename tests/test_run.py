@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rivetq.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
+from rivetq.machine.snapshot import Queue
 from rivetq.model import NO_HEADERS, RetryPolicy
-from rivetq.run import PAYLOAD_BYTES, Columns, Run
-from rivetq.state import Queue
 
 QUEUE = Queue(1, "mail")
 SPECS = [Spec(5, None, RetryPolicy(), visibility_ms, NO_HEADERS) for visibility_ms in (None, 7)]
@@ -214,7 +214,7 @@ def test_a_run_knows_its_ends() -> None:
 
 
 def test_a_run_takes_higher_keys_until_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.run.RUN_JOBS", 4)
+    monkeypatch.setattr("rivetq.machine.run.RUN_JOBS", 4)
     run = run_of(3, 5)
     assert [run.takes(key) for key in (4, 5, 6)] == [False, False, True]
     run.load().add(job(7))

@@ -21,7 +21,8 @@ import pytest
 from cronsim import CronSim
 
 from rivetq import Broker, DiskFullError, RateLimit, UsageError
-from rivetq.schedules import SCHEDULES, TICK_HEADER, TICKS, Cron, Scheduler, every, spec_of
+from rivetq.schedules import SCHEDULES, TICK_HEADER, Cron, Scheduler, every
+from rivetq.schedules.scheduler import TICKS, spec_of
 from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
 from rivetq.worker import Worker
@@ -604,7 +605,7 @@ def test_a_record_that_is_leased_while_the_scheduler_stops_is_given_back(
 def test_a_full_disk_ends_no_scheduler_and_keeps_it_from_no_stop(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 0.01)
+    monkeypatch.setattr("rivetq.schedules.scheduler.AGAIN_S", 0.01)
     scheduler = Scheduler(broker, make_app(broker).schedules)
     lease_soon, tries = broker.lease_soon, iter(range(10**6))
     again = threading.Event()
@@ -625,7 +626,7 @@ def test_a_full_disk_ends_no_scheduler_and_keeps_it_from_no_stop(
     scheduler.stop()
     running.join(30)
     assert not running.is_alive()
-    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 30.0)
+    monkeypatch.setattr("rivetq.schedules.scheduler.AGAIN_S", 30.0)
     tries = iter(range(10**6))
     stopped = Scheduler(broker, {})
     stopped.stop()  # while it waits to try again
@@ -647,7 +648,7 @@ def test_a_disk_that_is_full_at_the_start_is_waited_out_and_holds_up_no_stop(
         return original(*args, **options)
 
     monkeypatch.setattr(broker, verb, full)
-    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 0.01)
+    monkeypatch.setattr("rivetq.schedules.scheduler.AGAIN_S", 0.01)
     app = App(broker)
     fired_ = threading.Event()
 
@@ -666,7 +667,7 @@ def test_a_disk_that_is_full_at_the_start_is_waited_out_and_holds_up_no_stop(
         assert fired_.wait(30)
     is_full.set()
     tried.clear()
-    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 60.0)
+    monkeypatch.setattr("rivetq.schedules.scheduler.AGAIN_S", 60.0)
     other = App(broker)
     other.periodic(every(5))(other.task(name="other")(lambda: None))
     waits = Worker(other)

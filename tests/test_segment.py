@@ -14,9 +14,9 @@ import pytest
 from crc32c import crc32c
 
 from rivetq import CorruptLogError, FormatError
-from rivetq.io import SystemDisk
-from rivetq.record import ALIGN, HEADER_BYTES, encode_frame, frame_bytes, mask
-from rivetq.segment import (
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.record import ALIGN, HEADER_BYTES, encode_frame, frame_bytes, mask
+from rivetq.storage.segment import (
     FIRST_ZEROS_BYTES,
     MAGIC,
     VERSION,

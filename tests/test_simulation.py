@@ -8,7 +8,7 @@ import pytest
 import simulation
 from simulation import Hunt, ViolationError, hunt
 
-from rivetq.local import LocalEngine
+from rivetq.engines.local import LocalEngine
 from rivetq.testing import ManualClock
 
 

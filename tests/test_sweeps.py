@@ -7,10 +7,10 @@ import sweeps
 from simulation import ViolationError
 from sweeps import SWEEPS, Share, run
 
-import rivetq.live
-import rivetq.log
-from rivetq.local import LocalEngine
-from rivetq.log import Log
+import rivetq.engines.live
+import rivetq.storage.log
+from rivetq.engines.local import LocalEngine
+from rivetq.storage.log import Log
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_sweep_of_errors_sees_a_sync_that_is_repeated(monkeypatch: pytest.Mo
 
 def test_the_sweep_of_exceptions_sees_a_failure_that_nobody_notes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalEngine, "_fail", lambda self, error: None)
-    monkeypatch.setattr(sweeps, "TRACED", {rivetq.log.__file__})
+    monkeypatch.setattr(sweeps, "TRACED", {rivetq.storage.log.__file__})
     with pytest.raises(ViolationError, match=r"before log.py"):
         run("exceptions", 0, Share(trials=60, stride=16))
 
@@ -81,6 +81,6 @@ def test_the_sweep_of_power_cuts_sees_a_segment_that_goes_too_early(monkeypatch:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_the_sweep_of_awaited_calls_sees_a_notifier_that_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "HANG_S", 4.0)
-    monkeypatch.setattr(rivetq.live.LiveEngine, "_fail", lambda self, error: None)
+    monkeypatch.setattr(rivetq.engines.live.LiveEngine, "_fail", lambda self, error: None)
     with pytest.raises(ViolationError):
         run("asyncio", 0, Share(trials=300, stride=7))

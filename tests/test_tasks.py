@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from rivetq import Broker, BrokerClosedError, BrokerLockedError, DuplicateJobError, RetryPolicy, UsageError
-from rivetq.tasks import TASK_HEADER, App, CurrentJob, Reject, current_job, every, here, running
+from rivetq.tasks import TASK_HEADER, App, CurrentJob, Reject, current_job, every
+from rivetq.tasks.app import here, running
 from rivetq.typedjson import TypedJson
 from rivetq.worker import Worker
 

@@ -20,8 +20,8 @@ import pytest
 from inside import inside
 from model import Model, Policy
 
-import rivetq.live
-import rivetq.local
+import rivetq.engines.live
+import rivetq.engines.local
 from rivetq import (
     Broker,
     BrokerClosedError,
@@ -36,8 +36,8 @@ from rivetq import (
     StorageError,
 )
 from rivetq.engine import Enqueue
-from rivetq.io import SystemDisk
-from rivetq.owner import DirectoryLock
+from rivetq.storage.disk import SystemDisk
+from rivetq.storage.lock import DirectoryLock
 from rivetq.testing import ManualClock
 
 AT_ONCE = RetryPolicy(max_attempts=None, base=0, jitter="none")
@@ -112,13 +112,13 @@ class Witness:
         self._broker = broker
         self._moments = itertools.count()
         self._mine = threading.local()
-        honest = rivetq.live.LiveEngine._record
+        honest = rivetq.engines.live.LiveEngine._record
 
         def record(engine: Any, *args: Any) -> int:
             self._mine.lsn = lsn = honest(engine, *args)
             return lsn
 
-        monkeypatch.setattr(rivetq.live.LiveEngine, "_record", record)
+        monkeypatch.setattr(rivetq.engines.live.LiveEngine, "_record", record)
 
     def call(self, verb: str, *args: Any, again: Callable[[Any], Callable[[Model], object]], **options: Any) -> Any:
         """`again` makes, of the broker's answer, the same call on the model: it returns what the answer should be."""
@@ -367,7 +367,7 @@ class SlowDisk(SystemDisk):
 
 
 def test_many_threads_share_one_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.local.SystemDisk", SlowDisk)
+    monkeypatch.setattr("rivetq.engines.local.SystemDisk", SlowDisk)
     with Broker(tmp_path / "q") as broker:
         before = broker.metrics()
         in_threads(16, lambda number: [broker.enqueue("q", b"x") for _ in range(40)])
@@ -436,12 +436,12 @@ def test_two_transactions_that_meet_in_one_reservation_get_ids_of_their_own(monk
 
         def put(number: int) -> None:
             with broker.transaction() as tx:
-                tx.enqueue_many("q", [b""] * 3 * rivetq.live.ID_BLOCK)
+                tx.enqueue_many("q", [b""] * 3 * rivetq.engines.live.ID_BLOCK)
 
         monkeypatch.setattr(engine, "_settle", meet)
         in_threads(2, put)
         ids = [job.id for job in broker.jobs("q", limit=10_000)]
-        assert len(ids) == 6 * rivetq.live.ID_BLOCK
+        assert len(ids) == 6 * rivetq.engines.live.ID_BLOCK
 
 
 @pytest.mark.usefixtures("restless")
@@ -472,14 +472,14 @@ def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(
     got: list[int] = []
     died: list[str] = []
     with Broker(tmp_path / "q") as broker:
-        park = rivetq.live._Lessee.park
+        park = rivetq.engines.live._Lessee.park
 
-        def park_and_die(lessee: rivetq.live._Lessee, timeout_s: float | None) -> None:
+        def park_and_die(lessee: rivetq.engines.live._Lessee, timeout_s: float | None) -> None:
             park(lessee, timeout_s)
             if threading.current_thread() is first:
                 raise KeyboardInterrupt  # just when the job below has woken it, and nobody else
 
-        monkeypatch.setattr(rivetq.live._Lessee, "park", park_and_die)
+        monkeypatch.setattr(rivetq.engines.live._Lessee, "park", park_and_die)
 
         def wait_and_die() -> None:
             try:
@@ -634,7 +634,7 @@ def test_close_waits_for_the_sync_that_a_call_has_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = HeldDisk()
-    monkeypatch.setattr("rivetq.local.SystemDisk", lambda: disk)
+    monkeypatch.setattr("rivetq.engines.local.SystemDisk", lambda: disk)
     broker = Broker(tmp_path / "q")
     broker.enqueue("q", b"x")
     disk.gate.clear()
@@ -682,7 +682,7 @@ def test_a_close_that_was_cut_short_is_finished_by_the_next(
     broker.enqueue("q", b"x")
     log = inside(broker)._log
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(rivetq.local.LocalEngine, where, interrupt)
+        patched.setattr(rivetq.engines.local.LocalEngine, where, interrupt)
         broker.close()
     with pytest.raises(BrokerClosedError):
         broker.stats()
@@ -835,7 +835,7 @@ def test_an_interrupt_of_a_parked_caller_leaves_the_sync_of_another_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = StalledDisk()
-    monkeypatch.setattr(rivetq.local, "SystemDisk", lambda: disk)
+    monkeypatch.setattr(rivetq.engines.local, "SystemDisk", lambda: disk)
     with Broker(tmp_path / "q") as broker:
         broker.enqueue("q", b"")
         disk.stalls = True
@@ -938,13 +938,13 @@ def test_who_gets_up_too_early_keeps_its_place_in_the_line() -> None:
 
 def test_nobody_gets_up_for_a_job_of_a_paused_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     woken: list[object] = []
-    wake = rivetq.live._Lessee.wake
+    wake = rivetq.engines.live._Lessee.wake
     with Broker(":memory:") as broker:
         broker.pause("q")
         waits = threading.Thread(target=lambda: broker.lease("q", wait=PATIENCE), daemon=True)
         waits.start()
         _await(lambda: bool(inside(broker)._lessees))
-        monkeypatch.setattr(rivetq.live._Lessee, "wake", lambda self: (woken.append(self), wake(self))[1])
+        monkeypatch.setattr(rivetq.engines.live._Lessee, "wake", lambda self: (woken.append(self), wake(self))[1])
         broker.enqueue("q", b"")
         assert woken == []
         broker.resume("q")
@@ -1062,13 +1062,13 @@ def test_a_lease_that_is_taken_while_the_broker_closes_tells_its_waiter_so(
     """Between the taking and the callback the notifier has ended: nothing may be left with it."""
     broker = opened(tmp_path, "always")
     broker.enqueue("q", b"")
-    hand_out = rivetq.live.SoonLease._hand_out
+    hand_out = rivetq.engines.live.SoonLease._hand_out
 
-    def late(self: rivetq.live.SoonLease, taken: Any) -> None:
+    def late(self: rivetq.engines.live.SoonLease, taken: Any) -> None:
         broker.close()
         hand_out(self, taken)
 
-    monkeypatch.setattr(rivetq.live.SoonLease, "_hand_out", late)
+    monkeypatch.setattr(rivetq.engines.live.SoonLease, "_hand_out", late)
     told: list[BaseException | None] = []
     broker.lease_soon("q", 1, lambda leases, error: told.append(error))
     settles(lambda: bool(told))
@@ -1121,7 +1121,7 @@ def test_a_waiting_lease_that_is_broken_into_behind_its_take_is_told(
         def broken(self: object, taken: object) -> None:
             raise error
 
-        monkeypatch.setattr(rivetq.live.SoonLease, "_hand_out", broken)
+        monkeypatch.setattr(rivetq.engines.live.SoonLease, "_hand_out", broken)
         told: list[BaseException | None] = []
         with contextlib.suppress(KeyboardInterrupt):
             broker.lease_soon("q", 1, lambda leases, error: told.append(error))
@@ -1133,14 +1133,14 @@ def test_who_ends_by_an_error_hands_its_wake_up_on(tmp_path: Path, monkeypatch: 
         told: list[object] = []
         for _ in range(2):
             broker.lease_soon("q", 1, lambda leases, error: told.append(error or leases))
-        attempt, calls = rivetq.live.SoonLease._attempt, itertools.count()
+        attempt, calls = rivetq.engines.live.SoonLease._attempt, itertools.count()
 
-        def first_fails(self: rivetq.live.SoonLease) -> Any:
+        def first_fails(self: rivetq.engines.live.SoonLease) -> Any:
             if next(calls) == 0:
                 raise MemoryError
             return attempt(self)
 
-        monkeypatch.setattr(rivetq.live.SoonLease, "_attempt", first_fails)
+        monkeypatch.setattr(rivetq.engines.live.SoonLease, "_attempt", first_fails)
         broker.enqueue("q", b"")
         settles(lambda: len(told) == 2)
         assert isinstance(told[0], MemoryError)
@@ -1166,7 +1166,7 @@ def test_a_told_id_waits_for_its_reservation_and_for_no_other_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = HeldDisk()
-    monkeypatch.setattr("rivetq.local.SystemDisk", lambda: disk)
+    monkeypatch.setattr("rivetq.engines.local.SystemDisk", lambda: disk)
     with Broker(tmp_path / "q") as broker, contextlib.ExitStack() as last:
         last.callback(disk.gate.set)  # a test that fails closes its broker, too
         engine = inside(broker)

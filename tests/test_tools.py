@@ -20,15 +20,16 @@ import attrs
 import pytest
 from inside import inside
 
-import rivetq.backup
-import rivetq.view
+import rivetq.engines.view
+import rivetq.storage.backup
 from rivetq import Broker, BrokerLockedError, CorruptLogError, RetryPolicy, StorageError, UsageError, tools
 from rivetq.__main__ import main
-from rivetq.codec import decode_record
-from rivetq.events import Acked, Buried, Cancelled, Enqueued, Leased, Purged
-from rivetq.index import Index
-from rivetq.log import Log
-from rivetq.segment import Record, Scan, decode_header
+from rivetq.machine.events import Acked, Buried, Cancelled, Enqueued, Leased, Purged
+from rivetq.storage.codec import decode_record
+from rivetq.storage.index import Index
+from rivetq.storage.log import Log
+from rivetq.storage.segment import Record, Scan, decode_header
+from rivetq.tools import repair
 
 SEGMENT_BYTES = 65_536
 NO_WAIT = RetryPolicy(base=0, max_attempts=3)
@@ -140,14 +141,14 @@ def test_verify_does_not_go_on_without_the_lock_because_descriptors_are_used_up(
     def no_descriptor(directory: str, wall_ms: int) -> Any:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(tools, "DirectoryLock", no_descriptor)
+    monkeypatch.setattr(repair, "DirectoryLock", no_descriptor)
     with pytest.raises(StorageError, match="cannot be locked"):
         tools.verify(closed)
 
 
 @pytest.mark.parametrize(("key", "has_ended"), [(None, False), ((1, 0), False), ((1, 99), True), ((1, 101), False)])
 def test_a_key_that_an_index_may_lack_is_one_whose_window_is_over(key: tuple[int, int] | None, has_ended: bool) -> None:
-    assert tools._has_ended(key, 100) == has_ended
+    assert repair._has_ended(key, 100) == has_ended
 
 
 def test_verify_counts_what_a_crash_left_unsynced(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_verify_sees_an_index_that_does_not_match(closed: Path) -> None:
 @pytest.mark.parametrize("what", ["a job", "a total", "a key", "nothing"])
 def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """An index with right checksums that says something else: a bug would make one."""
-    honest = rivetq.tools.served
+    honest = repair.served
     seen: list[object] = []
 
     def serving(found: Any) -> Any:
@@ -200,7 +201,7 @@ def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch:
                 machine.keys.forget(machine.queues["mail"].number, "k30")
         return machine
 
-    monkeypatch.setattr(rivetq.tools, "served", serving)
+    monkeypatch.setattr(repair, "served", serving)
     found = tools.verify(closed)
     assert len(seen) == 2
     assert (found.index is None) == (what == "nothing")
@@ -212,7 +213,7 @@ def test_a_look_begins_with_the_index_and_looks_again_when_the_tail_moved(
     loaded: list[Index] = []
     load, real, faults = (
         Index.load,
-        rivetq.view.recover,
+        rivetq.engines.view.recover,
         [CorruptLogError("moved", file="f", offset=0), FileNotFoundError()],
     )
 
@@ -226,7 +227,7 @@ def test_a_look_begins_with_the_index_and_looks_again_when_the_tail_moved(
         return real(*args)
 
     monkeypatch.setattr(Index, "load", loads)
-    monkeypatch.setattr(rivetq.view, "recover", moving)
+    monkeypatch.setattr(rivetq.engines.view, "recover", moving)
     with tools.look(closed) as found:
         assert found.stats().enqueued > 0
     assert (faults, len(loaded)) == ([], 1)
@@ -254,14 +255,14 @@ def test_a_look_begins_anew_a_few_times_and_then_says_so(closed: Path, monkeypat
 
     def moved(self: Any, entry: Any) -> Any:
         looks.append(self)
-        raise rivetq.view.MovedError(entry.id)
+        raise rivetq.engines.view.MovedError(entry.id)
 
     with tools.look(closed) as found:
         [job] = found.jobs("last")
-        monkeypatch.setattr(rivetq.view.ViewEngine, "_segment", moved)
-        with pytest.raises(StorageError, match=f"job {job.id}: its payload was moved {tools.LOOKS + 1} times"):
+        monkeypatch.setattr(rivetq.engines.view.ViewEngine, "_segment", moved)
+        with pytest.raises(StorageError, match=f"job {job.id}: its payload was moved {repair.LOOKS + 1} times"):
             found.get(job.id)
-    assert len({id(each) for each in looks}) == len(looks) == tools.LOOKS + 1
+    assert len({id(each) for each in looks}) == len(looks) == repair.LOOKS + 1
     assert [name for name in os.listdir(tempfile.gettempdir()) if name == os.path.basename(looks[0]._copy)] == []
 
 
@@ -300,7 +301,7 @@ print(os.listdir(os.environ["TMPDIR"]), look.get(1))  # a copy that a child took
 def test_a_listing_without_payloads_reads_none(closed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tools.look(closed) as found:
         jobs = found.jobs("mail", limit=1000)
-        monkeypatch.setattr(rivetq.view, "read_payload", lambda *args: pytest.fail("a payload was read"))
+        monkeypatch.setattr(rivetq.engines.view, "read_payload", lambda *args: pytest.fail("a payload was read"))
         bare = found.jobs("mail", limit=1000, payloads=False)
         assert [attrs.evolve(job, payload=b"") for job in jobs] == bare
         assert any(job.payload for job in jobs)
@@ -366,7 +367,7 @@ def test_verify_of_an_open_directory_reads_a_copy_of_one_moment(busy: Broker, tm
 def test_verify_of_an_open_directory_sees_damage_to_its_log_and_its_index(
     busy: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tools, "VERIFY_PATIENCE_S", 0)
+    monkeypatch.setattr(repair, "VERIFY_PATIENCE_S", 0)
     busy.checkpoint()
     index = Path(busy.path) / "index" / "data.mdb"
     rot(index, 5000)
@@ -393,9 +394,9 @@ def test_verify_looks_again_while_a_checkpoint_is_under_way(busy: Broker, monkey
         looks += 1
         if looks == 4:
             manifest.write_bytes(whole)
-        rivetq.view.copy_index(path, out)
+        rivetq.engines.view.copy_index(path, out)
 
-    monkeypatch.setattr("rivetq.tools.copy_index", copied)
+    monkeypatch.setattr("rivetq.tools.repair.copy_index", copied)
     assert tools.verify(busy.path).is_whole
     assert looks == 4
 
@@ -411,7 +412,7 @@ def test_verify_of_an_open_directory_whose_parent_cannot_be_written_copies_elsew
         made.append(make(prefix=prefix))
         return made[-1]
 
-    monkeypatch.setattr("rivetq.tools.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("rivetq.tools.repair.tempfile.mkdtemp", refuse)
     assert tools.verify(busy.path).is_whole
     assert len(made) == 1
     assert not os.path.exists(made[0])
@@ -527,7 +528,7 @@ def test_rebuild_index_says_if_there_is_none_in_the_end(closed: Path, monkeypatc
     def full(*args: object, **items: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rivetq.index.Index, "write", full)
+    monkeypatch.setattr(rivetq.storage.index.Index, "write", full)
     with pytest.raises(StorageError, match="could not be written"):
         tools.rebuild_index(closed)
 
@@ -770,14 +771,14 @@ def test_salvage_reads_around_sectors_that_the_disk_does_not_give(
     closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = max(segments(closed), key=lambda path: path.stat().st_size)
-    honest = rivetq.io.SystemDisk.pread
+    honest = rivetq.storage.disk.SystemDisk.pread
 
     def bad_sector(disk: object, fd: int, size: int, offset: int) -> bytes:
         if os.readlink(f"/proc/self/fd/{fd}") == str(path) and offset <= 36_864 < offset + size:
             raise OSError(5, "Input/output error")
         return honest(disk, fd, size, offset)  # type: ignore[arg-type]  # the disk it stands in for
 
-    monkeypatch.setattr(rivetq.io.SystemDisk, "pread", bad_sector)
+    monkeypatch.setattr(rivetq.storage.disk.SystemDisk, "pread", bad_sector)
     report = tools.salvage(closed, tmp_path / "out")
     assert any("does not give" in stretch.what and stretch.start == 36_864 for stretch in report.unreadable)
     monkeypatch.undo()
@@ -897,7 +898,7 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rivetq.backup, "write_file", full)
+    monkeypatch.setattr(rivetq.storage.backup, "write_file", full)
     with pytest.raises(StorageError, match="No space"):
         busy.backup(tmp_path / "out")
     monkeypatch.undo()
@@ -931,7 +932,7 @@ def test_segments_that_always_go_are_an_error_in_the_end(
     def gone(*args: object) -> bool:
         raise FileNotFoundError
 
-    monkeypatch.setattr(rivetq.backup, "_link", gone)
+    monkeypatch.setattr(rivetq.storage.backup, "_link", gone)
     with pytest.raises(StorageError, match="quicker"):
         busy.backup(tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
@@ -1055,7 +1056,7 @@ def test_the_commands_end_in_words_not_in_a_traceback(
 @pytest.mark.parametrize("gone", [False, True], ids=["a rotation", "and the files that were listed are gone"])
 def test_a_dump_of_a_log_that_moves_is_no_damage(busy: Broker, monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
     """Just then: what the mark says afterwards is of files that were not listed yet."""
-    honest = rivetq.recovery.list_segments
+    honest = rivetq.storage.recovery.list_segments
     turns = iter([True])
 
     def rotated(disk: Any, directory: str) -> list[int]:
@@ -1066,7 +1067,7 @@ def test_a_dump_of_a_log_that_moves_is_no_damage(busy: Broker, monkeypatch: pyte
             return [number + 1000 * gone for number in found]
         return found
 
-    monkeypatch.setattr(rivetq.recovery, "list_segments", rotated)
+    monkeypatch.setattr(rivetq.storage.recovery, "list_segments", rotated)
     assert len(list(tools.dump(busy.path))) > 12
 
 

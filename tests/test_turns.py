@@ -12,9 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rivetq import Broker
-from rivetq.pools import GIVEN_BACK, Delivery
 from rivetq.tasks import App
-from rivetq.turns import LONGEST_WAIT_S, OWED_JOBS, PREFETCH_BYTES, PREFETCH_JOBS, PREFETCH_S, TURN_JOBS, Order, Room
+from rivetq.worker.order import (
+    LONGEST_WAIT_S,
+    OWED_JOBS,
+    PREFETCH_BYTES,
+    PREFETCH_JOBS,
+    PREFETCH_S,
+    TURN_JOBS,
+    Order,
+    Room,
+)
+from rivetq.worker.pools import GIVEN_BACK, Delivery
 
 # -- Shares
 

@@ -10,9 +10,9 @@ from inside import inside
 from simulation import ViolationError
 
 from rivetq import Broker, RateLimit
-from rivetq.live import LiveEngine
-from rivetq.machine import Machine
-from rivetq.state import NEVER_MS, Queue
+from rivetq.engines.live import LiveEngine
+from rivetq.machine.machine import Machine
+from rivetq.machine.snapshot import NEVER_MS, Queue
 from rivetq.testing import ManualClock
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_run import Shelf, job, keys_of, run_of
 
-from rivetq.run import Run
-from rivetq.window import OPEN_RUNS, Window
+from rivetq.machine.run import Run
+from rivetq.machine.window import OPEN_RUNS, Window
 
 
 def window(*keys: Any, runs: tuple[tuple[Any, ...], ...] = ()) -> Window:

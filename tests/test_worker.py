@@ -37,12 +37,12 @@ from rivetq import (
     Transaction,
     UsageError,
     logs,
-    pools,
 )
-from rivetq.children import ProcessPool, _Child
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
-from rivetq.turns import Order, Room
-from rivetq.worker import Concurrency, Settled, Worker, _ending, _margin
+from rivetq.worker import Concurrency, Settled, Worker, pools
+from rivetq.worker.children import ProcessPool, _Child
+from rivetq.worker.order import Order, Room
+from rivetq.worker.worker import _ending, _margin
 
 
 def drained(app: App) -> Callable[[], bool]:
@@ -1261,7 +1261,7 @@ def test_a_failed_sync_ends_the_worker_with_its_reason(tmp_path: Path, monkeypat
 
 
 def test_a_full_disk_is_waited_out_and_holds_up_no_stop(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.RETRY_S", 0.01)
+    monkeypatch.setattr("rivetq.worker.worker.RETRY_S", 0.01)
     broker, refusals = app.broker, iter(range(6))
     lease_soon, ack_many = broker.lease_soon, broker.ack_many
     full = DiskFullError("no space", path="data")
@@ -1362,7 +1362,7 @@ def _found(app: App) -> Callable[[Lease], Any]:
 
 
 def test_a_job_that_was_told_to_stop_gets_no_child(children: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.children._Child", None)
+    monkeypatch.setattr("rivetq.worker.children._Child", None)
     done: list[pools.Delivery] = []
     pool = ProcessPool(children, 1, done.append)
     worker_tasks.sleep.enqueue(0)
@@ -1472,7 +1472,7 @@ def test_a_job_that_is_cancelled_while_its_child_is_made_is_killed_in_it(
 
         def end(self) -> None: ...
 
-    monkeypatch.setattr("rivetq.children._Child", Child)
+    monkeypatch.setattr("rivetq.worker.children._Child", Child)
     pool = ProcessPool(children, 1, done.append)
     worker_tasks.sleep.enqueue(0)
     lease = children.broker.lease("children")
@@ -1833,7 +1833,7 @@ def test_an_answer_for_a_lost_lease_leaves_the_next_delivery_of_the_job_alone(ap
 
 
 def test_a_disk_that_is_full_when_a_job_is_rejected_ends_no_worker(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.RETRY_S", 0.01)
+    monkeypatch.setattr("rivetq.worker.worker.RETRY_S", 0.01)
     reject, tries = Broker.reject, iter(range(10**6))
 
     def full(self: Broker, *args: Any, **kwargs: Any) -> None:
@@ -1929,7 +1929,7 @@ def test_a_job_that_is_finished_when_its_answer_is_decided_is_told_as_done(
         assert finished.wait(PATIENCE_S)
         return found
 
-    monkeypatch.setattr("rivetq.worker._ending", slow)
+    monkeypatch.setattr("rivetq.worker.worker._ending", slow)
     worker = Worker(app, grace=0, on_settled=lambda event: settled.append(event.ending))
     worker.start()
     task.enqueue()
@@ -2044,8 +2044,8 @@ def test_a_start_that_fails_leaves_its_schedules_to_others(app: App, monkeypatch
 
 
 def test_the_last_schedule_that_a_program_gave_up_ends(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.schedules.LOOK_MS", 200)
-    monkeypatch.setattr("rivetq.schedules.AGAIN_S", 0.05)
+    monkeypatch.setattr("rivetq.schedules.scheduler.LOOK_MS", 200)
+    monkeypatch.setattr("rivetq.schedules.scheduler.AGAIN_S", 0.05)
     before = App(app.broker)
     before.periodic(every(1000))(before.task(lambda: None))
     with Worker(before):
@@ -2214,7 +2214,7 @@ renamed = app.task(pool="process", time_limit=0.5, max_attempts=1)(quick)
 
 @pytest.mark.parametrize("size", [1, 2**21])
 def test_a_child_that_never_comes_up_is_killed(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.children.START_S", 0.3)
+    monkeypatch.setattr("rivetq.worker.children.START_S", 0.3)
     text = """
 import multiprocessing, time
 from rivetq.tasks import App

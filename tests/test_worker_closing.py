@@ -14,17 +14,9 @@ import pytest
 import worker_tasks
 from patience import PATIENCE_S, job_of, until
 
-from rivetq import (
-    Broker,
-    BrokerClosedError,
-    BrokerFailedError,
-    BrokerLockedError,
-    UsageError,
-    children,
-    pools,
-)
+from rivetq import Broker, BrokerClosedError, BrokerFailedError, BrokerLockedError, UsageError
 from rivetq.tasks import App, every
-from rivetq.worker import Settled, Worker
+from rivetq.worker import Settled, Worker, children, pools
 
 
 def threads() -> set[threading.Thread]:
@@ -357,7 +349,7 @@ def test_a_worker_that_is_ended_at_any_call_of_its_broker_ends(
     closing, step = Closing(tmp_path / "data", "thread"), Step()
     broker = closing.app.broker
     closing.blocks = verb == "extend_many"
-    monkeypatch.setattr("rivetq.worker.RENEWALS", 100)  # soon, of a lease that is long
+    monkeypatch.setattr("rivetq.worker.worker.RENEWALS", 100)  # soon, of a lease that is long
     closing.enqueue()
     monkeypatch.setattr(broker, verb, step.around(getattr(broker, verb), where))
     failed: list[BaseException] = []

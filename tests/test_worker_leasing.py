@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S, until
 
 from rivetq import Broker, LeaseLostError
-from rivetq.local import LocalEngine
-from rivetq.pools import Delivery, ThreadPool
+from rivetq.engines.local import LocalEngine
 from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
-from rivetq.turns import PREFETCH_JOBS, Room
-from rivetq.worker import Settled, Worker, _in_parts
+from rivetq.worker import Settled, Worker
+from rivetq.worker.order import PREFETCH_JOBS, Room
+from rivetq.worker.pools import Delivery, ThreadPool
+from rivetq.worker.worker import _in_parts
 
 
 def test_looking_for_calls_in_other_queues_reads_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +150,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_when_pause_has_returned_no_job_of_the_queue_begins(
     app: App, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)  # they stay in the pool
+    monkeypatch.setattr("rivetq.worker.worker.PREFETCH_S", PATIENCE_S)  # they stay in the pool
     gate = Gate(app, kind)
     gate.fill(0, 150)
     with Worker(app, concurrency=2) as worker:
@@ -166,8 +167,8 @@ def test_when_pause_has_returned_no_job_of_the_queue_begins(
 
 @pytest.mark.usefixtures("ahead")
 def test_what_is_leased_in_advance_has_a_limit_of_bytes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.PREFETCH_S", PATIENCE_S)
-    monkeypatch.setattr("rivetq.turns.PREFETCH_BYTES", 40_000)
+    monkeypatch.setattr("rivetq.worker.worker.PREFETCH_S", PATIENCE_S)
+    monkeypatch.setattr("rivetq.worker.order.PREFETCH_BYTES", 40_000)
     gate = Gate(app)
     gate.task.enqueue_many([("slow " + "x" * 9000,)] * 150)
     with Worker(app, concurrency=2):
@@ -256,7 +257,7 @@ import rivetq.worker
 from rivetq.tasks import App
 from rivetq.worker import Worker
 
-rivetq.worker.PREFETCH_S = 60.0  # what is leased in advance stays so until the process is killed
+rivetq.worker.worker.PREFETCH_S = 60.0  # what is leased in advance stays so until the process is killed
 app = App(sys.argv[1], fsync="never")
 
 def sync(n):
@@ -447,8 +448,8 @@ def test_shares_are_equal_whatever_queues_are_idle(app: App, idle: int) -> None:
 
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.LOOK_S", 0.05)
-    monkeypatch.setattr("rivetq.worker.LOOK_SHARE", 0.5)
+    monkeypatch.setattr("rivetq.worker.worker.LOOK_S", 0.05)
+    monkeypatch.setattr("rivetq.worker.worker.LOOK_SHARE", 0.5)
 
 
 @pytest.mark.usefixtures("quick_looks")

@@ -32,13 +32,13 @@ from unittest import mock
 
 from simulation import ViolationError, fast_directory
 
-import rivetq.live
 from rivetq import Broker, BrokerClosedError, JobNotFoundError, Lease, LeaseLostError, RateLimit, RetryPolicy
 from rivetq.aio import AsyncBroker
 from rivetq.clock import SystemClock
-from rivetq.decide import lease as could_lease
-from rivetq.live import LiveEngine
-from rivetq.machine import Machine
+from rivetq.engines import live
+from rivetq.engines.live import LiveEngine
+from rivetq.machine.decide import lease as could_lease
+from rivetq.machine.machine import Machine
 from rivetq.testing import ManualClock
 
 STEPS = 30
@@ -162,7 +162,7 @@ class Waiter:
 _own = threading.local()
 
 
-class OwnLessee(rivetq.live._Lessee):
+class OwnLessee(live._Lessee):
     """Knows whose it is."""
 
     def __init__(self) -> None:
@@ -429,7 +429,10 @@ def event_loop() -> asyncio.AbstractEventLoop:
 @contextlib.contextmanager
 def own_time() -> Iterator[None]:
     """Waits end when the history says so."""
-    with mock.patch.object(rivetq.live, "_Lessee", OwnLessee), mock.patch.object(rivetq.live, "time", OwnTime):
+    with (
+        mock.patch.object(live, "_Lessee", OwnLessee),
+        mock.patch.object(live, "time", OwnTime),
+    ):
         yield
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rivetq import RivetQError
-from rivetq.pools import Ending
 from rivetq.tasks import App, Reject, Retry, Snooze, current_job
+from rivetq.worker.pools import Ending
 
 app = App(":memory:")
 ends: list[str] = []

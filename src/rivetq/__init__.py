@@ -10,7 +10,7 @@
 >>> broker.close()
 """
 
-from .broker import Broker, Transaction
+from .broker.broker import Broker, Transaction
 from .clock import Clock, SystemClock
 from .engine import Backup, Capabilities, Waiting
 from .errors import (

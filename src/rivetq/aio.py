@@ -33,7 +33,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import attrs
 
-from .arguments import (
+from .broker.arguments import (
     checked_bool,
     checked_error,
     checked_lease,
@@ -42,7 +42,7 @@ from .arguments import (
     checked_queues,
     checked_visibility,
 )
-from .broker import Broker, Moment, OnDuplicate, Transaction
+from .broker.broker import Broker, Moment, OnDuplicate, Transaction
 from .engine import Ack, Backup, Extend, Nack, Operation, Reject, Release
 from .errors import LeaseLostError, RivetQError, UsageError
 from .histogram import Histogram

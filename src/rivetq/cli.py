@@ -50,9 +50,9 @@ from rivetq import (
 from . import tools
 from .logs import configure
 from .settings import FIELDS, Settings, load
-from .tasks import App
+from .tasks.app import App
 from .texts import escaped, shown
-from .worker import Concurrency
+from .worker.worker import Concurrency
 
 try:
     import click

@@ -31,9 +31,9 @@ except ImportError as error:
 
 from rivetq import Broker, Deliveries, Health, Histogram, JobState, QueueStats, RivetQError, UsageError
 
-from .tasks import App
+from .tasks.app import App
 from .texts import quoted
-from .worker import Settled, Worker
+from .worker.worker import Settled, Worker
 
 OTHER = "other"
 """The label of all queues that have none of their own."""

@@ -26,9 +26,9 @@ except ImportError as error:
 
 import rivetq
 
-from .pools import text_of
-from .tasks import App, Call, CurrentJob, Outcome, Task
+from .tasks.app import App, Call, CurrentJob, Outcome, Task
 from .texts import quoted
+from .worker.pools import text_of
 
 # Of the semantic conventions for messaging, which are still marked as in development.
 SYSTEM = "messaging.system"

@@ -25,9 +25,9 @@ import attrs
 
 from rivetq import Broker, UsageError
 
-from .tasks import App
+from .tasks.app import App
 from .texts import quoted
-from .worker import Concurrency, Worker
+from .worker.worker import Concurrency, Worker
 
 PREFIX = "RIVETQ_"
 FILE_VARIABLE = "RIVETQ_CONFIG"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ..broker import Broker
+from ..broker.broker import Broker
 from .clock import ManualClock
 
 pytest.register_assert_rewrite("rivetq.testing.conformance")  # its failures show the values, as those of a test file

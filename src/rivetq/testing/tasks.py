@@ -14,9 +14,9 @@ import attrs
 
 from rivetq import Broker, Duration, Job, JobState, Lease, LeaseLostError, UsageError
 
-from ..pools import Delivery, Ending, run_async, run_here
-from ..schedules import SCHEDULES, Scheduler
-from ..tasks import TASK_HEADER, App, Outcome, Reject, Task
+from ..schedules.scheduler import SCHEDULES, Scheduler
+from ..tasks.app import TASK_HEADER, App, Outcome, Reject, Task
+from ..worker.pools import Delivery, Ending, run_async, run_here
 from .clock import ManualClock
 
 MANY_JOBS = 10_000

@@ -1,0 +1,1 @@
+"""The face: it checks what a caller gives, fills in defaults, and hands requests to an engine."""

@@ -1,0 +1,123 @@
+"""A look at a directory that somebody else may have open: read from its files, nothing is locked or changed.
+
+The index as it was at its last checkpoint is copied first (LMDB files must not be read while another process writes
+them without its locks), and vouched for by its manifest; then the log behind it is replayed. Without a usable index the
+log alone gives the same. What the owner decided and has not written yet is not seen.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from datetime import datetime
+
+from ..clock import SystemClock
+from ..errors import StorageError, UsageError
+from ..machine.entry import Entry
+from ..machine.machine import Machine
+from ..machine.snapshot import Place
+from ..model import moment
+from ..storage.disk import Disk
+from ..storage.index import Index
+from ..storage.log import read_payload
+from ..storage.recovery import Recovered, beside_its_owner, recover, replay
+from ..storage.segment import OPEN_SEGMENTS, SegmentFile, segment_name
+from .live import LiveEngine
+
+
+class MovedError(Exception):
+    """The owner moved a payload, or the job ended, since the state was read: it is to be read anew."""
+
+
+class ViewEngine(LiveEngine):
+    """The looking half of an engine, over a state that stands still. It is never started."""
+
+    def __init__(self, disk: Disk, directory: str) -> None:
+        self._disk = disk
+        self._log_path = os.path.join(directory, "log")
+        self._copy = tempfile.mkdtemp(prefix="rivetq-view-")
+        self._index = Index(disk, self._copy)
+        # Also of a look that is never closed, at the latest when the process ends.
+        self._drop_copy = weakref.finalize(self, _drop, self._index, self._copy, os.getpid())
+        try:
+            found = self._read(directory)
+            machine = served(found)
+        except BaseException:
+            self._drop_copy()
+            raise
+        super().__init__(machine, SystemClock(), machine.now_ms, 0)  # time stands still
+        self.record = found.end_lsn + len(found.surplus)
+        """The last one that was read."""
+
+    @property
+    def as_of(self) -> datetime:
+        """The moment of the last record: the owner may have done more since, and not much that it did not write."""
+        return moment(self._machine.now_ms)
+
+    def _read(self, directory: str) -> Recovered:
+        def read() -> Recovered:
+            self._index.close()
+            copy_index(os.path.join(directory, "index"), self._copy)
+            return recover(self._disk, directory, self._index, SystemClock(), Machine)
+
+        return beside_its_owner(directory, read)
+
+    def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
+        """Raises MovedError."""
+        files: dict[int, SegmentFile] = {}
+        for entry in entries:  # first: the owner may drop a segment while the others are read
+            if entry.segment not in files and len(files) < OPEN_SEGMENTS:
+                files[entry.segment] = self._segment(entry)
+        return [self._payload(entry, files.get(entry.segment) or self._segment(entry)) for entry in entries]
+
+    def _segment(self, entry: Entry) -> SegmentFile:
+        try:
+            return SegmentFile.open(self._disk, os.path.join(self._log_path, segment_name(entry.segment)))
+        except FileNotFoundError as error:
+            raise MovedError(entry.id) from error
+        except OSError as error:
+            raise StorageError(f"job {entry.id}: its payload cannot be read: {error}") from error
+
+    def _payload(self, entry: Entry, file: SegmentFile) -> bytes:
+        try:
+            return read_payload(file, entry.offset, entry.length, entry.crc)
+        except OSError as error:
+            raise StorageError(f"job {entry.id}: its payload cannot be read: {error}") from error
+
+    def _tick(self) -> int:
+        # Time stands still: what would be due or expired by now is the owner's to say.
+        self._check()
+        return self._machine.now_ms
+
+    def maintain(self, verb: str) -> None:
+        raise UsageError("this is a view of a directory: it changes nothing")
+
+    def _finish(self, save: bool) -> None:
+        self._drop_copy()
+
+
+def _drop(index: Index, copy: str, process: int) -> None:
+    if os.getpid() == process:  # what it forked has the copy, too, and it is not its own
+        index.close()
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def served(found: Recovered) -> Machine:
+    """The state that an opening would serve: with the records that it would write again."""
+    machine = found.machine
+    for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
+        replay(machine, body, Place(lsn=lsn))
+    return machine
+
+
+def copy_index(path: str, out: str) -> None:
+    """As far as it is there; a copy that was taken in the middle of a checkpoint does not match its manifest."""
+    os.makedirs(out, exist_ok=True)
+    for name in ("manifest", "data.mdb"):
+        try:
+            shutil.copyfile(os.path.join(path, name), os.path.join(out, name))
+        except FileNotFoundError:
+            return

@@ -1,0 +1,209 @@
+"""What happened, in absolute values: the vocabulary of the log and the only way to change the machine.
+
+Log outcomes, not commands: replay is ``for event in log: machine.apply(event)``, the same function that the live path
+used, so that a later change to a rule cannot reinterpret an old log. What the clock will say again (a delay that falls
+due, a key's window that ends) is not an event.
+
+Every event can be applied to a state that already includes it or its successors: a checkpoint captures single jobs and
+keys in slices while the log goes on, and replay from its start overwrites with the same absolute values. (Jobs in runs
+it captures as they were at its start: they never include what comes.) Events about a job that is not known are skipped;
+the totals they carry are counted (docs/design.md, "Replay").
+
+The classes are plain slotted ones, not frozen: a frozen constructor costs four times as much in the per-call path.
+Treat them as values all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from ..model import NO_HEADERS, QueueConfig, RetryPolicy
+
+
+@attrs.define
+class QueueCreated:
+    """A queue got its number; all other events name queues by it."""
+
+    number: int
+    name: str
+
+
+@attrs.define
+class QueueConfigured:
+    """The whole configuration in force from here on, pause included."""
+
+    queue: int
+    config: QueueConfig
+
+
+@attrs.define
+class Enqueued:
+    """One or more jobs with the same options, ids counting up from `first_id`; in columns."""
+
+    queue: int
+    first_id: int
+    priority: int
+    due_ms: int
+    """0: ready at once; otherwise the moment before which it is not leased."""
+    max_attempts: int | None
+    retry: RetryPolicy
+    visibility_ms: int | None
+    lengths: Sequence[int]
+    """Bytes per payload."""
+    payloads: Sequence[bytes] = ()
+    """Empty when read back for a replay: the machine needs the lengths alone."""
+    headers: Mapping[str, str] = NO_HEADERS
+    keys: Sequence[str | None] | None = None
+    """Idempotency key per job; None when there is none at all."""
+    crcs: Sequence[int] = ()
+    """CRC32C per payload, filled in by the codec."""
+    payload_at: int = 0
+    """Offset of the first payload from the start of the record's body, filled in by the codec."""
+
+
+@attrs.define
+class Leased:
+    """Deliveries, in columns, over any number of queues."""
+
+    ids: Sequence[int]
+    tokens: Sequence[int]
+    attempts: Sequence[int]
+    deadlines_ms: Sequence[int]
+    places: Sequence[tuple[int, int, int]] = ()
+    """Where they waited: (queue, priority, how many), in order of `ids`. Jobs beyond these are searched for."""
+
+
+@attrs.define
+class Acked:
+    queue: int
+    ids: Sequence[int]
+
+
+@attrs.define
+class Retried:
+    """A delivery ended un-acked and there is another attempt; ready at `due_ms`."""
+
+    id: int
+    due_ms: int
+    error: str | None
+
+
+@attrs.define
+class Released:
+    """A delivery was given back and its attempt refunded."""
+
+    id: int
+    due_ms: int
+    attempts: int
+
+
+@attrs.define
+class Buried:
+    """The job became a dead letter."""
+
+    id: int
+    died_at_ms: int
+    error: str | None
+
+
+@attrs.define
+class Extended:
+    id: int
+    deadline_ms: int
+
+
+@attrs.define
+class Cancelled:
+    queue: int
+    id: int
+
+
+@attrs.define
+class Purged:
+    queue: int
+    ids: Sequence[int]
+
+
+@attrs.define
+class Redriven:
+    ids: Sequence[int]
+
+
+@attrs.define
+class IdsReserved:
+    """Ids below this may have been told to somebody; after a crash none of them is given again."""
+
+    next_id: int
+
+
+@attrs.define
+class Copied:
+    """A whole live job, payload included, rewritten so that its old segment can go."""
+
+    id: int
+    queue: int
+    state: int
+    priority: int
+    attempts: int
+    token: int
+    max_attempts: int | None
+    retry: RetryPolicy
+    visibility_ms: int | None
+    enqueued_at_ms: int
+    due_ms: int
+    deadline_ms: int
+    died_at_ms: int
+    last_error: str | None
+    headers: Mapping[str, str]
+    key: str | None
+    length: int
+    crc: int
+    payload: bytes = b""
+    payload_at: int = 0
+
+
+@attrs.define
+class KeyCopied:
+    """An idempotency key that outlives its job, rewritten so that its old segment can go."""
+
+    queue: int
+    key: str
+    job_id: int
+    expires_ms: int
+
+
+@attrs.define
+class QueueRemoved:
+    """A queue without jobs, configuration and keys is unknown from here on, its totals included."""
+
+    number: int
+
+
+@attrs.define
+class SegmentsDropped:
+    """Segments up to this id hold nothing live and may be missing from here on."""
+
+    upto: int
+
+
+Event = (
+    QueueCreated
+    | QueueConfigured
+    | Enqueued
+    | Leased
+    | Acked
+    | Retried
+    | Released
+    | Buried
+    | Extended
+    | Cancelled
+    | Purged
+    | Redriven
+    | IdsReserved
+    | Copied
+    | KeyCopied
+    | SegmentsDropped
+    | QueueRemoved
+)

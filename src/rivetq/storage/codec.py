@@ -1,0 +1,322 @@
+"""Events <-> bytes, snapshots <-> bytes. The layouts are those of docs/file-format.md; index values are in `values`.
+
+All numbers are little-endian. What is read has passed a checksum first, so a decoding that fails here means a damaged
+checksum or a newer writer; it raises `ValueError` and the caller turns that into `CorruptLogError`.
+
+A batch enqueue is in columns (lengths, checksums, payloads joined): its cost per job is that of three array cells.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any, assert_never
+
+import attrs
+from crc32c import crc32c
+
+from ..machine.events import (
+    Acked,
+    Buried,
+    Cancelled,
+    Copied,
+    Enqueued,
+    Event,
+    Extended,
+    IdsReserved,
+    KeyCopied,
+    Leased,
+    Purged,
+    QueueConfigured,
+    QueueCreated,
+    QueueRemoved,
+    Redriven,
+    Released,
+    Retried,
+    SegmentsDropped,
+)
+from ..machine.snapshot import QueueSnapshot, Snapshot
+from ..model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
+from .fields import COUNT, NONSENSE, Reader, policy, spec_bytes, spec_numbers, text_bytes
+
+_TIME = struct.Struct("<Q")
+_ENQUEUED = struct.Struct("<BIQIBQiqidddBIB")
+_ENQUEUED_START, _ENQUEUED_END, _ENQUEUED_ONE = struct.Struct("<BIQIBQ"), struct.Struct("<IB"), struct.Struct("<IBII")
+"""The same in writing: in between are the bytes of its spec."""
+_TAGS: dict[type, int] = {
+    QueueCreated: 1,
+    QueueConfigured: 2,
+    Enqueued: 3,
+    Leased: 4,
+    Acked: 5,
+    Retried: 6,
+    Released: 7,
+    Buried: 8,
+    Extended: 9,
+    Cancelled: 10,
+    Purged: 11,
+    Redriven: 12,
+    IdsReserved: 13,
+    Copied: 14,
+    KeyCopied: 15,
+    SegmentsDropped: 16,
+    QueueRemoved: 17,
+}
+_ID = struct.Struct("<BQ")
+_ID_MOMENT = struct.Struct("<BQQ")
+_RELEASED = struct.Struct("<BQQI")
+_QUEUE = struct.Struct("<BI")
+_QUEUE_ID = struct.Struct("<BIQ")
+_PLACE = struct.Struct("<IBI")
+_COPIED = struct.Struct("<BQIBBIQiqidddBQQQQII")
+_KEY_COPIED = struct.Struct("<BIQQ")
+
+
+# Records
+
+
+def encode_record(events: Sequence[Event], now_ms: int) -> bytes:
+    """The body of one record. Sets `payload_at` and `crcs` of the events that carry payloads."""
+    parts = [_TIME.pack(now_ms)]
+    size = _TIME.size
+    for event in events:
+        new = _encode(event)
+        parts += new
+        size += sum(map(len, new))
+        if type(event) is Enqueued or type(event) is Copied:
+            event.payload_at = size - len(new[-1])  # the payloads are the last part of their event
+    return b"".join(parts)
+
+
+def _encode(event: Event) -> list[bytes]:
+    tag = _TAGS[type(event)]
+    match event:
+        case Enqueued():
+            return _encode_enqueued(event)
+        case Leased(ids, tokens, attempts, deadlines_ms, places):
+            n = len(ids)
+            columns = struct.pack(f"<BI{3 * n}Q{n}I", tag, n, *ids, *tokens, *deadlines_ms, *attempts)
+            if len(places) > 255:  # who reads it finds the jobs without
+                return [columns, b"\0"]
+            return [columns, bytes((len(places),)), *[_PLACE.pack(*place) for place in places]]
+        case Acked(queue, ids) | Purged(queue, ids):
+            return [struct.pack(f"<BII{len(ids)}Q", tag, queue, len(ids), *ids)]
+        case Retried():
+            return [_ID_MOMENT.pack(tag, event.id, event.due_ms), text_bytes(event.error)]
+        case Released():
+            return [_RELEASED.pack(tag, event.id, event.due_ms, event.attempts)]
+        case Buried():
+            return [_ID_MOMENT.pack(tag, event.id, event.died_at_ms), text_bytes(event.error)]
+        case Extended():
+            return [_ID_MOMENT.pack(tag, event.id, event.deadline_ms)]
+        case Cancelled():
+            return [_QUEUE_ID.pack(tag, event.queue, event.id)]
+        case Redriven():
+            return [bytes((tag,)), _ids(event.ids)]
+        case QueueCreated():
+            return [_QUEUE.pack(tag, event.number), text_bytes(event.name)]
+        case QueueConfigured():
+            return [_QUEUE.pack(tag, event.queue), text_bytes(json.dumps(_config_to_json(event.config)))]
+        case IdsReserved(number) | SegmentsDropped(number):
+            return [_ID.pack(tag, number)]
+        case QueueRemoved(number):
+            return [_QUEUE.pack(tag, number)]
+        case Copied():
+            return _encode_copied(event)
+        case KeyCopied():
+            return [_KEY_COPIED.pack(tag, event.queue, event.job_id, event.expires_ms), text_bytes(event.key)]
+        case _:
+            assert_never(event)
+
+
+def _encode_enqueued(event: Enqueued) -> list[bytes]:
+    payloads = event.payloads
+    n = len(payloads)
+    headers = json.dumps(dict(event.headers)).encode() if event.headers else b""
+    event.crcs = crcs = [crc32c(p) for p in payloads]
+    has_keys = event.keys is not None
+    spec = spec_bytes(event.max_attempts, event.visibility_ms, event.retry)
+    start = _ENQUEUED_START.pack(3, event.queue, event.first_id, n, event.priority, event.due_ms)
+    if n == 1 and not headers and not has_keys:
+        return [start, spec, _ENQUEUED_ONE.pack(0, False, len(payloads[0]), crcs[0]), payloads[0]]
+    parts = [start, spec, _ENQUEUED_END.pack(len(headers), has_keys), headers]
+    if event.keys is not None:
+        texts = [b"" if key is None else key.encode() for key in event.keys]
+        parts += [struct.pack(f"<{n}H", *map(len, texts)), *texts]
+    return [*parts, struct.pack(f"<{2 * n}I", *event.lengths, *crcs), b"".join(payloads)]
+
+
+def _encode_copied(event: Copied) -> list[bytes]:
+    head = _COPIED.pack(
+        14,
+        event.id,
+        event.queue,
+        event.state,
+        event.priority,
+        event.attempts,
+        event.token,
+        *spec_numbers(event.max_attempts, event.visibility_ms, event.retry),
+        event.enqueued_at_ms,
+        event.due_ms,
+        event.deadline_ms,
+        event.died_at_ms,
+        event.length,
+        event.crc,
+    )
+    headers = json.dumps(dict(event.headers)) if event.headers else None
+    return [head, text_bytes(event.last_error), text_bytes(headers), text_bytes(event.key), event.payload]
+
+
+def _ids(ids: Sequence[int]) -> bytes:
+    return COUNT.pack(len(ids)) + struct.pack(f"<{len(ids)}Q", *ids)
+
+
+def decode_record(body: bytes) -> tuple[int, list[Event]]:
+    """The moment and the events of one record. Payloads are not copied out: `payload_at` and `lengths` find them."""
+    reader = Reader(body)
+    events: list[Event] = []
+    try:
+        (now_ms,) = reader.take(_TIME)
+        while reader.at < len(body):
+            events.append(_decode(reader))
+    except NONSENSE as error:
+        raise ValueError(f"no event can be read at offset {reader.at} of the body: {error!r}") from error
+    return now_ms, events
+
+
+def _decode(reader: Reader) -> Event:
+    tag = reader.body[reader.at]
+    match tag:
+        case 1:
+            _, number = reader.take(_QUEUE)
+            return QueueCreated(number, reader.text() or "")
+        case 2:
+            _, queue = reader.take(_QUEUE)
+            return QueueConfigured(queue, _config_from_json(json.loads(reader.text() or "")))
+        case 3:
+            return _decode_enqueued(reader)
+        case 4:
+            reader.at += 1
+            (n,) = reader.take(COUNT)
+            column = reader.column(f"<{3 * n}Q{n}I")
+            known = reader.body[reader.skip(1)]
+            places = [reader.take(_PLACE) for _ in range(known)]
+            return Leased(column[:n], column[n : 2 * n], column[3 * n :], column[2 * n : 3 * n], places)
+        case 5:
+            return Acked(reader.take(_QUEUE)[1], reader.ids())
+        case 6:
+            _, job_id, due_ms = reader.take(_ID_MOMENT)
+            return Retried(job_id, due_ms, reader.text())
+        case 7:
+            return Released(*reader.take(_RELEASED)[1:])
+        case 8:
+            _, job_id, died_at_ms = reader.take(_ID_MOMENT)
+            return Buried(job_id, died_at_ms, reader.text())
+        case 9:
+            return Extended(*reader.take(_ID_MOMENT)[1:])
+        case 10:
+            return Cancelled(*reader.take(_QUEUE_ID)[1:])
+        case 11:
+            return Purged(reader.take(_QUEUE)[1], reader.ids())
+        case 12:
+            reader.at += 1
+            return Redriven(reader.ids())
+        case 13:
+            return IdsReserved(reader.take(_ID)[1])
+        case 14:
+            return _decode_copied(reader)
+        case 15:
+            _, queue, job_id, expires_ms = reader.take(_KEY_COPIED)
+            return KeyCopied(queue, reader.text() or "", job_id, expires_ms)
+        case 16:
+            return SegmentsDropped(reader.take(_ID)[1])
+        case 17:
+            return QueueRemoved(reader.take(_QUEUE)[1])
+        case _:
+            raise ValueError(f"unknown event {tag}")
+
+
+def _decode_enqueued(reader: Reader) -> Enqueued:
+    values = reader.take(_ENQUEUED)
+    _, queue, first_id, n, priority, due_ms, max_attempts, visibility_ms, *retry, header_size, has_keys = values
+    headers = read_only(json.loads(reader.data(header_size))) if header_size else NO_HEADERS
+    keys: list[str | None] | None = None
+    if has_keys:
+        keys = [reader.data(size).decode() if size else None for size in reader.column(f"<{n}H")]
+    numbers = reader.column(f"<{2 * n}I")
+    lengths, crcs = numbers[:n], numbers[n:]
+    payload_at = reader.skip(sum(lengths))
+    return Enqueued(
+        queue,
+        first_id,
+        priority,
+        due_ms,
+        max_attempts or None,
+        policy(*retry),
+        None if visibility_ms < 0 else visibility_ms,
+        lengths,
+        (),
+        headers,
+        keys,
+        crcs,
+        payload_at,
+    )
+
+
+def _decode_copied(reader: Reader) -> Copied:
+    _, job_id, queue, state, priority, attempts, token, max_attempts, visibility_ms, *rest = reader.take(_COPIED)
+    enqueued_at_ms, due_ms, deadline_ms, died_at_ms, length, crc = rest[5:]
+    last_error, headers, key = reader.text(), reader.text(), reader.text()
+    return Copied(
+        job_id,
+        queue,
+        state,
+        priority,
+        attempts,
+        token,
+        max_attempts or None,
+        policy(*rest[:5]),
+        None if visibility_ms < 0 else visibility_ms,
+        enqueued_at_ms,
+        due_ms,
+        deadline_ms,
+        died_at_ms,
+        last_error,
+        read_only(json.loads(headers)) if headers else NO_HEADERS,
+        key,
+        length,
+        crc,
+        payload_at=reader.skip(length),
+    )
+
+
+# Snapshots: rare and small, so JSON, which a person can read in a hex dump
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    value = attrs.asdict(snapshot, recurse=False)
+    value["queues"] = [
+        {**attrs.asdict(queue, recurse=False), "config": _config_to_json(queue.config)} for queue in snapshot.queues
+    ]
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def decode_snapshot(data: bytes) -> Snapshot:
+    """Raises ValueError if it is none."""
+    try:
+        value = json.loads(data)
+        queues = [QueueSnapshot(**{**q, "config": _config_from_json(q["config"])}) for q in value.pop("queues")]
+        return Snapshot(queues=queues, **value)
+    except NONSENSE as error:
+        raise ValueError(f"no snapshot: {error!r}") from error
+
+
+def _config_to_json(config: QueueConfig) -> dict[str, Any]:
+    return attrs.asdict(config)
+
+
+def _config_from_json(value: dict[str, Any]) -> QueueConfig:
+    limit = value.pop("rate_limit")
+    retry = RetryPolicy(**value.pop("retry"))
+    return QueueConfig(retry=retry, rate_limit=None if limit is None else RateLimit(**limit), **value)

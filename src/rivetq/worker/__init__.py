@@ -1,0 +1,9 @@
+"""The worker: it leases jobs in batches, runs their tasks in pools, and answers in batches.
+
+What a handler needs (`Retry`, `Snooze`, `Reject`, `current_job`) can be imported from here, too.
+"""
+
+from ..tasks import Reject, Retry, Snooze, current_job
+from .worker import Concurrency, Settled, Worker
+
+__all__ = ["Concurrency", "Reject", "Retry", "Settled", "Snooze", "Worker", "current_job"]

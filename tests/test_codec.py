@@ -16,7 +16,7 @@ from crc32c import crc32c
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.machine.entry import Entry, Spec
 from rivetq.machine.events import (
     Acked,
     Buried,
@@ -37,8 +37,9 @@ from rivetq.machine.events import (
     Retried,
     SegmentsDropped,
 )
+from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED, Queue
 from rivetq.machine.run import Columns, Run
-from rivetq.machine.snapshot import Queue, QueueSnapshot, Snapshot
+from rivetq.machine.snapshot import QueueSnapshot, Snapshot
 from rivetq.model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
 from rivetq.storage.codec import decode_record, decode_snapshot, encode_record, encode_snapshot
 from rivetq.storage.index_values import (

@@ -22,7 +22,7 @@ from rivetq.errors import (
     UsageError,
 )
 from rivetq.machine import decide
-from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry
+from rivetq.machine.entry import Entry
 from rivetq.machine.events import (
     Acked,
     Buried,
@@ -40,6 +40,7 @@ from rivetq.machine.events import (
     Retried,
 )
 from rivetq.machine.machine import Machine
+from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED
 from rivetq.machine.snapshot import Place
 from rivetq.model import QueueConfig, RateLimit, RetryPolicy
 

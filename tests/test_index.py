@@ -13,12 +13,13 @@ import lmdb
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inside import waiting_of
 
 from rivetq import QueueConfig, RateLimit, RetryPolicy, StorageError
-from rivetq.machine.entry import READY
 from rivetq.machine.events import Acked, Enqueued, Event, Leased, QueueConfigured, QueueCreated
 from rivetq.machine.keys import Key
 from rivetq.machine.machine import Machine
+from rivetq.machine.queue import READY
 from rivetq.machine.snapshot import Place
 from rivetq.storage.disk import SystemDisk
 from rivetq.storage.index import MAP_BYTES, Index
@@ -53,13 +54,13 @@ def jobs_in(machine: Machine) -> list[tuple[bytes, bytes | None]]:
 def runs_in(machine: Machine) -> list[tuple[bytes, bytes | None]]:
     """The values of all runs, which get their numbers."""
     values: list[tuple[bytes, bytes | None]] = []
-    for queue in machine.queues.values():
-        for state, window in queue.waiting():
+    for waiting in machine.waiting.values():
+        for state, window in waiting.each():
             for run in window.runs:
                 if not run.number:
                     run.number, machine.next_run = machine.next_run, machine.next_run + 1
                 columns = run.load().picked(slice(run.at, None))
-                value = encode_run(run.number, queue, run.priority, state, columns)
+                value = encode_run(run.number, run.queue, run.priority, state, columns)
                 values.append((run.number.to_bytes(8, "big"), value))
     return values
 
@@ -342,7 +343,7 @@ def test_a_loaded_machine_goes_on_like_the_one_that_was_saved(desk: Desk, limit:
     loaded = desk.loaded()
     for each in (machine, loaded):
         each.advance(6_000)
-        for state, window in each.queues["q"].waiting():
+        for state, window in waiting_of(each, "q").each():
             ids = each.head(window, min(limit, window.count))[0] if state == READY else []
             numbers = list(range(each.next_token, each.next_token + len(ids)))
             if ids:

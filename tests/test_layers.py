@@ -17,7 +17,8 @@ PACKAGE = Path(rivetq.__file__).parent
 ROOMS: dict[str, list[str]] = {
     "words": ["errors", "model", "clock", "histogram", "engine"],
     "machine": [
-        "__init__", "backoff", "ratelimit", "events", "entry", "run", "window", "keys", "snapshot", "machine", "decide",
+        "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
+        "machine", "decide",
     ],
     "storage": [
         "__init__", "disk", "lock", "fields", "codec", "index_values", "record", "segment", "log", "index", "recovery",

@@ -14,14 +14,14 @@ from typing import Any
 
 import lmdb
 import pytest
-from inside import inside
+from inside import inside, waiting_of
 
 import rivetq.engines.local
 from rivetq import Broker, LeaseLostError, LeaseRef, QueueFullError, RateLimit, RetryPolicy, UsageError
 from rivetq.engine import Enqueue
 from rivetq.engines.local import LocalEngine
 from rivetq.machine import decide
-from rivetq.machine.entry import LEASED, READY
+from rivetq.machine.queue import LEASED, READY
 from rivetq.machine.run import RUN_JOBS
 from rivetq.storage import index_values as values
 from rivetq.storage.index import Index
@@ -907,7 +907,7 @@ def test_what_single_looks_read_does_not_stay_in_memory(tmp_path: Path) -> None:
         for _ in range(300):
             broker.enqueue_many("q", [b""] * 1024)
     with Broker(tmp_path / "q", fsync="never") as broker:
-        window = inside(broker)._machine.queues["q"].window(READY, 5)
+        window = waiting_of(inside(broker)._machine, "q").window(READY, 5)
         for job_id in range(500, 300 * 1024, 1024):
             assert broker.get(job_id) is not None
         end = time.monotonic() + 20
@@ -923,7 +923,7 @@ def test_what_is_read_while_runs_are_put_away_is_put_away_the_next_time(
         for _ in range(300):
             broker.enqueue_many("q", [b""] * 1024)
     with Broker(tmp_path / "q", fsync="never") as broker:
-        window = inside(broker)._machine.queues["q"].window(READY, 5)
+        window = waiting_of(inside(broker)._machine, "q").window(READY, 5)
         slices, meanwhile = LocalEngine._slices, iter([range(150 * 1024 + 500, 300 * 1024, 1024)])
 
         def reading(self: LocalEngine, items: Any) -> Any:

@@ -11,8 +11,9 @@ import attrs
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from inside import waiting_of
 
-from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.machine.entry import Entry, Spec
 from rivetq.machine.events import (
     Acked,
     Buried,
@@ -35,9 +36,11 @@ from rivetq.machine.events import (
 )
 from rivetq.machine.keys import Key
 from rivetq.machine.machine import NEVER_MS, RIPE_JOBS, Machine
+from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED, Queue
 from rivetq.machine.ratelimit import TokenBucket
 from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
-from rivetq.machine.snapshot import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Queue, Snapshot
+from rivetq.machine.snapshot import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Snapshot
+from rivetq.machine.waiting import Waiting
 from rivetq.machine.window import Window
 from rivetq.model import NO_HEADERS, QueueConfig, QueueStats, RateLimit, RetryPolicy, read_only
 
@@ -109,13 +112,19 @@ class Bench:
         return entry
 
     def states(self, name: str = "mail") -> dict[str, list[int]]:
-        queue = self.machine.queues[name]
+        leased, waiting = sorted(self.machine.queues[name].leased), waiting_of(self.machine, name)
         found = {"ready": READY, "scheduled": SCHEDULED, "leased": LEASED, "dead": DEAD}
-        return {text: ids for text, state in found.items() if (ids := queue.ids(state))}
+        each = {text: leased if state == LEASED else waiting.ids(state) for text, state in found.items()}
+        return {text: ids for text, ids in each.items() if ids}
 
     @property
     def mail(self) -> Queue:
         return self.machine.queues["mail"]
+
+    @property
+    def lines(self) -> Waiting:
+        """Who waits in `mail`."""
+        return waiting_of(self.machine, "mail")
 
 
 def enqueued(
@@ -195,7 +204,7 @@ def test_ready_jobs_are_found_by_priority_and_then_by_id() -> None:
     bench = Bench()
     for priority in (5, 9, 0, 9):
         bench.enqueue(priority=priority)
-    windows = [window for window in reversed(bench.mail.ready) if window]
+    windows = [window for window in reversed(bench.lines.ready) if window]
     assert [bench.machine.head(window, 9)[0] for window in windows] == [[2, 4], [1], [3]]
     assert bench.listed(READY, after=1) == [2, 3, 4]
 
@@ -942,15 +951,15 @@ def save(machine: Machine, shelf: Shelf) -> None:
 
 
 def runs_of(machine: Machine) -> list[Run]:
-    return [run for queue in machine.queues.values() for _, window in queue.waiting() for run in window.runs]
+    return [run for waiting in machine.waiting.values() for _, window in waiting.each() for run in window.runs]
 
 
 def put_away(machine: Machine, shelf: Shelf) -> None:
     save(machine, shelf)
     for run in runs_of(machine):
         run.put_away(shelf)
-    for queue in machine.queues.values():
-        for _, window in queue.waiting():
+    for waiting in machine.waiting.values():
+        for _, window in waiting.each():
             window.opens.clear()
 
 
@@ -1031,7 +1040,7 @@ def test_a_job_in_the_index_that_was_put_into_a_run_is_to_be_removed_whatever_be
         for entry in bench.machine.jobs.values():
             entry.indexed = True
         changes_of(bench.machine)
-        assert bench.machine.pack(READY, bench.mail.ready[5] or Window(), 10)
+        assert bench.machine.pack(READY, bench.lines.ready[5] or Window(), 10)
         bench.machine.check()
         if end == "ack":
             bench.lease(1, 2)
@@ -1316,7 +1325,7 @@ def test_a_scheduled_run_that_is_loaded_falls_due_at_its_moment() -> None:
     assert again.next_wakeup_ms() == NOW + 500
     again.advance(NOW + 500)
     again.check()
-    assert again.queues["mail"].ids(READY) == [1, 2, 3]
+    assert waiting_of(again, "mail").ids(READY) == [1, 2, 3]
 
 
 # Runs
@@ -1343,7 +1352,7 @@ def test_a_batch_fills_the_open_run_and_goes_on_in_new_ones() -> None:
         bench = Bench()
         bench.enqueue(3)
         bench.enqueue(7, keys=["a", None, "c", None, "e", None, "g"], length=20)
-        assert cells(bench.mail.ready[5]) == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
+        assert cells(bench.lines.ready[5]) == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
     jobs = [bench.job(i) for i in range(4, 11)]
     assert [e.offset for e in jobs] == [1040 + 20 * i for i in range(7)]
     assert [e.crc for e in jobs] == list(range(1000, 1007))
@@ -1355,7 +1364,7 @@ def test_a_batch_that_is_kept_in_memory_is_divided_with_its_payloads() -> None:
     with small(4):
         bench = Bench(keep_payloads=True)
         bench.enqueue(6, length=2)
-        assert cells(bench.mail.ready[5]) == [[1, 2, 3, 4], [5, 6]]
+        assert cells(bench.lines.ready[5]) == [[1, 2, 3, 4], [5, 6]]
     assert [bench.job(i).payload for i in range(1, 7)] == [b"AA", b"BB", b"CC", b"DD", b"EE", b"FF"]
 
 
@@ -1372,7 +1381,7 @@ def test_jobs_whose_ids_were_told_long_before_find_their_place(due: int, keep_pa
     assert entry.payload == (b"B" * 10 if keep_payloads else None)
     assert entry.spec is bench.job(11).spec
     bench.apply(at=NOW + 50)
-    window = bench.mail.ready[5]
+    window = bench.lines.ready[5]
     assert window is not None
     assert bench.machine.head(window, 9)[0] == [11, 12, 31, 32, 41, 42, 51, 52, 101]
 
@@ -1382,7 +1391,7 @@ def test_what_comes_out_of_order_while_the_open_runs_are_full_begins_a_run() -> 
         bench = Bench()
         for first_id in (101, 51, 31, 11):
             bench.apply(enqueued(first_id, 2))
-        assert cells(bench.mail.ready[5]) == [[11, 12], [31, 32], [51, 52], [101, 102]]
+        assert cells(bench.lines.ready[5]) == [[11, 12], [31, 32], [51, 52], [101, 102]]
 
 
 def test_a_lease_takes_from_the_head_of_overlapping_runs_and_loose_jobs() -> None:
@@ -1391,7 +1400,7 @@ def test_a_lease_takes_from_the_head_of_overlapping_runs_and_loose_jobs() -> Non
         for first_id in (10, 1, 4, 20):
             bench.apply(enqueued(first_id, 3))
         bench.loosen(11)
-        window = bench.mail.ready[5]
+        window = bench.lines.ready[5]
         assert window is not None
         ids, attempts, visibilities = bench.machine.head(window, 8)
         assert (ids, attempts, visibilities) == ([1, 2, 3, 4, 5, 6, 10, 11], [0] * 8, [None] * 8)
@@ -1417,7 +1426,7 @@ def test_a_run_becomes_ready_as_a_whole_or_in_two_parts() -> None:
     for due, count in ((100, 3), (200, 2), (300, 1)):
         bench.enqueue(count, due=NOW + due)
     bench.apply(at=NOW + 100)
-    assert (cells(bench.mail.ready[5]), cells(bench.mail.scheduled[5])) == ([[1, 2, 3]], [[4, 5, 6]])
+    assert (cells(bench.lines.ready[5]), cells(bench.lines.scheduled[5])) == ([[1, 2, 3]], [[4, 5, 6]])
     bench.apply(at=NOW + 250)
     assert bench.states() == {"ready": [1, 2, 3, 4, 5], "scheduled": [6]}
     bench.apply(at=NOW + 300)
@@ -1428,18 +1437,18 @@ def test_a_run_becomes_ready_as_a_whole_or_in_two_parts() -> None:
 def test_jobs_that_fall_due_in_another_order_than_that_of_their_ids_are_ready_by_id() -> None:
     bench = Bench()
     bench.apply(enqueued(5, 2, due=NOW + 10), enqueued(1, 2, due=NOW + 20), enqueued(3, due=NOW + 30))
-    assert cells(bench.mail.scheduled[5]) == [[5, 6, 1, 2, 3]]
+    assert cells(bench.lines.scheduled[5]) == [[5, 6, 1, 2, 3]]
     bench.apply(at=NOW + 40)
-    assert cells(bench.mail.ready[5]) == [[1, 2, 3, 5, 6]]
+    assert cells(bench.lines.ready[5]) == [[1, 2, 3, 5, 6]]
 
 
 def test_jobs_that_came_one_by_one_and_fall_due_in_another_order_are_ready_by_id() -> None:
     bench = Bench()
     bench.apply(enqueued(5, due=NOW + 10), enqueued(1, due=NOW + 20), enqueued(3, due=NOW + 30))
-    assert cells(bench.mail.scheduled[5]) == [[5, 1, 3]]
+    assert cells(bench.lines.scheduled[5]) == [[5, 1, 3]]
     changes_of(bench.machine)
     bench.apply(at=NOW + 25)
-    assert (cells(bench.mail.ready[5]), cells(bench.mail.scheduled[5])) == ([[1, 5]], [[3]])
+    assert (cells(bench.lines.ready[5]), cells(bench.lines.scheduled[5])) == ([[1, 5]], [[3]])
     assert changes_of(bench.machine) == (set(), {1, 3, 5})
 
 
@@ -1480,7 +1489,7 @@ def test_loose_jobs_are_put_into_a_run_but_for_the_head() -> None:
         before = bench.machine.dump()
         assert bench.machine.crowded(9) == []
         ((state, window),) = bench.machine.crowded(8)
-        assert (state, window) == (READY, bench.mail.ready[5])
+        assert (state, window) == (READY, bench.lines.ready[5])
         more = [bench.machine.pack(state, window, 10) for _ in range(4)]
         bench.machine.check()
         assert more == [True, True, True, False]
@@ -1502,7 +1511,7 @@ def test_scheduled_and_dead_jobs_too_are_put_into_runs() -> None:
         for state, window in bench.machine.crowded(0):
             assert bench.machine.pack(state, window, 10)
         bench.machine.check()
-        assert (cells(bench.mail.scheduled[5]), cells(bench.mail.dead[5])) == ([[3, 2, 1]], [[4, 5]])
+        assert (cells(bench.lines.scheduled[5]), cells(bench.lines.dead[5])) == ([[3, 2, 1]], [[4, 5]])
         assert (bench.machine.dump(), set(bench.machine.jobs)) == (before, {6})
         bench.apply(Redriven([5]))
         assert bench.states() == {"ready": [5], "scheduled": [1, 2, 3], "leased": [6], "dead": [4]}
@@ -1545,7 +1554,7 @@ def test_many_copies_in_order_become_a_run_again_and_others_find_their_place() -
     for job_id in (11, 12, 21, 22, 5, 6, 7, 13, 1, 2, 14, 23):
         bench.mail.enqueued += 1
         bench.apply(copied(source.job(job_id)))
-    assert cells(bench.mail.ready[5]) == [[5, 6, 7, 13, 14], [11, 12, 21, 22, 23]]
+    assert cells(bench.lines.ready[5]) == [[5, 6, 7, 13, 14], [11, 12, 21, 22, 23]]
     assert bench.machine.jobs.keys() == {1, 2}
     assert bench.states() == {"ready": [1, 2, 5, 6, 7, 11, 12, 13, 14, 21, 22, 23]}
 
@@ -1589,7 +1598,7 @@ def test_a_purge_after_its_segment_was_dropped_subtracts_nothing() -> None:
     machine.apply(SegmentsDropped(1), NOW, Place(2, 0, 9))
     machine.apply(Purged(MAIL, [1, 3]), NOW, Place(2, 0, 10))
     assert machine.live_bytes() == {}
-    assert machine.queues["mail"].ids(READY) == [2]
+    assert waiting_of(machine, "mail").ids(READY) == [2]
 
 
 def test_jobs_are_looked_for_quicker_where_queue_and_priority_are_known() -> None:
@@ -1776,7 +1785,7 @@ def test_leased_jobs_too_are_listed_by_id() -> None:
     bench = Bench()
     bench.enqueue(16)
     bench.lease(16, 9)  # a set of these two does not come in this order by itself
-    assert bench.mail.ids(LEASED) == bench.listed(LEASED) == [9, 16]
+    assert sorted(bench.mail.leased) == bench.listed(LEASED) == [9, 16]
 
 
 def test_a_queue_counts_what_takes_a_place_in_it() -> None:
@@ -1819,7 +1828,7 @@ def damage_leased(bench: Bench) -> None:
 
 
 def damage_two_sets(bench: Bench) -> None:
-    window = bench.mail.window(DEAD, 5)
+    window = bench.lines.window(DEAD, 5)
     bench.loosen(1)
     window.add(1)
 
@@ -1834,8 +1843,8 @@ def damage_other_queue(bench: Bench) -> None:
 
 def damage_other_priority(bench: Bench) -> None:
     entry = bench.loosen(1)
-    bench.mail.window(READY, 5).discard(1)
-    bench.mail.window(READY, 4).add(entry.id)
+    bench.lines.window(READY, 5).discard(1)
+    bench.lines.window(READY, 4).add(entry.id)
 
 
 def damage_totals(bench: Bench) -> None:
@@ -1887,12 +1896,12 @@ def damage_live(bench: Bench) -> None:
 
 
 def damage_window(bench: Bench) -> None:
-    bench.mail.window(READY, 5).count += 1
+    bench.lines.window(READY, 5).count += 1
     bench.mail.counts[READY] += 1
 
 
 def damage_run(bench: Bench) -> None:
-    columns = bench.mail.window(READY, 5).runs[0].load()
+    columns = bench.lines.window(READY, 5).runs[0].load()
     columns.ids[0], columns.ids[1] = columns.ids[1], columns.ids[0]
 
 
@@ -2020,9 +2029,8 @@ class Writer:
         """The most urgent jobs of a queue, and where they wait."""
         ids: list[int] = []
         places: list[tuple[int, int, int]] = []
-        queue = self.machine.numbers[number]
         for priority in range(9, -1, -1):
-            window = queue.ready[priority]
+            window = self.machine.waiting[number].ready[priority]
             if window and len(ids) < count:
                 here = self.machine.head(window, count - len(ids))[0]
                 ids += here
@@ -2137,8 +2145,8 @@ def same_state(found: Machine, expected: Machine) -> None:
     assert found.next_id == max(expected.next_id, expected.reserved_id)
     assert found.next_wakeup_ms() == expected.next_wakeup_ms()
     for queue in expected.queues.values():
-        windows = found.queues[queue.name].ready
-        for one, other in zip(queue.ready, windows, strict=True):
+        windows = [waiting_of(machine, queue.name).ready for machine in (expected, found)]
+        for one, other in zip(*windows, strict=True):
             assert (expected.head(one, 1000)[0] if one else []) == (found.head(other, 1000)[0] if other else [])
 
 
@@ -2294,7 +2302,7 @@ class Keeper:
         assert changes is not None
         for run in runs:
             if run.left and run.number and run.columns is not None and run not in changes.runs:
-                window = run.queue.window(run.state, run.priority)
+                window = self.writer.machine.waiting[run.queue.number].window(run.state, run.priority)
                 if run not in window.opens and run not in window.runs[:1]:
                     run.put_away(self.shelf)
 
@@ -2426,7 +2434,7 @@ def test_a_redrive_takes_dead_letters_of_one_queue_out_of_their_runs(loose: tupl
             job = bench.job(job_id)
             assert (job.attempts, job.died_at_ms, job.due_ms, job.key) == (0, 0, 0, f"k{job_id - 1}")
             assert job.token, "tokens go on above this one"
-        assert bench.machine.head(bench.mail.window(READY, 2), 9)[0] == [2, 8, 12]
+        assert bench.machine.head(bench.lines.window(READY, 2), 9)[0] == [2, 8, 12]
         bench.apply(Redriven(list(range(1, 13))))  # of some that are ready already: as a replay may meet it
         assert bench.states()["ready"] == list(range(1, 13))
 
@@ -2507,7 +2515,7 @@ def test_ids_and_jobs_are_read_in_parts_as_far_as_they_are_there() -> None:
             for job_id in (5, 6):
                 bench.loosen(job_id)
             machine = bench.machine
-        (run,) = bench.mail.window(READY, 5).runs
+        (run,) = bench.lines.window(READY, 5).runs
         assert [entry.id for entry in machine.listed("mail", run, [2, 5, 77])] == [2, 5]
         assert list(machine.listed("unknown", None, [1])) == []
 

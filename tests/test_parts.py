@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inside import inside
+from inside import inside, waiting_of
 
 import rivetq.engines.live
 from rivetq import Broker, BrokerClosedError, JobNotFoundError, JobState, RetryPolicy, StorageError
@@ -288,7 +288,7 @@ def test_a_job_that_changes_while_a_listing_goes_on_is_there_once(
                 broker.nack(lease)
                 monkeypatch.setattr(engine, "_look", changing)
             else:
-                window = engine._machine.queues["q"].windows(1)[0]
+                window = waiting_of(engine._machine, "q").windows(1)[0]
                 with engine._lock:
                     engine._machine.pack(1, window, 100)
         return value

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rivetq.machine.entry import DEAD, LEASED, READY, SCHEDULED, Entry, Spec
+from rivetq.machine.entry import Entry, Spec
+from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED, Queue
 from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
-from rivetq.machine.snapshot import Queue
 from rivetq.model import NO_HEADERS, RetryPolicy
 
 QUEUE = Queue(1, "mail")

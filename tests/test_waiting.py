@@ -12,7 +12,7 @@ from simulation import ViolationError
 from rivetq import Broker, RateLimit
 from rivetq.engines.live import LiveEngine
 from rivetq.machine.machine import Machine
-from rivetq.machine.snapshot import NEVER_MS, Queue
+from rivetq.machine.queue import NEVER_MS, Queue
 from rivetq.testing import ManualClock
 
 

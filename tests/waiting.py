@@ -288,7 +288,7 @@ class History:
                 or (queue.bucket is not None and not queue.bucket.available(now_ms))
             ):
                 continue
-            for window in queue.scheduled:
+            for window in machine.waiting[queue.number].scheduled:
                 first = None if window is None else window.first()
                 if first is not None and first[0] + machine.grain_ms <= now_ms:
                     return f"job {first[1]} of {name} was due {now_ms - first[0]} ms ago"

@@ -32,11 +32,12 @@ from ..errors import (
 )
 from ..histogram import Histogram
 from ..machine import decide
-from ..machine.entry import DEAD, READY, SCHEDULED, STATES, Entry
+from ..machine.entry import Entry
 from ..machine.events import Event, Leased, Purged, Redriven
 from ..machine.machine import RUNS_AT_ONCE, Machine
+from ..machine.queue import DEAD, NEVER_MS, READY, SCHEDULED, STATES, Queue
 from ..machine.run import Run
-from ..machine.snapshot import NEVER_MS, Place, Queue
+from ..machine.snapshot import Place
 from ..model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, Settler, moment
 from .notifier import Notifier, Tell
 
@@ -374,7 +375,7 @@ class LiveEngine:
 
         def begin(now_ms: int) -> tuple[list[tuple[int, Run | None]], list[Run]]:
             queue = machine.queues.get(name)
-            windows = [] if queue is None else queue.windows(state)
+            windows = [] if queue is None else machine.waiting[queue.number].windows(state)
             loose = [key[1] if window.by_due else key for window in windows for key in window.loose]
             return [(i, None) for i in loose if i > after], [run for each in windows for run in each.runs if in_runs]
 

@@ -27,7 +27,7 @@ from ..engine import Backup, Capabilities, FsyncMode
 from ..errors import DiskFullError, ForkedBrokerError, StorageError, UsageError
 from ..histogram import Histogram
 from ..machine import decide
-from ..machine.entry import LEASED, Entry
+from ..machine.entry import Entry
 from ..machine.events import (
     Acked,
     Buried,
@@ -46,6 +46,7 @@ from ..machine.events import (
     SegmentsDropped,
 )
 from ..machine.machine import Machine
+from ..machine.queue import LEASED
 from ..machine.run import Columns, Run
 from ..machine.snapshot import Changes, Place
 from ..model import Health
@@ -653,7 +654,7 @@ class LocalEngine(LiveEngine):
         machine = self._machine
         self._runs_read = self._index.reads  # first: what is read meanwhile is put away the next time
         with self._lock:
-            windows = [window for queue in machine.queues.values() for _, window in queue.waiting()]
+            windows = [window for waiting in machine.waiting.values() for _, window in waiting.each()]
         loaded: list[Run] = []
         for window in windows:
             with self._lock:

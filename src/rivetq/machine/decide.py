@@ -15,7 +15,7 @@ from ..engine import Ack, Enqueue, Extend, KeyStands, Nack, Operation, Reject, R
 from ..errors import DuplicateJobError, JobNotFoundError, LeaseLostError, QueueFullError, RateLimitedError, UsageError
 from ..model import NO_HEADERS, JobId, QueueConfig, RetryPolicy, quoted
 from .backoff import retry_delay_ms
-from .entry import DEAD, LEASED, READY, SCHEDULED, STATES, Entry
+from .entry import Entry
 from .events import (
     Acked,
     Buried,
@@ -34,7 +34,7 @@ from .events import (
     Retried,
 )
 from .machine import Machine
-from .snapshot import PRIORITIES, Queue
+from .queue import DEAD, LEASED, PRIORITIES, READY, SCHEDULED, STATES, Queue
 
 SKEW_MS = 2
 """The time line and the wall clock differ by so much from rounding alone."""
@@ -232,7 +232,7 @@ def lease(
         for priority in range(PRIORITIES - 1, -1, -1):
             if room <= 0:
                 break
-            window = queue.ready[priority]
+            window = machine.waiting[queue.number].ready[priority]
             if window is None or not window.count:
                 continue
             wanted = room
@@ -352,7 +352,7 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
     """Dead letters to bring back, lowest ids first."""
     queue = machine.queues.get(name)
     if job_ids is None:
-        ids = [] if queue is None else queue.ids(DEAD)[:limit]
+        ids = [] if queue is None else machine.waiting[queue.number].ids(DEAD)[:limit]
     else:
         ids = sorted(set(job_ids))
         for job_id in ids:

@@ -6,15 +6,9 @@ Jobs that only wait have no object: see `run`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from ..model import JobState, RetryPolicy
-
-if TYPE_CHECKING:
-    from .snapshot import Queue
-
-READY, SCHEDULED, LEASED, DEAD = range(4)
-STATES = (JobState.READY, JobState.SCHEDULED, JobState.LEASED, JobState.DEAD)
+from ..model import RetryPolicy
+from .queue import READY, Queue
 
 
 class Spec:

@@ -23,7 +23,7 @@ from typing import Any, assert_never
 import attrs
 
 from ..model import Deliveries, QueueStats
-from .entry import DEAD, LEASED, READY, SCHEDULED, STATES, Entry, Spec
+from .entry import Entry, Spec
 from .events import (
     Acked,
     Buried,
@@ -45,20 +45,11 @@ from .events import (
     SegmentsDropped,
 )
 from .keys import Key, Keys
+from .queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, STATES, Queue
 from .ratelimit import TokenBucket
 from .run import PAYLOAD_BYTES, RUN_JOBS, Columns, Run
-from .snapshot import (
-    COPY_BYTES,
-    JOB_BYTES,
-    KEY_BYTES,
-    NEVER_MS,
-    RECORD_BYTES,
-    Changes,
-    Place,
-    Queue,
-    QueueSnapshot,
-    Snapshot,
-)
+from .snapshot import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, QueueSnapshot, Snapshot
+from .waiting import Waiting
 from .window import Window
 
 RIPE_JOBS = 5000
@@ -82,6 +73,7 @@ class Machine:
         self.jobs: dict[int, Entry] = {}  # the loose ones: leased, come back, or otherwise not in a run
         self.queues: dict[str, Queue] = {}
         self.numbers: dict[int, Queue] = {}
+        self.waiting: dict[int, Waiting] = {}  # by the numbers of the queues
         self.keys = Keys()
         self.next_id = 1
         self.reserved_id = 1
@@ -151,10 +143,10 @@ class Machine:
 
     def _ripen(self, queue: Queue, priority: int, now_ms: int, room: int) -> int:
         """Make the due jobs of one window ready; whole runs at a time where that goes. How many single ones moved."""
-        window = queue.scheduled[priority]
+        window = self.waiting[queue.number].scheduled[priority]
         if window is None:
             return 0
-        ready = queue.window(READY, priority)
+        ready = self.waiting[queue.number].window(READY, priority)
         moved = before = window.count
         while window.runs and window.runs[0].head[0] <= now_ms:  # in any order: all of them go
             run = window.runs[0]
@@ -199,7 +191,7 @@ class Machine:
         while due:
             due_ms, number, priority = due[0]
             queue = self.numbers.get(number)
-            window = None if queue is None else queue.scheduled[priority]
+            window = None if queue is None else self.waiting[queue.number].scheduled[priority]
             first = None if window is None else window.first()
             if first is not None and first[0] == due_ms:
                 return due_ms + self.grain_ms
@@ -246,7 +238,7 @@ class Machine:
         self._due = [
             (window.first()[0], queue.number, priority)
             for queue in self.queues.values()
-            for priority, window in enumerate(queue.scheduled)
+            for priority, window in enumerate(self.waiting[queue.number].scheduled)
             if window is not None and window.count
         ]
         heapq.heapify(self._due)
@@ -333,7 +325,7 @@ class Machine:
             case QueueRemoved():
                 gone = self.numbers.get(event.number)
                 if gone is not None and not any(gone.counts):  # in a salvaged log it may still hold something
-                    del self.numbers[event.number], self.queues[gone.name]
+                    del self.numbers[event.number], self.waiting[event.number], self.queues[gone.name]
                     self.woken.discard(gone.name)
             case QueueConfigured():
                 queue = self.numbers[event.queue]
@@ -357,12 +349,12 @@ class Machine:
         queue = self.numbers[event.queue]
         count, first_id, lengths = len(event.lengths), event.first_id, event.lengths
         if count == 1 and first_id >= self.next_id and event.keys is None and event.due_ms <= now_ms:
-            window = queue.ready[event.priority]
+            window = self.waiting[queue.number].ready[event.priority]
             if window is not None and (run := window.open_for(first_id)) is not None:
                 self._enqueue_next(event, queue, window, run, now_ms, place)
                 return
         state = SCHEDULED if event.due_ms > now_ms else READY
-        window = queue.window(state, event.priority)
+        window = self.waiting[queue.number].window(state, event.priority)
         overhead = RECORD_BYTES // count + JOB_BYTES
         offset, segment = place.body_offset + event.payload_at, place.segment
         keep = self._keep_payloads or (self._cache_bytes > 0 and bool(event.payloads))
@@ -542,7 +534,7 @@ class Machine:
 
     def _lease_from(self, queue: Queue, priority: int, ids: Sequence[int], entries: list[Entry | None]) -> None:
         """Add the jobs of these ids to `entries`; those in a run become objects. Usually they are the head of one."""
-        window = queue.window(READY, priority)
+        window = self.waiting[queue.number].window(READY, priority)
         jobs, at, n = self.jobs, 0, len(ids)
         while at < n:
             job_id = ids[at]
@@ -591,7 +583,7 @@ class Machine:
             if self._loosen(ids[0], (queue,)) is not None:
                 self._remove(ids)
             return
-        for state, window in list(queue.waiting()):
+        for state, window in list(self.waiting[queue.number].each()):
             for _, gone in self._extract(window, ids):
                 queue.counts[state] -= len(gone)
                 for segment, size in gone.live().items():
@@ -629,7 +621,7 @@ class Machine:
             return
         low, high = min(left), max(left)
         for queue in list(self.queues.values()):
-            for window in queue.windows(DEAD):
+            for window in self.waiting[queue.number].windows(DEAD):
                 if not window.around(low, high):
                     continue
                 if len(left) < FEW_JOBS:
@@ -640,7 +632,7 @@ class Machine:
                 for run, columns in self._extract(window, left):
                     columns.start_anew()
                     again = Run(queue, run.priority, columns, READY)
-                    queue.window(READY, run.priority).insert(again)
+                    self.waiting[queue.number].window(READY, run.priority).insert(again)
                     self._touch(again, again.left)
                     queue.counts[DEAD] -= again.left
                     queue.counts[READY] += again.left
@@ -714,7 +706,7 @@ class Machine:
     ) -> tuple[int, Window, Run, int] | None:
         """State, window, run and cell of a job that is in a run of one of these queues."""
         for queue in queues:
-            for each, window in queue.waiting(priority):
+            for each, window in self.waiting[queue.number].each(priority):
                 if window.runs and (state is None or state == each) and (found := window.find(job_id)) is not None:
                     return each, window, *found
         return None
@@ -754,7 +746,7 @@ class Machine:
         """Which jobs of a queue and priority with ids in this range there still are."""
         found = {i for i in range(first_id, last_id + 1) if i in self.jobs}
         for queue in self._numbered(number):
-            for _, window in queue.waiting(priority):
+            for _, window in self.waiting[queue.number].each(priority):
                 for run in window.around(first_id, last_id):
                     found.update(run.between(first_id, last_id))
         return found
@@ -780,7 +772,7 @@ class Machine:
 
     def _line_up(self, entry: Entry) -> None:
         queue, priority = entry.queue, entry.spec.priority
-        window = queue.window(entry.state, priority)
+        window = self.waiting[queue.number].window(entry.state, priority)
         if window.by_due:
             key = (entry.due_ms, entry.id)
             window.add(key)
@@ -797,7 +789,7 @@ class Machine:
             queue.leased.discard(entry.id)
             self._leased -= 1
         else:
-            queue.window(state, entry.spec.priority).discard(
+            self.waiting[queue.number].window(state, entry.spec.priority).discard(
                 (entry.due_ms, entry.id) if state == SCHEDULED else entry.id
             )
 
@@ -851,7 +843,7 @@ class Machine:
             return
         if state != DEAD:
             state = SCHEDULED if entry.due_ms > now_ms else READY
-        window = entry.queue.window(state, entry.spec.priority)
+        window = self.waiting[entry.queue.number].window(state, entry.spec.priority)
         key = (entry.due_ms, entry.id) if window.by_due else entry.id
         run = None if entry.indexed else window.open_for(key)
         if entry.indexed or (run is None and len(window.opens) > 1 and not window.opens[0].is_full):
@@ -878,6 +870,7 @@ class Machine:
     def _add_queue(self, queue: Queue) -> None:
         self.queues[queue.name] = queue
         self.numbers[queue.number] = queue
+        self.waiting[queue.number] = Waiting()
         self.next_queue = max(self.next_queue, queue.number + 1)
 
     def _wake(self, queue: Queue) -> None:
@@ -929,7 +922,7 @@ class Machine:
         return [
             (state, window)
             for queue in self.queues.values()
-            for state, window in queue.waiting()
+            for state, window in self.waiting[queue.number].each()
             if len(window.loose) > FEW_JOBS
         ]
 
@@ -989,7 +982,7 @@ class Machine:
         """A run of the index, its columns still there; `live`: bytes per segment."""
         self.next_run = max(self.next_run, run.number + 1)
         run.queue.counts[run.state] += run.left
-        window = run.queue.window(run.state, run.priority)
+        window = self.waiting[run.queue.number].window(run.state, run.priority)
         window.insert(run)
         if window.by_due:
             self._expect_due(window, run.head, run.queue, run.priority)
@@ -1072,7 +1065,7 @@ class Machine:
         """
         ids: list[int] = []
         runs_read = 0
-        windows = [window for state, window in queue.waiting() if state in states]
+        windows = [window for state, window in self.waiting[queue.number].each() if state in states]
         for window in windows:
             for run in window.runs:
                 if run.low >= below_id:
@@ -1154,7 +1147,7 @@ class Machine:
 
     def _oldest_ready_ms(self, queue: Queue) -> int | None:
         firsts: list[int] = []
-        for window in queue.windows(READY):
+        for window in self.waiting[queue.number].windows(READY):
             run, start, _ = next(window.walk())
             firsts.append(self.jobs[window.loose[start]].enqueued_at_ms if run is None else run.load().times[start])
         return min(firsts, default=None)
@@ -1168,7 +1161,7 @@ class Machine:
         if state is None or state == LEASED:
             ids = heapq.nsmallest(limit, (i for i in queue.leased if i > after))
             found += map(self.jobs.__getitem__, ids)
-        for each, window in queue.waiting():
+        for each, window in self.waiting[queue.number].each():
             if state in (None, each) and (by_due or not window.by_due):
                 cells = self._by_due(window, after, limit) if window.by_due else window.walk(after)
                 found += self._stretch(queue, each, window, cells, limit)
@@ -1207,7 +1200,7 @@ class Machine:
         """All jobs, in no order; for dumps and checks."""
         yield from list(self.jobs.values())
         for queue in self.queues.values():
-            for state, window in queue.waiting():
+            for state, window in self.waiting[queue.number].each():
                 for run in window.runs:
                     columns, at = run.peek()
                     yield from columns.entries(at, len(columns), queue, state)
@@ -1246,7 +1239,8 @@ class Machine:
             accounted = sum(queue.counts) + ended
             assert queue.enqueued == accounted, f"queue {queue.name!r}: {queue.enqueued} in, {accounted} accounted for"
             loose.update(dict.fromkeys(queue.leased, LEASED))
-            for state, windows in ((READY, queue.ready), (SCHEDULED, queue.scheduled), (DEAD, queue.dead)):
+            waiting = self.waiting[queue.number]
+            for state, windows in ((READY, waiting.ready), (SCHEDULED, waiting.scheduled), (DEAD, waiting.dead)):
                 for priority, window in enumerate(windows):
                     if window is None:
                         continue

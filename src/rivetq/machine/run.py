@@ -16,12 +16,10 @@ from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from .entry import READY, SCHEDULED, Entry, Spec
-
-if TYPE_CHECKING:
-    from .snapshot import Queue
+from .entry import Entry, Spec
+from .queue import READY, SCHEDULED, Queue
 
 RUN_JOBS = 1024
 """Long enough that a backlog of ten millions is ten thousand runs, short enough to be read in a moment."""

@@ -16,9 +16,9 @@ from typing import Any
 
 from crc32c import crc32c
 
-from ..machine.entry import DEAD, READY, SCHEDULED, Entry, Spec
+from ..machine.entry import Entry, Spec
+from ..machine.queue import DEAD, READY, SCHEDULED, Queue
 from ..machine.run import Columns, Run, Shelf
-from ..machine.snapshot import Queue
 from ..model import NO_HEADERS, read_only
 from .fields import COUNT, NONSENSE, Reader, policy, spec_numbers, text_bytes
 

@@ -19,7 +19,7 @@ from crc32c import crc32c
 from ..clock import Clock
 from ..engines.local import LocalEngine, copied
 from ..errors import CorruptLogError, StorageError
-from ..machine.entry import STATES, Entry
+from ..machine.entry import Entry
 from ..machine.events import (
     Acked,
     Buried,
@@ -34,6 +34,7 @@ from ..machine.events import (
     Retried,
 )
 from ..machine.machine import Machine
+from ..machine.queue import STATES
 from ..machine.snapshot import Place, Snapshot
 from ..storage.backup import under_another_name
 from ..storage.codec import decode_record, decode_snapshot, encode_snapshot

@@ -426,21 +426,21 @@ BUGS = (
     ),
     Bug(
         "last reason wins",
-        "tasks/app.py",
+        "tasks/current.py",
         "        if not self._is_cancelled:\n            self.reason = reason\n            self._is_cancelled = True\n",
         "        self.reason = reason\n        self._is_cancelled = True\n",
         "test_tasks.py::test_the_first_reason_for_a_cancellation_stays",
     ),
     Bug(
         "cancellation wakes nobody",
-        "tasks/app.py",
+        "tasks/current.py",
         "        if (event := self._cancelled) is not None:\n            event.set()\n",
         "",
         "test_tasks.py::test_who_waits_for_a_cancellation_is_woken_and_who_comes_later_does_not_wait",
     ),
     Bug(
         "handler is over and still current",
-        "tasks/app.py",
+        "tasks/current.py",
         "    finally:\n        _current.reset(token)\n",
         "    finally:\n        pass\n",
         "test_tasks.py::test_behind_a_handler_there_is_no_current_job_and_behind_one_in_another_that_one",
@@ -612,7 +612,7 @@ BUGS = (
     ),
     Bug(
         "swallowed error is an ack",
-        "worker/pools.py",
+        "tasks/running.py",
         "    if failures:\n        raise failures[0]\n    return value\n\n\n_copies = 0",
         "    return value\n\n\n_copies = 0",
         "test_pools.py::test_a_hook_that_swallows_what_the_handler_raised_makes_no_ack[error-sync]",
@@ -663,7 +663,7 @@ BUGS = (
     ),
     Bug(
         "copy answers too",
-        "worker/pools.py",
+        "tasks/running.py",
         "    _copies += 1\n",
         "    _copies += 0\n",
         "test_pools.py::test_a_copy_that_a_handler_forked_ends_with_the_handler[returns-0-sync-True]",
@@ -677,7 +677,7 @@ BUGS = (
     ),
     Bug(
         "delay of a retry lost",
-        "worker/pools.py",
+        "tasks/running.py",
         'None if error.delay is None else seconds_of(error.delay, "delay"))\n        case Snooze',
         "None)\n        case Snooze",
         "test_worker.py::test_the_end_of_a_handler_decides_what_becomes_of_its_job[Retry with a delay-raised-sync]",
@@ -758,14 +758,14 @@ BUGS = (
     ),
     Bug(
         "a hook outside makes an ack",
-        "worker/pools.py",
+        "tasks/running.py",
         "    if failures:\n        raise failures[0]\n    return value\n\n\n_copies",
         "    return value\n\n\n_copies",
         "test_pools.py::test_a_hook_that_swallows_what_another_hook_raised_makes_no_ack",
     ),
     Bug(
         "a copy comes back",
-        "worker/pools.py",
+        "tasks/running.py",
         "            if _copies != own:\n"
         "                _end_copy(delivery, None)\n"
         "        delivery.ending = ACK if value is None else _returned(value)\n"
@@ -914,7 +914,7 @@ BUGS = (
     ),
     Bug(
         "two threads finish",
-        "tasks/app.py",
+        "tasks/current.py",
         "                with _finishes:  # another thread of the handler's may do the same\n"
         "                    self._check_unfinished()",
         "                with _finishes:  # another",

@@ -19,7 +19,7 @@ import worker_tasks
 from patience import PATIENCE_S, job_of, until
 
 from rivetq import Broker, QueueFullError, RetryPolicy
-from rivetq.tasks import App, CurrentJob, Snooze, current_job
+from rivetq.tasks import App, CurrentJob, Snooze, current_job, running
 from rivetq.worker import Settled, Worker, children, pools
 from rivetq.worker.children import ProcessPool
 
@@ -342,16 +342,16 @@ def test_of_two_threads_of_a_handler_one_finishes_its_job(app: App) -> None:
 # -- Children: the process of a job dies for that job only
 
 
-def delivery_of(app: App, task: Any, *args: Any) -> pools.Delivery:
+def delivery_of(app: App, task: Any, *args: Any) -> running.Delivery:
     task.enqueue(*args)
     lease = app.broker.lease(task.opts.queue)
     assert lease is not None
-    return pools.Delivery(lease, task, list(args), {})
+    return running.Delivery(lease, task, list(args), {})
 
 
 @contextlib.contextmanager
-def one_child(app: App) -> Iterator[tuple[ProcessPool, list[pools.Delivery]]]:
-    done: list[pools.Delivery] = []
+def one_child(app: App) -> Iterator[tuple[ProcessPool, list[running.Delivery]]]:
+    done: list[running.Delivery] = []
     pool = ProcessPool(app, 1, done.append)
     pool.start()
     try:
@@ -367,7 +367,7 @@ def test_a_child_that_was_killed_gets_no_other_job_while_it_dies(
     pids: list[int] = []
     original = children._Child.run
 
-    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+    def run(self: children._Child, delivery: running.Delivery) -> running.Ending | None:
         assert self._process.pid is not None
         pids.append(self._process.pid)
         ending = original(self, delivery)
@@ -392,7 +392,7 @@ def test_a_job_that_meets_a_child_that_just_died_begins_in_another(
     pids: list[int] = []
     original = children._Child.run
 
-    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+    def run(self: children._Child, delivery: running.Delivery) -> running.Ending | None:
         pid, pipe = self._process.pid, self._pipe
         assert pid is not None
         pids.append(pid)
@@ -415,7 +415,7 @@ def test_a_job_that_meets_a_child_that_just_died_begins_in_another(
     with one_child(of_children) as (pool, done):
         pool.submit([delivery_of(of_children, worker_tasks.sleep, 0) for _ in range(2)])
         until(lambda: len(done) == 2)
-    assert [delivery.ending for delivery in done] == [pools.ACK, pools.ACK]
+    assert [delivery.ending for delivery in done] == [running.ACK, running.ACK]
     assert (pids[0] == pids[1], pids[1] == pids[2]) == (True, False)
 
 
@@ -424,7 +424,7 @@ def test_a_job_is_sent_to_a_living_child(of_children: App, monkeypatch: pytest.M
     alive: list[bool] = []
     original = children._Child.run
 
-    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+    def run(self: children._Child, delivery: running.Delivery) -> running.Ending | None:
         alive.append(self._process.is_alive())
         return original(self, delivery)
 
@@ -457,7 +457,7 @@ def test_a_job_that_began_in_a_child_that_dies_with_an_answer_in_its_pipe_failed
     runs: list[children._Child] = []
     run_, put = children._Child.run, children._Child._put
 
-    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+    def run(self: children._Child, delivery: running.Delivery) -> running.Ending | None:
         runs.append(self)
         pid, send = self._process.pid, self._pipe.send
         assert pid is not None
@@ -501,7 +501,7 @@ def test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone(
             go.set()
         return put_(self, *call)
 
-    def run(self: children._Child, delivery: pools.Delivery) -> pools.Ending | None:
+    def run(self: children._Child, delivery: running.Delivery) -> running.Ending | None:
         ending = run_(self, delivery)
         if delivery is first:
             ended.set()
@@ -524,7 +524,7 @@ def test_a_cancellation_that_comes_as_the_job_ends_leaves_the_next_one_alone(
             first.job.cancel("cancelled")
             pool.cancel(first)
         until(lambda: len(done) == 2)
-    assert second.ending == pools.ACK
+    assert second.ending == running.ACK
 
 
 # -- The program ends
@@ -824,7 +824,7 @@ def test_a_copy_of_the_program_that_ends_kills_no_children(of_children: App) -> 
         runs: list[children._Child] = []
         pool.submit([delivery_of(of_children, worker_tasks.sleep, 0.05)])
         until(lambda: runs.extend(pool._running.values()) or len(done) == 2)
-    assert done[1].ending == pools.ACK
+    assert done[1].ending == running.ACK
     assert len(set(runs)) == 1
     assert runs[0]._jobs == 2, "it is the first child still"
 
@@ -847,7 +847,7 @@ def test_a_job_that_is_told_to_stop_while_it_gets_its_child_does_not_run_on(
     with one_child(of_children) as (pool, done):
         pool.submit([delivery])
         until(lambda: done)
-    assert delivery.ending == (pools.Ending("nack", "cancelled") if is_told else pools.ACK)
+    assert delivery.ending == (running.Ending("nack", "cancelled") if is_told else running.ACK)
 
 
 def test_a_job_of_a_child_begins_when_the_child_is_up_and_not_before(

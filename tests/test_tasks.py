@@ -19,7 +19,7 @@ import pytest
 
 from rivetq import Broker, BrokerClosedError, BrokerLockedError, DuplicateJobError, RetryPolicy, UsageError
 from rivetq.tasks import TASK_HEADER, App, CurrentJob, Reject, current_job, every
-from rivetq.tasks.app import here, running
+from rivetq.tasks.current import here, running
 from rivetq.typedjson import TypedJson
 from rivetq.worker import Worker
 

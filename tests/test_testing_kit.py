@@ -189,7 +189,7 @@ def test_assert_enqueued_compares_what_arrives() -> None:
 
 
 def test_assert_enqueued_counts_more_than_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.testing.tasks.MANY_JOBS", 10)
+    monkeypatch.setattr("rivetq.tasks.under_test.MANY_JOBS", 10)
     with app.testing() as testing:
         send.enqueue_many([("ada",)] * 25)
         testing.assert_enqueued(send, count=25)
@@ -230,7 +230,7 @@ def test_a_job_that_is_no_call_is_a_dead_letter() -> None:
 
 
 def test_a_task_that_enqueues_itself_for_ever_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.testing.tasks.MANY_JOBS", 20)
+    monkeypatch.setattr("rivetq.tasks.under_test.MANY_JOBS", 20)
     with App(":memory:") as other:
 
         @other.task

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rivetq import Broker
 from rivetq.tasks import App
+from rivetq.tasks.running import GIVEN_BACK, Delivery
 from rivetq.worker.order import (
     LONGEST_WAIT_S,
     OWED_JOBS,
@@ -23,7 +24,6 @@ from rivetq.worker.order import (
     Order,
     Room,
 )
-from rivetq.worker.pools import GIVEN_BACK, Delivery
 
 # -- Shares
 

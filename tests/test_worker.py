@@ -38,7 +38,7 @@ from rivetq import (
     UsageError,
     logs,
 )
-from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every
+from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every, running
 from rivetq.worker import Concurrency, Settled, Worker, pools
 from rivetq.worker.children import ProcessPool, _Child
 from rivetq.worker.order import Order, Room
@@ -1338,23 +1338,23 @@ def test_a_job_leased_in_advance_that_is_cancelled_does_not_begin(app: App, kind
 
 
 def test_async_handlers_that_wait_for_a_place_get_it_one_after_the_other(app: App) -> None:
-    done: list[pools.Delivery] = []
-    running: list[int] = []
+    done: list[running.Delivery] = []
+    begun: list[int] = []
 
     @app.task
     async def task(n: int) -> None:
-        running.append(n)
+        begun.append(n)
         await asyncio.sleep(0.001)
-        assert running[-1] == n  # no other has begun
+        assert begun[-1] == n  # no other has begun
 
     task.enqueue_many([(n,) for n in range(20)])
     pool = pools.LoopPool(app, 1, done.append)
     pool.start()
-    pool.submit([pools.Delivery(*found) for found in map(_found(app), app.broker.lease_many("default", 20))])
+    pool.submit([running.Delivery(*found) for found in map(_found(app), app.broker.lease_many("default", 20))])
     until(lambda: len(done) == 20)
     pool.stop(PATIENCE_S)
-    assert [delivery.ending for delivery in done] == [pools.ACK] * 20
-    assert running == list(range(20))
+    assert [delivery.ending for delivery in done] == [running.ACK] * 20
+    assert begun == list(range(20))
 
 
 def _found(app: App) -> Callable[[Lease], Any]:
@@ -1363,19 +1363,19 @@ def _found(app: App) -> Callable[[Lease], Any]:
 
 def test_a_job_that_was_told_to_stop_gets_no_child(children: App, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rivetq.worker.children._Child", None)
-    done: list[pools.Delivery] = []
+    done: list[running.Delivery] = []
     pool = ProcessPool(children, 1, done.append)
     worker_tasks.sleep.enqueue(0)
     lease = children.broker.lease("children")
     assert lease is not None
-    delivery = pools.Delivery(lease, worker_tasks.sleep, [0], {})
+    delivery = running.Delivery(lease, worker_tasks.sleep, [0], {})
     delivery.job.cancel("cancelled")
     pool.submit([delivery])
     pool.start()
     until(lambda: done)
     pool.stop(PATIENCE_S)
     assert done == [delivery]
-    assert delivery.ending == pools.Ending("nack", "cancelled")
+    assert delivery.ending == running.Ending("nack", "cancelled")
 
 
 # -- The grace time
@@ -1426,7 +1426,7 @@ def test_a_handler_in_a_child_may_have_children_of_its_own(children: App) -> Non
 
 
 def test_a_child_that_takes_its_time_to_end_holds_up_no_answer(children: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[pools.Delivery] = []
+    done: list[running.Delivery] = []
     answered: list[int] = []
     end = _Child.end
 
@@ -1440,7 +1440,7 @@ def test_a_child_that_takes_its_time_to_end_holds_up_no_answer(children: App, mo
         worker_tasks.sleep.enqueue(0)
     leases = children.broker.lease_many("children", 2)
     pool.start()
-    pool.submit([pools.Delivery(lease, worker_tasks.sleep, [0], {}) for lease in leases])
+    pool.submit([running.Delivery(lease, worker_tasks.sleep, [0], {}) for lease in leases])
     until(lambda: len(answered) == 2)
     pool.stop(PATIENCE_S)
     assert answered == [1, 2]
@@ -1449,7 +1449,7 @@ def test_a_child_that_takes_its_time_to_end_holds_up_no_answer(children: App, mo
 def test_a_job_that_is_cancelled_while_its_child_is_made_is_killed_in_it(
     children: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done: list[pools.Delivery] = []
+    done: list[running.Delivery] = []
     said: list[str] = []
 
     class Child:
@@ -1463,7 +1463,7 @@ def test_a_job_that_is_cancelled_while_its_child_is_made_is_killed_in_it(
         def is_spent(self, *limits: object) -> bool:
             return False
 
-        def run(self, delivery: pools.Delivery) -> pools.Ending:
+        def run(self, delivery: running.Delivery) -> running.Ending:
             said.append("ran")
             return pools.stopped(delivery)
 
@@ -1477,7 +1477,7 @@ def test_a_job_that_is_cancelled_while_its_child_is_made_is_killed_in_it(
     worker_tasks.sleep.enqueue(0)
     lease = children.broker.lease("children")
     assert lease is not None
-    delivery = pools.Delivery(lease, worker_tasks.sleep, [0], {})
+    delivery = running.Delivery(lease, worker_tasks.sleep, [0], {})
     pool.submit([delivery])
     pool.start()
     until(lambda: done)
@@ -1788,7 +1788,7 @@ def test_a_handler_that_ends_while_its_job_is_being_given_back_leaves_no_lease(
         runs.append(1)
         yield
 
-    ack_many, run = Transaction.ack_many, pools.run_here
+    ack_many, run = Transaction.ack_many, running.run_here
 
     def ack_and_end(self: Transaction, leases: Any) -> None:
         ack_many(self, leases)
@@ -1821,8 +1821,8 @@ def test_an_answer_for_a_lost_lease_leaves_the_next_delivery_of_the_job_alone(ap
                 deliveries[0].lease.nack(delay=0)  # it is lost, and the job there again
             lease = app.broker.lease("later")
             assert lease is not None
-            delivery = pools.Delivery(lease, app.tasks["task"], [], {})
-            delivery.ending = pools.ACK
+            delivery = running.Delivery(lease, app.tasks["task"], [], {})
+            delivery.ending = running.ACK
             worker._held[lease.token] = delivery
             deliveries.append(delivery)
         worker._rooms["thread"].jobs += 2

@@ -15,7 +15,7 @@ import worker_tasks
 from patience import PATIENCE_S, job_of, until
 
 from rivetq import Broker, BrokerClosedError, BrokerFailedError, BrokerLockedError, UsageError
-from rivetq.tasks import App, every
+from rivetq.tasks import App, every, running
 from rivetq.worker import Settled, Worker, children, pools
 
 
@@ -408,7 +408,7 @@ def step_in_child(step: Step) -> Any:
     """It is reached when a job was sent to a child."""
     original = children._Child.run
 
-    def run(self: Any, delivery: pools.Delivery) -> Any:
+    def run(self: Any, delivery: running.Delivery) -> Any:
         send = self._pipe.send
 
         def told(content: Any) -> None:

@@ -20,10 +20,11 @@ from patience import PATIENCE_S, until
 from rivetq import Broker, LeaseLostError
 from rivetq.engines.local import LocalEngine
 from rivetq.tasks import App, current_job
+from rivetq.tasks.running import Delivery
 from rivetq.testing import ManualClock
 from rivetq.worker import Settled, Worker
 from rivetq.worker.order import PREFETCH_JOBS, Room
-from rivetq.worker.pools import Delivery, ThreadPool
+from rivetq.worker.pools import ThreadPool
 from rivetq.worker.worker import _in_parts
 
 

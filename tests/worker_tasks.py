@@ -17,7 +17,7 @@ from typing import Any
 
 from rivetq import RivetQError
 from rivetq.tasks import App, Reject, Retry, Snooze, current_job
-from rivetq.worker.pools import Ending
+from rivetq.tasks.running import Ending
 
 app = App(":memory:")
 ends: list[str] = []

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 from rivetq import UsageError
 
-from .tasks.app import current_job
+from .tasks.current import current_job
 from .texts import NAME_CHARS, cut, escaped, quoted
 
 MOST_CHARS = 2**16

@@ -26,9 +26,12 @@ except ImportError as error:
 
 import rivetq
 
-from .tasks.app import App, Call, CurrentJob, Outcome, Task
+from .tasks.app import App
+from .tasks.current import CurrentJob
+from .tasks.outcomes import Outcome
+from .tasks.running import text_of
+from .tasks.task import Call, Task
 from .texts import quoted
-from .worker.pools import text_of
 
 # Of the semantic conventions for messaging, which are still marked as in development.
 SYSTEM = "messaging.system"

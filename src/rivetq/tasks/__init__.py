@@ -16,20 +16,11 @@ so any program that can enqueue can call a task. `rivetq.worker` has what runs t
 """
 
 from ..schedules import every  # so that an app's module imports from here alone
-from .app import (
-    TASK_HEADER,
-    App,
-    Arguments,
-    Call,
-    CurrentJob,
-    Options,
-    Outcome,
-    Reject,
-    Retry,
-    Snooze,
-    Task,
-    current_job,
-)
+from . import pickling as pickling  # a task can be pickled from now on
+from .app import App
+from .current import CurrentJob, current_job
+from .outcomes import Outcome, Reject, Retry, Snooze
+from .task import TASK_HEADER, Arguments, Call, Options, Task
 
 __all__ = [
     "TASK_HEADER",

@@ -1,537 +1,40 @@
-"""The app and its tasks."""
+"""The app: it knows the tasks, puts their calls into queues, and finds them again."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import inspect
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     asynccontextmanager,
     contextmanager,
 )
-from contextvars import ContextVar
-from datetime import datetime, timedelta, tzinfo
-from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, Self, TypeVar, overload
-
-import attrs
+from datetime import datetime, tzinfo
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overload
 
 from rivetq import Broker, BrokerClosedError, Duration, Lease, RetryPolicy, Transaction, UsageError
 
-from ..schedules.scheduler import SCHEDULES, TICK_HEADER, Every, Misfire, Schedule, key, spec_of
+from ..schedules.scheduler import TICK_HEADER, Every, Misfire, Schedule, key, spec_of
 from ..texts import quoted, shown
 from ..typedjson import Codec, TypedJson, hints
+from .current import CurrentJob
+from .outcomes import Reject, is_name, seconds_of
+from .task import TASK_HEADER, Call, Hook, MakesTask, Options, Pool, Task
 
 if TYPE_CHECKING:
-    from ..testing.tasks import TestingApp
+    from .under_test import TestingApp
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
 
-TASK_HEADER = "rivetq-task"
-MOST_S = 100 * 366 * 86_400
-"""The longest duration, as for a broker."""
-Pool = Literal["thread", "process"]
 Context = AbstractContextManager[Any] | AbstractAsyncContextManager[Any]
-Around = Callable[["CurrentJob"], Context | Iterator[Any] | AsyncIterator[Any]]
-
-
-# What a handler may end with
-
-
-class Outcome(Exception):  # it is no error, it is raised to get out of the handler
-    """What a handler raises, or returns, to say how its job ends."""
-
-
-class Retry(Outcome):
-    """The attempt failed: again by the retry policy, or after `delay` seconds; a dead letter at max_attempts."""
-
-    def __init__(self, delay: Duration | None = None, *, error: str | None = None) -> None:
-        super().__init__(delay, error)
-        if delay is not None:
-            seconds_of(delay, "delay")
-        if error is not None and not isinstance(error, str):
-            raise UsageError(f"error: a str expected, got {quoted(error)}")
-        self.delay = delay
-        self.error = error
-
-    def __str__(self) -> str:
-        return self.error or "the task asked for a retry"
-
-
-class Snooze(Outcome):
-    """Not now: again after `delay` seconds, and this attempt is not counted."""
-
-    def __init__(self, delay: Duration) -> None:
-        super().__init__(delay)
-        seconds_of(delay, "delay")
-        self.delay = delay
-
-    def __str__(self) -> str:
-        return "the task asked to come later"
-
-
-class Reject(Outcome):
-    """It will never work: a dead letter now."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        if not isinstance(reason, str):
-            raise UsageError(f"reason: a str expected, got {quoted(reason)}")
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-# The job that runs
-
-
-class CurrentJob:
-    """The job that a handler is running, and whether it should end early. See `current_job`."""
-
-    def __init__(
-        self, lease: Lease, task: str, app: App, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> None:
-        self.lease = lease
-        self.task = task
-        """Name of the task."""
-        self.args = args
-        self.kwargs: Mapping[str, Any] = {} if kwargs is None else kwargs
-        self._app = app
-        self.finished = False
-        """It was acked, by `finish`."""
-        self.finishing = False  # the commit of that is under way: it may still fail
-        self._waiting: tuple[Callable[[], object], ...] = ()  # told when it is over
-        self.stopping = False
-        """The worker is shutting down: a handler that can end soon, or raise `Snooze`, should."""
-        self.reason: str | None = None
-        """Why it was cancelled."""
-        self._is_cancelled = False
-        self._cancelled: threading.Event | None = None  # made for the first who waits: most jobs need none
-
-    @property
-    def id(self) -> int:
-        return self.lease.id
-
-    @property
-    def queue(self) -> str:
-        return self.lease.queue
-
-    @property
-    def attempt(self) -> int:
-        """1 is the first delivery."""
-        return self.lease.attempt
-
-    @property
-    def max_attempts(self) -> int | None:
-        """None: no end."""
-        return self.lease.max_attempts
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        return self.lease.headers
-
-    @property
-    def cancelled(self) -> bool:
-        """Stop as soon as you can: the lease was lost, somebody cancelled it, or its time limit is over.
-
-        A handler in a thread cannot be stopped from outside; one that runs for long should look here now and then. In
-        a child process neither this nor `stopping` is ever set: the child is killed.
-        """
-        return self._is_cancelled
-
-    def wait_cancelled(self, seconds: float | None = None) -> bool:
-        """Sleep for so long, but not longer than until it is cancelled; whether it is."""
-        if self._cancelled is None:
-            self._cancelled = threading.Event()
-        if self._is_cancelled:  # before there was an event to set
-            return True
-        return self._cancelled.wait(seconds)
-
-    @contextmanager
-    def finish(self) -> Iterator[Transaction]:
-        """Ack this job together with what the block enqueues, all or nothing: ``with current_job().finish() as tx``.
-
-        So a step and the one that follows it cannot come apart: ``next_step.options(transaction=tx).enqueue(...)``.
-        When the block has ended the job is done, whatever becomes of the handler. On an exception in it nothing
-        happened.
-
-        It waits for the disk; an async handler calls it in a thread (`asyncio.to_thread`) where that matters.
-
-        Raises:
-            UsageError: it was finished before; or it runs in a process pool, which has no broker.
-            LeaseLostError: the lease was lost meanwhile, and nothing was enqueued.
-        """
-        self._check_unfinished()
-        is_mine = False
-        try:
-            with self._app.broker.transaction() as tx:
-                tx.ack(self.lease)
-                yield tx
-                with _finishes:  # another thread of the handler's may do the same
-                    self._check_unfinished()
-                    # Before the commit: from here on its lease is not renewed, and until it is over not answered.
-                    is_mine = self.finished = self.finishing = True
-        except BaseException:
-            if is_mine:
-                self.finished = False
-            raise
-        finally:
-            if is_mine:
-                with _finishes:
-                    self.finishing = False
-                    waiting, self._waiting = self._waiting, ()
-                for each in waiting:
-                    each()
-
-    def _check_unfinished(self) -> None:
-        if self.finished:
-            raise UsageError(f"job {self.id}: it was finished before")
-
-    def when_finished(self, call: Callable[[], object]) -> None:
-        """For workers: call this when no commit of `finish` is under way; at once if none is."""
-        with _finishes:
-            if self.finishing:
-                self._waiting += (call,)
-                return
-        call()
-
-    def cancel(self, reason: str) -> None:
-        """For workers: tell the handler. The first reason stays."""
-        if not self._is_cancelled:
-            self.reason = reason
-            self._is_cancelled = True
-        if (event := self._cancelled) is not None:
-            event.set()
-
-
-_finishes = threading.Lock()
-"""Guards, of all jobs, whether a `finish` is under way and who waits for its end: it is held for a moment only."""
-_current: ContextVar[CurrentJob] = ContextVar("rivetq_current_job")
-
-
-def here() -> CurrentJob | None:
-    """The job that runs in this thread or asyncio task, if one does."""
-    return _current.get(None)
-
-
-def current_job() -> CurrentJob:
-    """The job that runs here; UsageError outside of a handler."""
-    found = here()
-    if found is None:
-        raise UsageError("current_job: no job runs here; it works in a handler that a worker called")
-    return found
-
-
-@contextmanager
-def running(job: CurrentJob) -> Iterator[None]:
-    """For workers: `job` is the current one in this block."""
-    token = _current.set(job)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-
-
-# Tasks
-
-
-@attrs.frozen(kw_only=True)
-class Options:
-    """How the jobs of a task are enqueued and run. What is None is left to the queue."""
-
-    queue: str = "default"
-    priority: int = 5
-    retry: RetryPolicy | None = None
-    max_attempts: int | None = None
-    visibility_timeout: Duration | None = None
-    time_limit: Duration | None = None
-    idempotency_key: Callable[..., str | None] | str | None = None
-    pool: Pool = "thread"
-    delay: Duration = 0
-    eta: datetime | float | None = None
-    headers: Mapping[str, str] | None = None
-    on_duplicate: Literal["return", "raise"] = "return"
-    transaction: Transaction | None = None
-
-    def __attrs_post_init__(self) -> None:
-        if not is_name(self.queue) or len(self.queue.encode()) > 255:
-            raise UsageError(f"queue: a str of 1 to 255 bytes expected, got {quoted(self.queue)}")
-        if self.queue == SCHEDULES:
-            raise UsageError(f"queue: {SCHEDULES!r} is for the records of schedules")
-        if not _is_int(self.priority) or not 0 <= self.priority <= 9:
-            raise UsageError(f"priority: an int from 0 to 9 expected, got {quoted(self.priority)}")
-        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
-            raise UsageError(f"retry: a RetryPolicy expected, got {quoted(self.retry)}")
-        if self.max_attempts is not None and (not _is_int(self.max_attempts) or self.max_attempts < 1):
-            raise UsageError(f"max_attempts: an int of at least 1 expected, got {quoted(self.max_attempts)}")
-        if self.visibility_timeout is not None and not seconds_of(self.visibility_timeout, "visibility_timeout"):
-            raise UsageError("visibility_timeout: above 0 seconds expected")
-        seconds_of(self.delay, "delay")
-        if self.on_duplicate not in ("return", "raise"):
-            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {quoted(self.on_duplicate)}")
-        if self.pool not in ("thread", "process"):
-            raise UsageError(f"pool: 'thread' or 'process' expected, got {quoted(self.pool)}")
-        if self.time_limit is not None and not seconds_of(self.time_limit, "time_limit"):
-            raise UsageError("time_limit: above 0 seconds expected")
-        if self.headers is not None and not isinstance(self.headers, Mapping):
-            raise UsageError(f"headers: a mapping expected, got {quoted(self.headers)}")
-        if self.transaction is not None and not isinstance(self.transaction, Transaction):
-            raise UsageError(f"transaction: one of the app's broker expected, got {quoted(self.transaction)}")
-        key = self.idempotency_key
-        if key is not None and not callable(key) and not isinstance(key, str):
-            raise UsageError(f"idempotency_key: a str or a callable expected, got {type(key).__name__}")
-
-
-def is_name(value: object) -> bool:
-    """A str that is not empty and can be written as UTF-8."""
-    try:
-        return isinstance(value, str) and bool(value.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@attrs.frozen
-class Call:
-    """One call of a task, not made yet: what `enqueue_many` takes."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-Arguments = Call | tuple[Any, ...] | Mapping[str, Any]
-
-
-class Task(Generic[P, R_co]):
-    """A function of an app. Calling it calls the function; `enqueue` puts the call into a queue."""
-
-    def __init__(self, app: App, name: str, function: Callable[P, R_co], options: Options) -> None:
-        self.app = app
-        self.name = name
-        self.function = function
-        self.opts = options
-        self.is_async = inspect.iscoroutinefunction(function)
-        limit = options.time_limit
-        self.time_limit = None if limit is None else seconds_of(limit, "time_limit")
-        self._signature = inspect.signature(function)
-        self._plain = _plain_arguments(self._signature)
-        functools.update_wrapper(self, function)
-
-    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        return self.function(*args, **kwargs)
-
-    def __repr__(self) -> str:
-        return f"<task {self.name!r} of queue {self.opts.queue!r}>"
-
-    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> int:
-        """Put a call into the queue; the job's id, once it is durable (in inline mode: once it has run).
-
-        Raises:
-            UsageError: the arguments do not fit the function, or the codec cannot say them.
-            DuplicateJobError, QueueFullError, RateLimitedError, DiskFullError: nothing was enqueued.
-        """
-        return self.app.put(self, [self.call(*args, **kwargs)])[0]
-
-    async def aenqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> int:
-        """`enqueue` for asyncio: the event loop goes on while the disk is waited for."""
-        return (await self.app.aput(self, [self.call(*args, **kwargs)]))[0]
-
-    def enqueue_many(self, calls: Iterable[Arguments]) -> Sequence[int]:
-        """Put many calls into the queue, all or nothing, one record of the log; their ids in order.
-
-        Args:
-            calls: each is a tuple of positional arguments, a mapping of keyword arguments, or what `call` gives, whose
-                arguments a type checker checks.
-        """
-        if not isinstance(calls, Iterable) or isinstance(calls, str | bytes | Mapping):
-            raise UsageError(f"enqueue_many: calls expected, such as a list of tuples, got {quoted(calls)}")
-        checked = [self._checked(call) for call in calls]
-        if len(checked) > 1 and isinstance(self.opts.idempotency_key, str):
-            raise UsageError(
-                "enqueue_many: one idempotency_key for all would leave out all but the first; give a function"
-            )
-        return self.app.put(self, checked)
-
-    def call(self, /, *args: P.args, **kwargs: P.kwargs) -> Call:
-        """A call for `enqueue_many`. Raises UsageError if the arguments do not fit the function."""
-        self.bind(args, kwargs)
-        return Call(args, kwargs)
-
-    def options(
-        self,
-        *,
-        queue: str | EllipsisType = ...,
-        priority: int | EllipsisType = ...,
-        retry: RetryPolicy | EllipsisType | None = ...,
-        max_attempts: int | EllipsisType | None = ...,
-        visibility_timeout: Duration | EllipsisType | None = ...,
-        idempotency_key: Callable[P, str | None] | str | EllipsisType | None = ...,
-        delay: Duration | EllipsisType = ...,
-        eta: datetime | float | EllipsisType | None = ...,
-        headers: Mapping[str, str] | EllipsisType | None = ...,
-        on_duplicate: Literal["return", "raise"] | EllipsisType = ...,
-        transaction: Transaction | EllipsisType | None = ...,
-    ) -> Task[P, R_co]:
-        """The same task, enqueued otherwise: ``send.options(delay=60).enqueue("ada@example.org")``.
-
-        Args:
-            transaction: the call is enqueued in it, so it exists when its block ends, or never.
-            idempotency_key: a key, or a function of the task's arguments that gives one.
-
-        The others are those of `Broker.enqueue`.
-        """
-        given = {
-            "queue": queue, "priority": priority, "retry": retry, "max_attempts": max_attempts,
-            "visibility_timeout": visibility_timeout, "idempotency_key": idempotency_key, "delay": delay, "eta": eta,
-            "headers": headers, "on_duplicate": on_duplicate, "transaction": transaction,
-        }  # fmt: skip
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not ...}
-        return Task(self.app, self.name, self.function, attrs.evolve(self.opts, **changes))
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise UsageError if these are no arguments of the function."""
-        if not kwargs and self._plain[0] <= len(args) <= self._plain[1]:
-            return  # the signature's own answer takes as long as all else of a short job
-        if (error := _misfit(self._signature, args, kwargs)) is not None:
-            raise UsageError(f"task {self.name!r}: the arguments do not fit {self._signature}: {error}") from error
-
-    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, some: bool = False) -> dict[str, Any]:
-        """Arguments by the names of the parameters, with the defaults; none if they do not fit.
-
-        some: these are not all of them, and so without defaults.
-        """
-        try:
-            if some:
-                return dict(self._signature.bind_partial(*args, **kwargs).arguments)
-            found = self._signature.bind(*args, **kwargs)
-        except TypeError:
-            return {}
-        found.apply_defaults()
-        return dict(found.arguments)
-
-    def key(self, call: Call) -> str | None:
-        """The idempotency key of a call."""
-        key = self.opts.idempotency_key
-        if not callable(key):
-            return key
-        try:
-            return key(*call.args, **call.kwargs)
-        except TypeError as error:
-            if _misfit(inspect.signature(key), call.args, call.kwargs) is None:
-                raise  # it is the function's own
-            raise UsageError(
-                f"task {self.name!r}: idempotency_key is called as the task is, and needs its defaults: {error}"
-            ) from error
-
-    def _checked(self, call: object) -> Call:
-        if isinstance(call, tuple | list):
-            call = Call(tuple(call), {})
-        elif isinstance(call, Mapping):
-            call = Call((), call)
-        elif not isinstance(call, Call):
-            raise UsageError(f"enqueue_many: tuples, mappings or {self.name}.call(...) expected, got {quoted(call)}")
-        self.bind(call.args, call.kwargs)
-        return call
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        place = self.function.__module__, self.function.__qualname__, self.name
-        if _task_at(*place) is not None:
-            return _find, place
-        # It was made of a function of a module, but not there: in another process another app has to stand for its own.
-        if self.app.around_hooks:
-            raise UsageError(
-                f"task {self.name!r}: its app has hooks; a child process finds them if the module has the task"
-            )
-        return _make, (*place, self.time_limit, self.app.codec)
-
-
-def _misfit(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError | None:
-    """Why these are no arguments of such a function; None: they are."""
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        return error
-    return None
-
-
-def _is_method(function: Callable[..., Any]) -> bool:
-    """It stands in the body of a class and begins with a self."""
-    place = function.__qualname__.rpartition(".")[0]
-    first = next(iter(inspect.signature(function).parameters), "")
-    return bool(place) and not place.endswith("<locals>") and first in ("self", "cls")
-
-
-def _plain_arguments(signature: inspect.Signature) -> tuple[int, int]:
-    """How many arguments, at least and at most, fit if all of them are positional; (1, 0): ask the signature."""
-    least = most = 0
-    for parameter in signature.parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            return 1, 0
-        most += 1
-        least += parameter.default is parameter.empty
-    return least, most
-
-
-def _task_at(module: str, function: str, name: str) -> Task[..., Any] | None:
-    """The task of this name that a module makes of this function of its own."""
-    found = _part_of(module, function)
-    known = [found] if isinstance(found, Task) else list(vars(importlib.import_module(module)).values())
-    for each in known:
-        if isinstance(each, Task) and (each is found or each.function is found):
-            task = each.app.tasks.get(name)
-            if task is not None and task.function is each.function:
-                return task
-    return None
-
-
-def _part_of(module: str, name: str) -> Any:
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _find(module: str, function: str, name: str) -> Task[..., Any]:
-    """A task by its function and name, in another process."""
-    found = _task_at(module, function, name)
-    if found is None:
-        raise UsageError(f"{module}.{function} is no task {name!r} there")
-    return found
-
-
-def _make(module: str, function: str, name: str, time_limit: float | None, codec: Codec) -> Task[..., Any]:
-    """The same for one that its module does not make."""
-    key = module, function, name
-    if key not in _made:
-        app = App(":memory:", codec=codec)
-        _made[key] = app.task(name=name, time_limit=time_limit, pool="process")(_part_of(module, function))
-    return _made[key]
-
-
-_made: dict[tuple[str, str, str], Task[..., Any]] = {}
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    if unknown := options.keys() - (inspect.signature(Broker).parameters.keys() - {"path", "unknown"}):
-        raise UsageError(f"{', '.join(sorted(unknown))}: no such option of a broker")
-
-
-class MakesTask(Protocol):
-    """What ``app.task(...)`` gives: it makes a task of a function and keeps the types of its arguments."""
-
-    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+Around = Callable[[CurrentJob], Context | Iterator[Any] | AsyncIterator[Any]]
 
 
 class Remote(Protocol):
@@ -567,7 +70,7 @@ class App:
         """In order, the queues of the tasks, and others into which calls were put; with the names of these tasks."""
         self.schedules: dict[str, Schedule] = {}
         """By name."""
-        self.around_hooks: list[Callable[[CurrentJob], Context]] = []
+        self.around_hooks: list[Hook] = []
         self._path = broker
         self._options = options
         self._lock = threading.RLock()  # guards the opening of the broker
@@ -820,7 +323,7 @@ class App:
             inline: `enqueue` runs the job at once, unless it is for later, and raises what the handler raises.
             start: the first moment; an aware datetime or epoch seconds.
         """
-        from ..testing.tasks import TestingApp
+        from .under_test import TestingApp
 
         return TestingApp(self, inline=inline, start=start)
 
@@ -916,9 +419,13 @@ class App:
         return self.codec
 
 
-def seconds_of(value: Duration, name: str) -> float:
-    """Seconds of a duration that a caller gave. Raises UsageError."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MOST_S:
-        raise UsageError(f"{name}: seconds or a timedelta expected, got {quoted(value)}")
-    return float(seconds)
+def _check_options(options: Mapping[str, Any]) -> None:
+    if unknown := options.keys() - (inspect.signature(Broker).parameters.keys() - {"path", "unknown"}):
+        raise UsageError(f"{', '.join(sorted(unknown))}: no such option of a broker")
+
+
+def _is_method(function: Callable[..., Any]) -> bool:
+    """It stands in the body of a class and begins with a self."""
+    place = function.__qualname__.rpartition(".")[0]
+    first = next(iter(inspect.signature(function).parameters), "")
+    return bool(place) and not place.endswith("<locals>") and first in ("self", "cls")

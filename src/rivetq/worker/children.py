@@ -29,21 +29,10 @@ from weakref import WeakSet
 from rivetq import Lease, RivetQError, UsageError
 
 from .. import logs
-from ..tasks.app import TASK_HEADER, App, Task
-from .pools import (
-    TIME_LIMIT,
-    Delivery,
-    Done,
-    Ending,
-    drained,
-    ending_of,
-    fields,
-    may_begin,
-    program_ends,
-    run_here,
-    stopped,
-    text_of,
-)
+from ..tasks.app import App
+from ..tasks.running import TIME_LIMIT, Delivery, Ending, ending_of, fields, run_here, stopped, text_of
+from ..tasks.task import TASK_HEADER, Task
+from .pools import Done, drained, may_begin, program_ends
 
 logger = logging.getLogger("rivetq.worker")
 
@@ -364,7 +353,7 @@ def _run_in_child(task: Task[..., Any], lease: Lease) -> Ending:
     try:
         found, args, kwargs = app.find(lease)
         delivery = Delivery(lease, found, args, kwargs)
-        run_here(delivery, app)
+        run_here(delivery, app.around_hooks)
         assert delivery.ending is not None
         return delivery.ending
     except BaseException as error:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from rivetq import UsageError
 
 from ..schedules.scheduler import SCHEDULES
-from ..tasks.app import is_name, seconds_of
+from ..tasks.outcomes import is_name, seconds_of
+from ..tasks.running import Delivery
 from ..texts import quoted
-from .pools import Delivery, Pool
+from .pools import Pool
 
 PREFETCH_S = 0.02
 """A job that was leased in advance and has not begun for so long is given back, if none before it begins any more."""

@@ -42,22 +42,15 @@ from rivetq import (
 )
 
 from ..schedules.scheduler import SCHEDULES, Scheduler
-from ..tasks.app import TASK_HEADER, App, Reject, here, seconds_of
+from ..tasks.app import App
+from ..tasks.current import here
+from ..tasks.outcomes import Reject, seconds_of
+from ..tasks.running import ACK, GIVEN_BACK, TIME_LIMIT, Delivery, Ending, fields
+from ..tasks.task import TASK_HEADER
 from ..texts import quoted
 from .children import ProcessPool, memory_bytes
 from .order import AIM_S, PREFETCH_JOBS, PREFETCH_S, Order, Room
-from .pools import (
-    ACK,
-    GIVEN_BACK,
-    SHUTDOWN,
-    TIME_LIMIT,
-    Delivery,
-    Ending,
-    LoopPool,
-    Pool,
-    ThreadPool,
-    fields,
-)
+from .pools import SHUTDOWN, LoopPool, Pool, ThreadPool
 
 logger = logging.getLogger("rivetq.worker")
 

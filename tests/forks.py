@@ -50,7 +50,7 @@ TRACED = {
         "aio", "broker/broker",
         "engines/live", "engines/local", "engines/memory", "engines/notifier", "engines/view",
         "storage/ahead", "storage/codec", "storage/disk", "storage/group_commit", "storage/index",
-        "storage/index_values", "storage/lock", "storage/log", "storage/segment",
+        "storage/index_values", "storage/lock", "storage/log", "storage/segment", "storage/space",
         "machine/decide", "machine/keys", "machine/machine", "machine/ratelimit", "machine/run", "machine/snapshot",
         "machine/window",
     )
@@ -345,7 +345,7 @@ def locks(engine: LiveEngine) -> list[tuple[str, Any]]:
     found += [("timer's event", _of_event(engine._timer_poked)), ("end's event", _of_event(engine._stopping))]
     if isinstance(engine, LocalEngine):
         found += [
-            ("group", engine._group._lock), ("log, spares", engine._log._spare_lock),
+            ("group", engine._group._lock), ("log, spares", engine._log.space._lock),
             ("log, writing", engine._log._write_lock), ("log, files", engine._log._files._lock),
             ("ahead", engine._ahead._lock), ("keeper's event", _of_event(engine._keeper_poked)),
             ("sync's event", _of_event(engine._sync_poked)),

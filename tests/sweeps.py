@@ -67,7 +67,8 @@ TRACED = {
     os.path.join(PACKAGE, f"{name}.py")
     for name in (
         "machine/decide", "machine/keys", "machine/machine", "machine/run", "machine/snapshot", "machine/window",
-        "storage/group_commit", "storage/index", "storage/log", "storage/segment", "engines/live", "engines/local",
+        "storage/group_commit", "storage/index", "storage/log", "storage/segment", "storage/space",
+        "engines/live", "engines/local",
     )
 }  # fmt: skip
 AWAITED = {

@@ -509,9 +509,9 @@ def test_records_that_need_room_made_are_awaited_like_any_other(
             ids = await asyncio.gather(*(broker.enqueue("q", payload) for payload in payloads))
             leases = await waiting
             log = inside(broker.broker)._log
-            has_room, refused = log.has_room, iter([False])
-            monkeypatch.setattr(log, "is_roomy", lambda length: False)
-            monkeypatch.setattr(log, "has_room", lambda *a, **k: next(refused, True) and has_room(*a, **k))
+            has_room, refused = log.space.has_room, iter([False])
+            monkeypatch.setattr(log.space, "is_roomy", lambda length: False)
+            monkeypatch.setattr(log.space, "has_room", lambda *a, **k: next(refused, True) and has_room(*a, **k))
             leases += await broker.lease_many("q", 100)
             monkeypatch.undo()
             assert sorted((lease.id, lease.payload) for lease in leases) == sorted(zip(ids, payloads, strict=True))

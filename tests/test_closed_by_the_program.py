@@ -121,7 +121,7 @@ def test_each_file_is_looked_at_by_itself(tmp_path: Path, foreign: Foreign, name
         for _ in range(2):
             broker.enqueue("q", b"x")
         if name.startswith("spare"):
-            broker._engine._log.refill()  # type: ignore[attr-defined]  # of a directory
+            broker._engine._log.space.refill()  # type: ignore[attr-defined]  # of a directory
             name = min(path.name for path in (tmp_path / "data" / "log").glob("spare-*"))
         foreign.take_over(broker, name)
         with pytest.raises(BrokerFailedError):

@@ -18,8 +18,8 @@ import rivetq.storage.log
 from rivetq import Broker, CorruptLogError
 from rivetq.engines.local import MANY_SEGMENTS, LocalEngine
 from rivetq.storage.disk import SystemDisk
-from rivetq.storage.log import list_segments
-from rivetq.storage.segment import SegmentFile, SegmentFiles, segment_name
+from rivetq.storage.layout import list_segments, segment_name
+from rivetq.storage.segment import SegmentFile, SegmentFiles
 
 SEGMENTS, LIMIT = 150, 110
 """More segments than descriptors; so many more than 64 are for the interpreter, LMDB and the files beside the log."""

@@ -29,7 +29,7 @@ from rivetq import (
     RetryPolicy,
 )
 from rivetq.storage.disk import SystemDisk
-from rivetq.storage.log import RESERVE_BYTES
+from rivetq.storage.space import RESERVE_BYTES
 from rivetq.testing import ManualClock
 
 AGAIN = RetryPolicy(max_attempts=None, base=0, jitter="none")
@@ -584,7 +584,7 @@ def test_an_interrupt_behind_a_sync_that_succeeded_leaves_the_broker_usable(
     try:
         with Broker(tmp_path / "q") as broker:
             engine = inside(broker)
-            with engine._keeper_lock, engine._log._spare_lock:  # the keeper's own syncs would interrupt as well
+            with engine._keeper_lock, engine._log.space._lock:  # the keeper's own syncs would interrupt as well
                 monkeypatch.setattr(disk, "fdatasync", interrupt)
                 with pytest.raises(KeyboardInterrupt):
                     broker.enqueue("q", b"x")

@@ -21,8 +21,8 @@ ROOMS: dict[str, list[str]] = {
         "machine", "decide",
     ],
     "storage": [
-        "__init__", "disk", "lock", "fields", "codec", "index_values", "record", "segment", "log", "index", "recovery",
-        "backup", "ahead", "group_commit",
+        "__init__", "disk", "layout", "lock", "fields", "codec", "index_values", "record", "header", "segment", "space",
+        "log", "index", "recovery", "backup", "ahead", "group_commit",
     ],
     "engines": ["__init__", "notifier", "live", "memory", "local", "view"],
     "broker": ["__init__", "arguments", "broker"],
@@ -50,7 +50,7 @@ WINGS: dict[str, list[str]] = {
 PUBLIC = {"__init__", "aio", "tools.__init__", "testing.__init__"}
 TESTING = {"__init__", "clock", "disk", "plugin", "conformance", "tasks"}
 TOP = {"words", "face", "commands"}
-PURE = {"machine"} | {f"storage.{name}" for name in ("fields", "codec", "index_values", "record")}
+PURE = {"machine"} | {f"storage.{name}" for name in ("fields", "codec", "index_values", "record", "header")}
 DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}
 IO_MODULES = {"os", "io", "time", "threading", "socket", "fcntl", "shutil", "pathlib", "logging"}
 PUBLIC_PATHS = [

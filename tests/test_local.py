@@ -49,7 +49,7 @@ def crash(broker: Broker) -> Path:
     engine: Any = broker._engine
     path = Path(broker.path)
     copy = path.with_name(path.name + "'")
-    with engine._keeper_lock, engine._log._spare_lock:
+    with engine._keeper_lock, engine._log.space._lock:
         shutil.copytree(path, copy)
     return copy
 
@@ -893,7 +893,7 @@ def test_leases_that_end_get_the_room_that_their_record_needs(tmp_path: Path) ->
         broker.enqueue_many("q", [b""] * 1500, retry=RetryPolicy(max_attempts=None, base=0))
         broker.lease_many("q", 1500, visibility_timeout=0.5)
         log: Any = inside(broker)._log
-        while log._tail.size - log._tail_offset > 20_000:
+        while log.space.tail.size - log.space.tail_offset > 20_000:
             broker.enqueue("fill", bytes(2000))
         end = time.monotonic() + 20
         while inside(broker)._machine.queues["q"].counts[LEASED]:  # no call of the broker: only its timer acts

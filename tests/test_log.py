@@ -14,18 +14,12 @@ from crc32c import crc32c
 
 from rivetq import CorruptLogError, DiskFullError
 from rivetq.storage.disk import SystemDisk
-from rivetq.storage.log import (
-    FIRST_BYTES,
-    READ_BYTES,
-    READ_GAP_BYTES,
-    RESERVE_BYTES,
-    STEP_BYTES,
-    Log,
-    list_segments,
-    read_mark,
-)
+from rivetq.storage.header import Header
+from rivetq.storage.layout import list_segments, read_mark, segment_name
+from rivetq.storage.log import READ_BYTES, READ_GAP_BYTES, Log
 from rivetq.storage.record import frame_bytes
-from rivetq.storage.segment import Header, Scan, SegmentFile, read_header, segment_name
+from rivetq.storage.segment import Scan, SegmentFile, read_header
+from rivetq.storage.space import FIRST_BYTES, RESERVE_BYTES, STEP_BYTES
 
 LOG_ID = bytes(range(16))
 SEGMENT_BYTES = 1 << 16
@@ -117,8 +111,8 @@ class Desk:
         return self.log
 
     def begin(self, snapshot: bytes = SNAPSHOT, *, body_length: int = 1) -> None:
-        if not self.log.has_room(body_length, len(snapshot), keep_reserve=False):
-            self.log.make_room(body_length, len(snapshot), keep_reserve=False)
+        if not self.log.space.has_room(body_length, len(snapshot), keep_reserve=False):
+            self.log.space.make_room(body_length, len(snapshot), keep_reserve=False)
         self.log.begin_segment(
             snapshot, boot_id="boot", boot_ms=5, now_ms=7, body_length=body_length
         )  # fmt: skip
@@ -155,7 +149,7 @@ def desk(tmp_path: Path) -> Desk:
 def fill(log: Log, body: bytes = b"x" * 4000) -> int:
     """Append while it fits; how many."""
     count = 0
-    while log.fits(len(body)):
+    while log.space.fits(len(body)):
         log.append(body)
         count += 1
     return count
@@ -186,8 +180,8 @@ def test_appending_does_no_io(desk: Desk) -> None:
     log = desk.start()
     desk.disk.done.clear()
     log.append(b"a")
-    log.fits(1)
-    log.has_room(1, None, keep_reserve=True)
+    log.space.fits(1)
+    log.space.has_room(1, None, keep_reserve=True)
     assert desk.disk.done == []
     assert desk.bodies(1) == []
 
@@ -425,59 +419,59 @@ def test_an_existing_mark_is_taken_over(desk: Desk) -> None:
 def test_a_record_fits_up_to_the_last_byte_of_the_tail(desk: Desk) -> None:
     log = desk.start()
     left = SEGMENT_BYTES - desk.header(1).size - frame_bytes(0)
-    assert log.fits(left)
-    assert not log.fits(left + 1)
+    assert log.space.fits(left)
+    assert not log.space.fits(left + 1)
     log.append(b"x" * left)
-    assert not log.fits(1)
+    assert not log.space.fits(1)
     log.sync()
     assert len(desk.bodies(1)[0]) == left
 
 
 def test_nothing_fits_before_there_is_a_segment(desk: Desk) -> None:
     log = desk.open()
-    assert not log.fits(1)
-    assert not log.has_room(1, None, keep_reserve=False)
-    assert not log.has_room(1, 100, keep_reserve=False)
+    assert not log.space.fits(1)
+    assert not log.space.has_room(1, None, keep_reserve=False)
+    assert not log.space.has_room(1, 100, keep_reserve=False)
 
 
 def test_enqueues_leave_the_reserve_and_others_may_use_it(desk: Desk) -> None:
     log = desk.start()
-    assert log.has_room(1000, None, keep_reserve=False)
-    assert not log.has_room(1000, None, keep_reserve=True), "no spare there yet"
-    log.refill()
-    assert log.has_room(1000, None, keep_reserve=True)
+    assert log.space.has_room(1000, None, keep_reserve=False)
+    assert not log.space.has_room(1000, None, keep_reserve=True), "no spare there yet"
+    log.space.refill()
+    assert log.space.has_room(1000, None, keep_reserve=True)
 
 
 def test_the_reserve_counts_the_rest_of_the_tail_and_the_spares(desk: Desk) -> None:
     log = desk.start(1 << 20)
     desk.disk.space = FIRST_BYTES - 1
     with pytest.raises(DiskFullError):
-        log.refill()
-    left = FIRST_BYTES - log._tail_offset
+        log.space.refill()
+    left = FIRST_BYTES - log.space.tail_offset
     body = left - RESERVE_BYTES - frame_bytes(0)
     body -= body % 8
-    assert log.has_room(body, None, keep_reserve=True)
-    assert not log.has_room(body + 8, None, keep_reserve=True)
-    assert log.has_room(body + 8, None, keep_reserve=False)
+    assert log.space.has_room(body, None, keep_reserve=True)
+    assert not log.space.has_room(body + 8, None, keep_reserve=True)
+    assert log.space.has_room(body + 8, None, keep_reserve=False)
 
 
 def test_room_for_a_record_in_a_new_segment_is_that_of_a_spare(desk: Desk) -> None:
     log = desk.start()
-    assert not log.has_room(1, 100, keep_reserve=False)
-    log.make_room(1, 100, keep_reserve=False)
-    assert log.has_room(1, 100, keep_reserve=False)
-    assert not log.has_room(SEGMENT_BYTES, 100, keep_reserve=False)
-    assert not log.has_room(1, 100, keep_reserve=True)
-    log.make_room(1, 100, keep_reserve=True)
-    assert log.has_room(1, 100, keep_reserve=True)
+    assert not log.space.has_room(1, 100, keep_reserve=False)
+    log.space.make_room(1, 100, keep_reserve=False)
+    assert log.space.has_room(1, 100, keep_reserve=False)
+    assert not log.space.has_room(SEGMENT_BYTES, 100, keep_reserve=False)
+    assert not log.space.has_room(1, 100, keep_reserve=True)
+    log.space.make_room(1, 100, keep_reserve=True)
+    assert log.space.has_room(1, 100, keep_reserve=True)
 
 
 def test_a_large_record_gets_a_segment_of_its_size(desk: Desk) -> None:
     log = desk.start()
     body = b"x" * (3 * SEGMENT_BYTES)
-    assert not log.can_extend(len(body))
+    assert not log.space.can_extend(len(body))
     desk.begin(body_length=len(body))
-    assert log.fits(len(body))
+    assert log.space.fits(len(body))
     log.append(body)
     log.sync()
     assert desk.bodies(2) == [body]
@@ -487,9 +481,9 @@ def test_the_tail_grows_in_steps_up_to_the_size_of_a_segment(desk: Desk) -> None
     log = desk.start(4 * FIRST_BYTES)
     sizes = {FIRST_BYTES}
     body = b"x" * 50_000
-    while log.can_extend(len(body)):
-        if not log.has_room(len(body), None, keep_reserve=False):
-            log.make_room(len(body), None, keep_reserve=False)
+    while log.space.can_extend(len(body)):
+        if not log.space.has_room(len(body), None, keep_reserve=False):
+            log.space.make_room(len(body), None, keep_reserve=False)
         sizes.add(desk.path(1).stat().st_size)
         log.append(body)
     assert sorted(sizes) == [FIRST_BYTES, 2 * FIRST_BYTES, 4 * FIRST_BYTES]
@@ -500,42 +494,42 @@ def test_the_tail_grows_in_steps_up_to_the_size_of_a_segment(desk: Desk) -> None
 def test_a_record_larger_than_a_step_gets_what_it_needs(desk: Desk) -> None:
     log = desk.start(4 * STEP_BYTES)
     body_length = 2 * STEP_BYTES
-    log.make_room(body_length, None, keep_reserve=False)
-    assert log.fits(body_length)
+    log.space.make_room(body_length, None, keep_reserve=False)
+    assert log.space.fits(body_length)
     assert desk.path(1).stat().st_size < body_length + STEP_BYTES
 
 
 def test_growing_where_it_fits_changes_nothing(desk: Desk) -> None:
     log = desk.start(4 * FIRST_BYTES)
-    log.make_room(100, None, keep_reserve=False)
+    log.space.make_room(100, None, keep_reserve=False)
     assert desk.path(1).stat().st_size == FIRST_BYTES
 
 
 def test_growing_before_there_is_a_segment_is_the_callers_next_question(desk: Desk) -> None:
     log = desk.open()
-    log.make_room(100, None, keep_reserve=False)
+    log.space.make_room(100, None, keep_reserve=False)
     assert desk.files() == set()
 
 
 def test_a_tail_that_cannot_grow_so_far_is_left_to_the_caller(desk: Desk) -> None:
     log = desk.start()
-    log.make_room(2 * SEGMENT_BYTES, None, keep_reserve=True)
-    assert not log.fits(2 * SEGMENT_BYTES)
+    log.space.make_room(2 * SEGMENT_BYTES, None, keep_reserve=True)
+    assert not log.space.fits(2 * SEGMENT_BYTES)
     assert len(desk.files()) == 2, "no spare was made for it: the next try begins one of its size"
 
 
 def test_room_with_the_reserve_makes_spares_beside_the_tail(desk: Desk) -> None:
     log = desk.start()
-    log.make_room(100, None, keep_reserve=True)
-    assert log.has_room(100, None, keep_reserve=True)
+    log.space.make_room(100, None, keep_reserve=True)
+    assert log.space.has_room(100, None, keep_reserve=True)
     assert any(name.startswith("spare-") for name in desk.files())
 
 
 def test_a_refill_makes_spares_for_one_segment_and_the_reserve(desk: Desk) -> None:
     log = desk.start()
-    assert log.wants_space()
-    log.refill()
-    assert not log.wants_space()
+    assert log.space.is_wanted()
+    log.space.refill()
+    assert not log.space.is_wanted()
     assert desk.files() == {segment_name(1), "mark", *(f"spare-{n + 2}" for n in range(SPARES))}
     for n in range(SPARES):
         assert (desk.directory / f"spare-{n + 2}").stat().st_size == SEGMENT_BYTES
@@ -543,41 +537,41 @@ def test_a_refill_makes_spares_for_one_segment_and_the_reserve(desk: Desk) -> No
 
 def test_a_refill_lengthens_a_tail_that_is_three_quarters_full(desk: Desk) -> None:
     log = desk.start(2 * FIRST_BYTES)
-    log.refill()
+    log.space.refill()
     log.append(b"x" * (FIRST_BYTES * 3 // 4 - 1000))
-    assert not log.wants_space()
+    assert not log.space.is_wanted()
     log.append(b"x" * 2000)
-    assert log.wants_space()
-    log.refill()
+    assert log.space.is_wanted()
+    log.space.refill()
     assert desk.path(1).stat().st_size == 2 * FIRST_BYTES
-    assert not log.wants_space()
+    assert not log.space.is_wanted()
     fill(log)
-    assert not log.wants_space(), "a segment that has its size does not grow"
+    assert not log.space.is_wanted(), "a segment that has its size does not grow"
 
 
 def test_a_refill_before_there_is_a_segment_makes_spares_alone(desk: Desk) -> None:
     log = desk.open()
-    log.refill()
+    log.space.refill()
     assert len(desk.files()) == SPARES
 
 
 def test_a_tail_that_is_gone_while_space_is_made_is_not_lengthened(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     log = desk.start()
-    log.refill()
+    log.space.refill()
     answers = iter([True, False])
-    monkeypatch.setattr(log, "wants_space", lambda: next(answers))
-    log._tail = None
-    log.refill()
+    monkeypatch.setattr(log.space, "is_wanted", lambda: next(answers))
+    log.space.tail = None
+    log.space.refill()
     assert desk.path(1).stat().st_size == SEGMENT_BYTES
 
 
 def test_spares_are_used_oldest_first_and_made_under_a_name_of_their_own(desk: Desk) -> None:
     log = desk.open()
-    log.refill()
+    log.space.refill()
     desk.begin()
     log.flush()
     assert "spare-1" not in desk.files()
-    log.refill()
+    log.space.refill()
     assert f"spare-{SPARES + 1}" in desk.files()
     assert not any(name.endswith(".new") for name in desk.files())
 
@@ -587,13 +581,13 @@ def test_spares_are_used_oldest_first_and_made_under_a_name_of_their_own(desk: D
 
 def test_without_space_for_the_tail_the_next_try_begins_the_spare(desk: Desk) -> None:
     log = desk.start(4 * FIRST_BYTES)
-    log.refill()
+    log.space.refill()
     fill(log)
     desk.disk.space = 0
-    assert log.can_extend(4000)
-    log.make_room(4000, None, keep_reserve=False)
-    assert not log.can_extend(4000), "the caller comes back with a snapshot"
-    assert log.has_room(4000, len(SNAPSHOT), keep_reserve=False)
+    assert log.space.can_extend(4000)
+    log.space.make_room(4000, None, keep_reserve=False)
+    assert not log.space.can_extend(4000), "the caller comes back with a snapshot"
+    assert log.space.has_room(4000, len(SNAPSHOT), keep_reserve=False)
     desk.begin()
     log.append(b"in the spare")
     log.sync()
@@ -604,7 +598,7 @@ def test_a_full_disk_is_a_typed_error_that_names_the_directory(desk: Desk) -> No
     log = desk.start()
     desk.disk.space = 0
     with pytest.raises(DiskFullError, match="no space for more of the log") as caught:
-        log.make_room(100, len(SNAPSHOT), keep_reserve=False)
+        log.space.make_room(100, len(SNAPSHOT), keep_reserve=False)
     assert caught.value.path == str(desk.directory)
     assert isinstance(caught.value.__cause__, OSError)
     assert not any(name.startswith("spare-") for name in desk.files())
@@ -613,10 +607,10 @@ def test_a_full_disk_is_a_typed_error_that_names_the_directory(desk: Desk) -> No
 def test_a_disk_that_stays_full_is_an_error_for_the_tail_too(desk: Desk) -> None:
     log = desk.start()
     desk.disk.space = 0
-    log.make_room(100, None, keep_reserve=True)
+    log.space.make_room(100, None, keep_reserve=True)
     with pytest.raises(DiskFullError):
-        log.make_room(100, None, keep_reserve=True)
-    assert log.fits(100), "who may not be refused goes on"
+        log.space.make_room(100, None, keep_reserve=True)
+    assert log.space.fits(100), "who may not be refused goes on"
     log.append(b"an ack")
     log.sync()
     assert desk.bodies(1) == [b"an ack"]
@@ -627,21 +621,21 @@ def test_with_space_again_the_tail_grows_again(desk: Desk, by: str) -> None:
     log = desk.start(4 * FIRST_BYTES)
     fill(log)
     desk.disk.space = 0
-    log.make_room(4000, None, keep_reserve=False)
-    assert not log.can_extend(4000)
+    log.space.make_room(4000, None, keep_reserve=False)
+    assert not log.space.can_extend(4000)
     desk.disk.space = 1 << 30
     if by == "refill":
-        log.refill()
+        log.space.refill()
     else:
-        log.make_room(4000, len(SNAPSHOT), keep_reserve=False)
-    assert log.can_extend(4000)
+        log.space.make_room(4000, len(SNAPSHOT), keep_reserve=False)
+    assert log.space.can_extend(4000)
 
 
 def test_a_refill_without_space_says_so(desk: Desk) -> None:
     log = desk.start()
     desk.disk.space = SEGMENT_BYTES
     with pytest.raises(DiskFullError):
-        log.refill()
+        log.space.refill()
     assert sum(name.startswith("spare-") for name in desk.files()) == 1, "what was made is kept"
 
 
@@ -650,16 +644,16 @@ def test_a_refill_without_space_says_so(desk: Desk) -> None:
 
 def test_spares_are_adopted(desk: Desk) -> None:
     log = desk.open()
-    log.refill()
+    log.space.refill()
     log.abandon()
     log = desk.open(epoch=2)
-    log.adopt_spares()
-    assert not log.wants_space()
+    log.space.adopt()
+    assert not log.space.is_wanted()
     desk.disk.done.clear()
     desk.begin()
     log.flush()
     assert "allocate" not in desk.disk.done
-    log.refill()
+    log.space.refill()
     assert f"spare-{SPARES + 1}" in desk.files(), "a new one gets a number that is free"
 
 
@@ -670,7 +664,7 @@ def test_unusable_spares_are_removed(desk: Desk) -> None:
     (desk.directory / "spare-4").write_bytes(bytes(SEGMENT_BYTES))
     (desk.directory / "mark").touch()
     log = desk.open()
-    log.adopt_spares()
+    log.space.adopt()
     assert desk.files() == {"spare-4", "mark"}
 
 
@@ -686,7 +680,7 @@ def test_a_spare_that_was_begun_and_never_named_is_used_again(desk: Desk) -> Non
     log.abandon()
     desk.disk.faults.clear()
     log = desk.open()
-    log.adopt_spares()
+    log.space.adopt()
     desk.begin()
     log.append(b"new")
     log.flush()
@@ -920,7 +914,7 @@ def test_a_segment_that_cannot_be_begun_breaks_the_log(desk: Desk, step: str) ->
 
 def test_closing_syncs_and_gives_back_the_rest_of_the_tail(desk: Desk) -> None:
     log = desk.start()
-    log.refill()
+    log.space.refill()
     log.append(b"a")
     log.close()
     assert desk.bodies(1) == [b"a"]
@@ -962,7 +956,7 @@ def test_names_that_cannot_be_synced_are_an_error_and_a_forked_log_writes_nothin
     log = Log(disk, "directory", log_id=b"0" * 16, epoch=1, segment_bytes=65_536)
     with pytest.raises(OSError, match="EIO"):
         log._sync_names()
-    locks = log._write_lock, log._spare_lock
+    locks = log._write_lock, log.space._lock
     log.forked()
     disk.forked.assert_called_once_with()
-    assert (log._write_lock, log._spare_lock) != locks
+    assert (log._write_lock, log.space._lock) != locks

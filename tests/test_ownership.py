@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from rivetq import Broker, BrokerLockedError, CorruptLogError, StorageError
-from rivetq.storage.log import FIRST_BYTES
+from rivetq.storage.space import FIRST_BYTES
 
 OPEN_AND_WAIT = """
 import sys

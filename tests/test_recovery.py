@@ -27,11 +27,13 @@ from rivetq.machine.snapshot import Place
 from rivetq.storage import recovery
 from rivetq.storage.codec import decode_record, encode_record, encode_snapshot
 from rivetq.storage.disk import SystemDisk
+from rivetq.storage.header import Header, decode_header
 from rivetq.storage.index import Index
+from rivetq.storage.layout import segment_name
 from rivetq.storage.log import Log
 from rivetq.storage.record import frame_bytes
 from rivetq.storage.recovery import Recovered, beside_its_owner, recover
-from rivetq.storage.segment import Header, Record, Scan, decode_header, segment_name
+from rivetq.storage.segment import Record, Scan
 from rivetq.testing import ManualClock
 
 SEGMENT_BYTES = 65_536
@@ -531,7 +533,7 @@ def test_damage_in_what_is_not_used_yet_changes_nothing(tmp_path: Path, extent: 
     """The zeros behind the last frame, and the spares."""
     with open_ledger(tmp_path / "live", fsync="always") as ledger:
         ledger.broker.enqueue("q", b"payload")
-        ledger.engine._log.refill()
+        ledger.engine._log.space.refill()
         state = ledger.state()
         directory = shutil.copytree(ledger.path, tmp_path / "directory")
     clock = ledger.still_clock()
@@ -723,7 +725,7 @@ def test_a_refused_opening_makes_no_files_of_its_own(bare: Path) -> None:
 
 def test_another_format_version_is_refused_as_such(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = everything(directory)
-    monkeypatch.setattr("rivetq.storage.segment.VERSION", 2)
+    monkeypatch.setattr("rivetq.storage.header.VERSION", 2)
     with pytest.raises(FormatError, match=r"\.log: format version 1, this RivetQ reads version 2"):
         Broker(directory, clock=ManualClock())
     assert everything(directory) == before
@@ -996,7 +998,7 @@ def write_log(directory: Path, *bodies: bytes, snapshot: bytes | None = None) ->
     log_of(directory).mkdir(parents=True)
     log = Log(SystemDisk(), str(log_of(directory)), log_id=bytes(16), epoch=1, segment_bytes=SEGMENT_BYTES)
     snapshot = encode_snapshot(Machine().snapshot()) if snapshot is None else snapshot
-    log.make_room(1, len(snapshot), keep_reserve=False)
+    log.space.make_room(1, len(snapshot), keep_reserve=False)
     log.begin_segment(snapshot, boot_id="boot", boot_ms=0, now_ms=0)
     for body in bodies:
         log.append(body)

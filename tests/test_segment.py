@@ -15,23 +15,10 @@ from crc32c import crc32c
 
 from rivetq import CorruptLogError, FormatError
 from rivetq.storage.disk import SystemDisk
+from rivetq.storage.header import MAGIC, VERSION, Header, decode_header, encode_header, header_bytes
+from rivetq.storage.layout import segment_id, segment_name
 from rivetq.storage.record import ALIGN, HEADER_BYTES, encode_frame, frame_bytes, mask
-from rivetq.storage.segment import (
-    FIRST_ZEROS_BYTES,
-    MAGIC,
-    VERSION,
-    ZERO_AHEAD_BYTES,
-    ZERO_STEP_BYTES,
-    Header,
-    Scan,
-    SegmentFile,
-    decode_header,
-    encode_header,
-    header_bytes,
-    read_header,
-    segment_id,
-    segment_name,
-)
+from rivetq.storage.segment import FIRST_ZEROS_BYTES, ZERO_AHEAD_BYTES, ZERO_STEP_BYTES, Scan, SegmentFile, read_header
 
 SALT = 0x5EED5A17
 HEADER = encode_header(

@@ -26,9 +26,10 @@ from rivetq import Broker, BrokerLockedError, CorruptLogError, RetryPolicy, Stor
 from rivetq.__main__ import main
 from rivetq.machine.events import Acked, Buried, Cancelled, Enqueued, Leased, Purged
 from rivetq.storage.codec import decode_record
+from rivetq.storage.header import decode_header
 from rivetq.storage.index import Index
-from rivetq.storage.log import Log
-from rivetq.storage.segment import Record, Scan, decode_header
+from rivetq.storage.segment import Record, Scan
+from rivetq.storage.space import Space
 from rivetq.tools import repair
 
 SEGMENT_BYTES = 65_536
@@ -946,13 +947,13 @@ def test_a_queue_in_memory_has_no_backup(tmp_path: Path) -> None:
 def test_the_time_line_of_a_salvaged_log_is_that_of_its_source(
     closed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_room = Log.make_room
+    make_room = Space.make_room
 
     def slow(*args: Any, **kwargs: Any) -> None:
         time.sleep(0.02)
         make_room(*args, **kwargs)
 
-    monkeypatch.setattr(Log, "make_room", slow)
+    monkeypatch.setattr(Space, "make_room", slow)
     tools.salvage(closed, tmp_path / "out")
     source, salvaged = (sorted((path / "log").glob("*.log")) for path in (closed, tmp_path / "out"))
     last, first = (decode_header(path.read_bytes(), path.name) for path in (source[-1], salvaged[0]))

@@ -55,13 +55,15 @@ from ..storage.backup import take
 from ..storage.codec import decode_record, encode_record, encode_snapshot
 from ..storage.disk import Disk, SystemDisk
 from ..storage.group_commit import GroupCommit
+from ..storage.header import corrupt
 from ..storage.index import Index
 from ..storage.index_values import encode_entry, encode_run
+from ..storage.layout import AHEAD, INDEX, LOG
 from ..storage.lock import DirectoryLock
 from ..storage.log import Log
 from ..storage.record import MAX_BODY_BYTES, frame_bytes
 from ..storage.recovery import Recovered, recover, replay
-from ..storage.segment import Record, Scan, corrupt, read_header
+from ..storage.segment import Record, Scan, read_header
 from .live import LiveEngine, NeedRoomError
 from .notifier import Tell
 
@@ -143,7 +145,7 @@ class LocalEngine(LiveEngine):
         self._rested_s = 0.0  # when the keeper last gave way to others
         self._short_of_space = False
         self._checkpoints = self._copied_bytes = 0
-        self._index = Index(self._disk, os.path.join(path, "index"))
+        self._index = Index(self._disk, os.path.join(path, INDEX))
         started = time.monotonic()
         try:
             self._disk.make_directory(path)
@@ -187,7 +189,7 @@ class LocalEngine(LiveEngine):
 
     def _open_log(self, found: Recovered, release_on_open: bool) -> None:
         """A new segment and epoch; what recovery found but nobody knows to be on disk is written again first."""
-        directory = os.path.join(self._path, "log")
+        directory = os.path.join(self._path, LOG)
         self._disk.make_directory(directory)
         self._log = log = Log(
             self._disk, directory, log_id=found.log_id, epoch=found.epoch, segment_bytes=self._segment_bytes
@@ -196,10 +198,10 @@ class LocalEngine(LiveEngine):
         self._group = GroupCommit(log)
         log.sizes = found.sizes
         log.resume_after(found.last_segment, found.end_lsn, found.end_crc)
-        log.adopt_spares()
+        log.space.adopt()
         snapshot = encode_snapshot(self._machine.snapshot())
         again = sum(frame_bytes(len(body)) for body in found.surplus) + 1  # all of it into this one segment
-        log.make_room(again, len(snapshot), keep_reserve=False)
+        log.space.make_room(again, len(snapshot), keep_reserve=False)
         self._begin_segment(snapshot, found.now_ms, again)
         machine = self._machine
         for body in found.surplus:
@@ -216,7 +218,7 @@ class LocalEngine(LiveEngine):
             self._index.reopen()
         else:
             self._index.clear()
-        ahead = os.path.join(self._path, "ahead")
+        ahead = os.path.join(self._path, AHEAD)
         machine.unbegun = read_ahead(ahead)
         machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
@@ -261,13 +263,13 @@ class LocalEngine(LiveEngine):
             raise UsageError(f"{length} bytes in one record, {MAX_BODY_BYTES} is the most: split the batch")
         must_sync = IdsReserved in map(type, events)
         jobs = _jobs(events[0]) if len(events) == 1 else sum(map(_jobs, events))
-        if self._log.is_roomy(length):
+        if self._log.space.is_roomy(length):
             return body, None, must_sync, jobs
         snapshot = snapshot_length = None
-        if not self._log.fits(length) and not self._log.can_extend(length):
+        if not self._log.space.fits(length) and not self._log.space.can_extend(length):
             snapshot = encode_snapshot(self._machine.snapshot())
             snapshot_length = len(snapshot)
-        if not self._log.has_room(length, snapshot_length, keep_reserve=keep_reserve):
+        if not self._log.space.has_room(length, snapshot_length, keep_reserve=keep_reserve):
             raise NeedRoomError(length, snapshot_length, keep_reserve)
         return body, snapshot, must_sync, jobs
 
@@ -281,7 +283,9 @@ class LocalEngine(LiveEngine):
             self._must_sync = (*(lsn for lsn in self._must_sync if lsn > durable_lsn), place.lsn)
         self._log.jobs += jobs
         self._unsaved_bytes += len(body)
-        if (place.lsn % LOOK_RECORDS == 0 or len(body) > LOOK_BYTES) and (self._is_due() or self._log.wants_space()):
+        if (place.lsn % LOOK_RECORDS == 0 or len(body) > LOOK_BYTES) and (
+            self._is_due() or self._log.space.is_wanted()
+        ):
             self._keeper_poked.set()
         return place
 
@@ -296,7 +300,7 @@ class LocalEngine(LiveEngine):
 
     def _make_room(self, need: NeedRoomError) -> None:
         try:
-            self._log.make_room(need.body_length, need.snapshot_length, keep_reserve=need.keep_reserve)
+            self._log.space.make_room(need.body_length, need.snapshot_length, keep_reserve=need.keep_reserve)
         except OSError as error:
             self._fail(error)
             raise self._failed_error("not_done") from error
@@ -445,7 +449,7 @@ class LocalEngine(LiveEngine):
 
     def _keep(self, *, overdue: bool) -> None:
         try:
-            self._log.refill()  # first: somebody may soon wait for it
+            self._log.space.refill()  # first: somebody may soon wait for it
         finally:  # on a full disk too: a compaction makes room
             with self._keeper_lock:
                 wanted = self._is_due() or (overdue and self._unsaved_bytes)
@@ -538,7 +542,7 @@ class LocalEngine(LiveEngine):
                     if self._log.tail_is_empty:
                         return
                     snapshot = encode_snapshot(self._machine.snapshot())
-                    if not self._log.has_room(1, len(snapshot), keep_reserve=True):
+                    if not self._log.space.has_room(1, len(snapshot), keep_reserve=True):
                         raise NeedRoomError(1, len(snapshot), keep_reserve=True)
                     self._begin_segment(snapshot, now_ms)
                 break

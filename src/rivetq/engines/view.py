@@ -22,9 +22,10 @@ from ..machine.snapshot import Place
 from ..model import moment
 from ..storage.disk import Disk
 from ..storage.index import Index
+from ..storage.layout import DATA, INDEX, LOG, MANIFEST, segment_name
 from ..storage.log import read_payload
 from ..storage.recovery import Recovered, beside_its_owner, recover, replay
-from ..storage.segment import OPEN_SEGMENTS, SegmentFile, segment_name
+from ..storage.segment import OPEN_SEGMENTS, SegmentFile
 from .live import LiveEngine
 
 
@@ -37,7 +38,7 @@ class ViewEngine(LiveEngine):
 
     def __init__(self, disk: Disk, directory: str) -> None:
         self._disk = disk
-        self._log_path = os.path.join(directory, "log")
+        self._log_path = os.path.join(directory, LOG)
         self._copy = tempfile.mkdtemp(prefix="rivetq-view-")
         self._index = Index(disk, self._copy)
         # Also of a look that is never closed, at the latest when the process ends.
@@ -60,7 +61,7 @@ class ViewEngine(LiveEngine):
     def _read(self, directory: str) -> Recovered:
         def read() -> Recovered:
             self._index.close()
-            copy_index(os.path.join(directory, "index"), self._copy)
+            copy_index(os.path.join(directory, INDEX), self._copy)
             return recover(self._disk, directory, self._index, SystemClock(), Machine)
 
         return beside_its_owner(directory, read)
@@ -116,7 +117,7 @@ def served(found: Recovered) -> Machine:
 def copy_index(path: str, out: str) -> None:
     """As far as it is there; a copy that was taken in the middle of a checkpoint does not match its manifest."""
     os.makedirs(out, exist_ok=True)
-    for name in ("manifest", "data.mdb"):
+    for name in (MANIFEST, DATA):
         try:
             shutil.copyfile(os.path.join(path, name), os.path.join(out, name))
         except FileNotFoundError:

@@ -21,9 +21,10 @@ from ..errors import CorruptLogError, StorageError
 from ..machine.machine import Machine
 from ..model import moment
 from .disk import DIRECTORY_MODE, Disk, read_file, replace_file, write_all, write_file
-from .log import encode_mark, list_segments, read_mark
+from .header import corrupt
+from .layout import LOG, MARK, encode_mark, list_segments, read_mark, segment_name
 from .recovery import beside_its_owner, recover
-from .segment import Scan, SegmentFile, corrupt, read_header, segment_name
+from .segment import Scan, SegmentFile, read_header
 
 _CHUNK_BYTES = 1 << 22
 _PARTIAL = ".partial"
@@ -40,9 +41,9 @@ def take(disk: Disk, directory: str, out: str, clock: Clock, *, link: bool = Tru
         StorageError: there is something at `out`, or it cannot be written.
         CorruptLogError: the log is damaged. Nothing is left at `out`.
     """
-    source = os.path.join(directory, "log")
+    source = os.path.join(directory, LOG)
     with under_another_name(disk, out, directory) as partial:
-        log = os.path.join(partial, "log")
+        log = os.path.join(partial, LOG)
         numbers, linked, last_lsn = copy_log(disk, source, log, link=link, least_lsn=least_lsn)
         try:
             machine = recover(disk, partial, None, clock, Machine).machine
@@ -104,7 +105,7 @@ def copy_log(disk: Disk, source: str, log: str, *, link: bool = True, least_lsn:
 
 
 def _copy_segments(disk: Disk, source: str, log: str, link: bool, least_lsn: int) -> tuple[list[int], int, int]:
-    mark = read_file(disk, os.path.join(source, "mark"))  # first: what it testifies is in the files by now
+    mark = read_file(disk, os.path.join(source, MARK))  # first: what it testifies is in the files by now
     numbers = list_segments(disk, source)
     if not numbers:
         raise StorageError(f"{source}: there is no log")
@@ -122,7 +123,7 @@ def _copy_segments(disk: Disk, source: str, log: str, link: bool, least_lsn: int
     if last_lsn < known_lsn:
         raise corrupt(path, scan.end_in_file, f"record {scan.next_lsn} is not there, but {known_lsn} records were")
     write_file(disk, os.path.join(log, segment_name(numbers[-1])), data[: scan.end])
-    replace_file(disk, os.path.join(log, "mark"), encode_mark(header.log_id, last_lsn))  # which syncs the names too
+    replace_file(disk, os.path.join(log, MARK), encode_mark(header.log_id, last_lsn))  # which syncs the names too
     return numbers, linked, last_lsn
 
 

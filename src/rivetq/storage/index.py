@@ -35,6 +35,7 @@ from ..machine.snapshot import Snapshot
 from .codec import decode_snapshot, encode_snapshot
 from .disk import DIRECTORY_MODE, FILE_MODE, Disk, read_file, replace_file
 from .index_values import decode_columns, decode_entry, decode_key_value, decode_run, encode_key_value, seal, unseal
+from .layout import DATA, MANIFEST
 
 FORMAT = 2
 MAP_BYTES = 2**40  # address space, not memory; halved until the system grants it
@@ -60,7 +61,7 @@ class Index:
     def __init__(self, disk: Disk, path: str) -> None:
         self._disk = disk
         self._path = path
-        self._data = os.path.join(path, "data.mdb")
+        self._data = os.path.join(path, DATA)
         self._env: lmdb.Environment | None = None
         self._dbs: dict[bytes, Any] = {}
         self._may_write = False
@@ -75,7 +76,7 @@ class Index:
     def manifest(self, log_id: bytes) -> Manifest | None:
         """The manifest, if it is this log's and the data file matches it bit for bit."""
         try:
-            sealed = read_file(self._disk, os.path.join(self._path, "manifest"))
+            sealed = read_file(self._disk, os.path.join(self._path, MANIFEST))
             if sealed is None:
                 return None
             found = Manifest(**json.loads(unseal(b"manifest", sealed)))
@@ -189,7 +190,7 @@ class Index:
     def _withdraw(self) -> None:
         """Without a manifest the next opening rebuilds."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self._path, "manifest"))
+            os.unlink(os.path.join(self._path, MANIFEST))
 
     # Writing, at checkpoints
 
@@ -228,7 +229,7 @@ class Index:
         size, crc = self._fingerprint()
         manifest = Manifest(FORMAT, log_id.hex(), applied_lsn, size, crc)
         text = json.dumps(manifest._asdict()).encode()
-        replace_file(self._disk, os.path.join(self._path, "manifest"), seal(b"manifest", text))
+        replace_file(self._disk, os.path.join(self._path, MANIFEST), seal(b"manifest", text))
 
     @staticmethod
     def _write_key(txn: lmdb.Transaction, dbs: dict[bytes, Any], number: int, text: str, held: Key) -> None:

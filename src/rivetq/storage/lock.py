@@ -19,8 +19,9 @@ from datetime import datetime
 from ..errors import BrokerLockedError, StorageError
 from ..model import moment
 from .disk import FILE_MODE, OwnFile, SystemDisk
+from .layout import INDEX, LOCK, LOG
 
-_OWN = ("LOCK", "log", "index")
+_OWN = (LOCK, LOG, INDEX)
 
 
 class DirectoryLock:
@@ -30,7 +31,7 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: str, wall_ms: int) -> None:
-        self._path = os.path.join(directory, "LOCK")
+        self._path = os.path.join(directory, LOCK)
         self._created = False
         for name in _OWN:
             if os.path.islink(path := os.path.join(directory, name)):

@@ -28,21 +28,11 @@ from ..machine.machine import Machine
 from ..machine.snapshot import Place
 from .codec import decode_record, decode_snapshot
 from .disk import Disk, read_file
+from .header import Header, corrupt
 from .index import Index
-from .log import list_segments, read_mark
+from .layout import INDEX, LOG, MANIFEST, MARK, list_segments, read_mark, segment_name
 from .record import frame_bytes
-from .segment import (
-    OPEN_SEGMENTS,
-    OPEN_TO_READ,
-    Header,
-    Record,
-    Scan,
-    SegmentFile,
-    SegmentFiles,
-    corrupt,
-    read_header,
-    segment_name,
-)
+from .segment import OPEN_SEGMENTS, OPEN_TO_READ, Record, Scan, SegmentFile, SegmentFiles, read_header
 
 logger = logging.getLogger("rivetq")
 
@@ -86,11 +76,11 @@ def recover(
 
     Raises CorruptLogError or FormatError; damage to the index is never an error.
     """
-    log_directory = os.path.join(directory, "log")
+    log_directory = os.path.join(directory, LOG)
     numbers = list_segments(disk, log_directory)
-    mark = read_file(disk, os.path.join(log_directory, "mark"))
+    mark = read_file(disk, os.path.join(log_directory, MARK))
     if not numbers:
-        if mark is not None or os.path.exists(os.path.join(directory, "index", "manifest")):
+        if mark is not None or os.path.exists(os.path.join(directory, INDEX, MANIFEST)):
             raise corrupt(os.path.join(log_directory, segment_name(1)), 0, "all segments of the log are missing")
         now_ms, boot_ms = time_line(clock, None, 0)
         log_id = secrets.token_bytes(16)
@@ -137,9 +127,9 @@ def time_line(clock: Clock, last: Header | None, latest_ms: int) -> tuple[int, i
 
 def records(disk: Disk, directory: str) -> Iterator[tuple[SegmentFile, Record]]:
     """All records in order, each with its file. Raises CorruptLogError, at the latest behind the last good one."""
-    log_directory = os.path.join(directory, "log")
+    log_directory = os.path.join(directory, LOG)
     # Somebody may be writing: what the mark testifies is in the files by now, and a segment may go before it is opened.
-    mark = read_file(disk, os.path.join(log_directory, "mark"))
+    mark = read_file(disk, os.path.join(log_directory, MARK))
     numbers = list_segments(disk, log_directory)
     if not numbers:
         return

@@ -1,48 +1,19 @@
-"""One segment: a file of the log. Header, then frames (see record), then zeros.
-
-Format version 1. To change it: add the new version beside the old reader, raise VERSION, describe both in
-docs/file-format.md, keep a directory of the old version under tests/ and prove that it opens.
-
-Header, little-endian, padded with zeros to 8 bytes::
-
-    magic 8 bytes   "RivetQ\\0\\n"
-    version u32     the only field besides magic, size and crc that every version keeps in place
-    size u32        bytes of the whole header, padding included
-    crc u32         masked CRC32C of magic, version, size and of all behind this field
-    epoch u32       counts the openings of the directory
-    salt u32        random, in every frame of this segment
-    previous_crc u32      link: crc of the last record of the previous segment, or of its header if it has none
-    id u64          1, 2, 3 ...
-    first_lsn u64   the number of the first record here. The previous segment counts up to the one before; what lies
-                    behind that was cut off by a recovery
-    boot_ms u64     the boot-time clock when this was written
-    now_ms u64      the queue's time line at that moment
-    log id 16 bytes random, the same in all segments of a directory
-    boot id 40 bytes      text, padded with zeros
-    snapshot        JSON: what must outlive dropped segments, as of first_lsn
-
-The first frame chains to the header's crc.
-"""
+"""One segment: a file of the log. Header, then frames (see record), then zeros."""
 
 from __future__ import annotations
 
 import errno
 import os
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import attrs
-from crc32c import crc32c
-
-from ..errors import CorruptLogError, FormatError
 from .disk import Disk, OwnFile, write_all
-from .record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes, mask
+from .header import Header, decode_header, header_bytes
+from .layout import segment_name
+from .record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes
 
-VERSION = 1
-MAGIC = b"RivetQ\0\n"
 ZERO_AHEAD_BYTES = 1 << 20
 """Zeros are written this far before the frames: a sync that need not turn unwritten extents into written ones, nor
 extend the file, costs about 0.7 of one that must."""
@@ -50,106 +21,10 @@ ZERO_STEP_BYTES = 1 << 16
 """In pieces: the kernel keeps what one large write brought in one large folio of its cache, and syncing a few bytes of
 such a folio costs a fifth more."""
 FIRST_ZEROS_BYTES = 1 << 16  # at creation; small, so that opening a directory costs little
-_PREFIX = struct.Struct("<8sIII")
-_FIXED = struct.Struct("<IIIQQQQ16s40s")
-HEADER_SALT_AT = _PREFIX.size + 4
 OPEN_SEGMENTS, OPEN_TO_READ = 40, 12
 """Segments that a log, and a reader of a directory, keep open at most. With the tail, the spares and those that threads
 have in hand a broker stays below 64 descriptors of segments, also while it makes a backup."""
 OUT_OF_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
-
-
-@attrs.frozen(kw_only=True)
-class Header:
-    """The decoded header of a segment."""
-
-    id: int
-    epoch: int
-    salt: int
-    first_lsn: int
-    previous_crc: int
-    boot_id: str
-    boot_ms: int
-    now_ms: int
-    log_id: bytes
-    snapshot: bytes
-    crc: int = 0
-    size: int = 0
-
-
-def encode_header(header: Header) -> Header:
-    """Fills in crc and size."""
-    return attrs.evolve(header, crc=_crc_and_bytes(header)[0], size=len(header_bytes(header)))
-
-
-def header_bytes(header: Header) -> bytes:
-    """The header as it is on disk."""
-    return _crc_and_bytes(header)[1]
-
-
-def _crc_and_bytes(header: Header) -> tuple[int, bytes]:
-    fixed = _FIXED.pack(
-        header.epoch,
-        header.salt,
-        header.previous_crc,
-        header.id,
-        header.first_lsn,
-        header.boot_ms,
-        header.now_ms,
-        header.log_id,
-        header.boot_id.encode()[:40],
-    )
-    rest = fixed + header.snapshot
-    size = -(-(_PREFIX.size + len(rest)) // ALIGN) * ALIGN
-    rest += bytes(size - _PREFIX.size - len(rest))
-    prefix = _PREFIX.pack(MAGIC, VERSION, size, 0)
-    crc = mask(crc32c(rest, crc32c(prefix)))
-    return crc, _PREFIX.pack(MAGIC, VERSION, size, crc) + rest
-
-
-def decode_header(data: bytes, path: str) -> Header:
-    """The header at the start of a segment's bytes. Raises CorruptLogError, or FormatError for another version."""
-    if len(data) < _PREFIX.size:
-        raise corrupt(path, len(data), "the file ends inside the segment header")
-    magic, version, size, crc = _PREFIX.unpack_from(data)
-    intact = (
-        magic == MAGIC
-        and _PREFIX.size <= size <= len(data)
-        and mask(crc32c(data[_PREFIX.size : size], crc32c(_PREFIX.pack(magic, version, size, 0)))) == crc
-    )
-    if not intact:
-        raise corrupt(path, 0, "the segment header is damaged or cut short")
-    if version != VERSION:
-        raise FormatError(
-            f"{path}: format version {version}, this RivetQ reads version {VERSION}; open it with the RivetQ that "
-            f"wrote it, or a newer one"
-        )
-    fixed = _FIXED.unpack_from(data, _PREFIX.size)
-    epoch, salt, previous_crc, number, first_lsn, boot_ms, now_ms, log_id, boot_id = fixed
-    return Header(
-        id=number,
-        epoch=epoch,
-        salt=salt,
-        first_lsn=first_lsn,
-        previous_crc=previous_crc,
-        boot_id=boot_id.rstrip(b"\0").decode("utf-8", "replace"),
-        boot_ms=boot_ms,
-        now_ms=now_ms,
-        log_id=log_id,
-        snapshot=data[_PREFIX.size + _FIXED.size : size].rstrip(b"\0"),
-        crc=crc,
-        size=size,
-    )
-
-
-def corrupt(path: str, offset: int, what: str, so: str = "; nothing was changed") -> CorruptLogError:
-    """The error for damage at a byte."""
-    return CorruptLogError(
-        f"{path}: damaged at byte {offset}: {what}{so}. Restore the directory from a backup, or save what can be read: "
-        f"python -m rivetq salvage DIRECTORY OUT",
-        file=path,
-        offset=offset,
-    )
 
 
 class Record(NamedTuple):
@@ -204,16 +79,6 @@ class Scan:
                 lsn = max(lsn, frame.durable_lsn)
             at = self._data.find(salt, at + 1)
         return lsn
-
-
-def segment_name(number: int) -> str:
-    return f"{number:016d}.log"
-
-
-def segment_id(name: str) -> int | None:
-    """The id in a segment's file name, None for any other file."""
-    stem, dot, suffix = name.partition(".")
-    return int(stem) if dot and suffix == "log" and len(stem) == 16 and stem.isascii() and stem.isdigit() else None
 
 
 class SegmentFile(OwnFile):

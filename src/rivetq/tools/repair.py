@@ -29,10 +29,9 @@ from ..storage.backup import copy_log, take
 from ..storage.codec import decode_record
 from ..storage.disk import CountingDisk, SystemDisk, read_file
 from ..storage.index import Index
+from ..storage.layout import DATA, INDEX, LOG, MANIFEST, MARK, list_segments, log_bytes, read_mark
 from ..storage.lock import DirectoryLock
-from ..storage.log import list_segments, read_mark
 from ..storage.recovery import records, recover
-from ..storage.segment import segment_name
 from .salvage import Salvage
 from .salvage import salvage as _salvage
 
@@ -114,7 +113,7 @@ def rebuild_index(path: Path, *, progress: Progress | None = None) -> int:
         BrokerLockedError: a broker has it open.
     """
     directory = _directory(path)
-    index = Index(SystemDisk(), os.path.join(directory, "index"))
+    index = Index(SystemDisk(), os.path.join(directory, INDEX))
     with _owned(directory), _readable(directory):
         log_id = recover(_disk(directory, progress), directory, None, SystemClock(), Machine).log_id
         index.clear()
@@ -273,16 +272,8 @@ def _disk(directory: str, progress: Progress | None, passes: int = 1) -> SystemD
     """One that tells how far the log was read."""
     if progress is None:
         return SystemDisk()
-    most = passes * _log_bytes(directory)
+    most = passes * log_bytes(SystemDisk(), directory)
     return CountingDisk(lambda read: progress(min(read, most), most))
-
-
-def _log_bytes(directory: str) -> int:
-    log, size = os.path.join(directory, "log"), 0
-    for number in list_segments(SystemDisk(), log):
-        with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
-            size += os.path.getsize(os.path.join(log, segment_name(number)))
-    return size
 
 
 def _event(event: Event, body: bytes | None) -> dict[str, Any]:
@@ -310,7 +301,7 @@ def _plain(item: Any) -> Any:
 def _directory(path: Path) -> str:
     directory = os.path.abspath(checked_path(path))
     with _readable(directory):
-        if not list_segments(SystemDisk(), os.path.join(directory, "log")):
+        if not list_segments(SystemDisk(), os.path.join(directory, LOG)):
             raise StorageError(f"{directory}: there is no log; the directory of a broker has one")
     return directory
 
@@ -342,9 +333,9 @@ def _owned(directory: str) -> Iterator[None]:
 
 def _verified(directory: str, progress: Progress | None) -> Verification:
     found = Verification(path=directory)
-    disk, log = _disk(directory, progress), os.path.join(directory, "log")
+    disk, log = _disk(directory, progress), os.path.join(directory, LOG)
     found.segments = len(list_segments(disk, log))
-    found.bytes = _log_bytes(directory)
+    found.bytes = log_bytes(disk, directory)
     try:
         whole = recover(disk, directory, None, SystemClock(), Machine)
         served(whole)
@@ -354,7 +345,7 @@ def _verified(directory: str, progress: Progress | None) -> Verification:
     found.records = whole.end_lsn + len(whole.surplus) - whole.first_lsn + 1
     found.jobs = sum(sum(queue.counts) for queue in whole.machine.queues.values())
     found.as_of = moment(whole.machine.now_ms)
-    mark = os.path.join(log, "mark")
+    mark = os.path.join(log, MARK)
     if not read_mark(read_file(disk, mark), whole.log_id) and whole.end_lsn:
         found.mark = Problem(file=mark, offset=None, what="is missing, damaged or of another log")
     found.index = _compare(directory, whole.machine)
@@ -378,8 +369,8 @@ def _verified_copy(directory: str, progress: Progress | None) -> Verification:
     except OSError:  # it may not be written: then elsewhere, where nothing can be linked
         copy = tempfile.mkdtemp(prefix=prefix)
     try:
-        copy_index(os.path.join(directory, "index"), os.path.join(copy, "index"))  # first: the log has what it holds
-        copy_log(SystemDisk(), os.path.join(directory, "log"), os.path.join(copy, "log"))
+        copy_index(os.path.join(directory, INDEX), os.path.join(copy, INDEX))  # first: the log has what it holds
+        copy_log(SystemDisk(), os.path.join(directory, LOG), os.path.join(copy, LOG))
         found = _verified(copy, progress)
     except CorruptLogError as error:
         return Verification(path=directory, log=_damage(error))
@@ -398,8 +389,8 @@ def _damage(error: CorruptLogError) -> Problem:
 
 def _compare(directory: str, whole: Machine) -> Problem | None:
     """The index, with what the log has behind it, against the log alone."""
-    path = os.path.join(directory, "index")
-    if not os.path.exists(os.path.join(path, "manifest")):
+    path = os.path.join(directory, INDEX)
+    if not os.path.exists(os.path.join(path, MANIFEST)):
         return None
     disk = SystemDisk()
     index = Index(disk, path)
@@ -407,7 +398,7 @@ def _compare(directory: str, whole: Machine) -> Problem | None:
         found = recover(disk, directory, index, SystemClock(), Machine)
         if not found.applied_lsn:
             return Problem(
-                file=os.path.join(path, "data.mdb"), offset=None,
+                file=os.path.join(path, DATA), offset=None,
                 what="does not match its manifest: a crash cut a checkpoint short, one is under way, or it is damaged",
             )  # fmt: skip
         machine = served(found)
@@ -419,7 +410,7 @@ def _compare(directory: str, whole: Machine) -> Problem | None:
         what = str(error)
     finally:
         index.close()
-    return None if what is None else Problem(file=os.path.join(path, "data.mdb"), offset=None, what=what)
+    return None if what is None else Problem(file=os.path.join(path, DATA), offset=None, what=what)
 
 
 def _difference(whole: Machine, machine: Machine) -> str | None:

@@ -39,10 +39,12 @@ from ..machine.snapshot import Place, Snapshot
 from ..storage.backup import under_another_name
 from ..storage.codec import decode_record, decode_snapshot, encode_snapshot
 from ..storage.disk import Disk, read_file, replace_file
-from ..storage.log import Log, list_segments, read_mark
+from ..storage.header import HEADER_SALT_AT, Header, corrupt
+from ..storage.layout import LOG, MARK, list_segments, read_mark, segment_name
+from ..storage.log import Log
 from ..storage.record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes
 from ..storage.recovery import time_line
-from ..storage.segment import HEADER_SALT_AT, Header, SegmentFile, SegmentFiles, corrupt, read_header, segment_name
+from ..storage.segment import SegmentFile, SegmentFiles, read_header
 
 REPORT = "salvage.json"
 SKIPPED_IDS = 2**40
@@ -89,10 +91,10 @@ def salvage(disk: Disk, directory: str, out: str, clock: Clock) -> Salvage:
         StorageError: there is no log, or something at `out`, or it cannot be written.
         FormatError: an intact header names another version of the format.
     """
-    wreck = _Wreck(disk, os.path.join(directory, "log"))
+    wreck = _Wreck(disk, os.path.join(directory, LOG))
     wreck.read()
     if stale := wreck.stale():
-        wreck = _Wreck(disk, os.path.join(directory, "log"), without=stale)
+        wreck = _Wreck(disk, os.path.join(directory, LOG), without=stale)
         wreck.read()
     with under_another_name(disk, out, directory) as partial:
         report = wreck.report
@@ -155,7 +157,7 @@ class _Wreck:
             self._note(os.path.join(self._directory, segment_name(number)), 0, 0, "the file is missing")
         header = self.newest_header()
         if header is not None:
-            mark = read_file(self._disk, os.path.join(self._directory, "mark"))
+            mark = read_file(self._disk, os.path.join(self._directory, MARK))
             self._skip_to(read_mark(mark, header.log_id) + 1)
 
     def stale(self) -> list[int]:
@@ -416,12 +418,12 @@ def _totals(machine: Machine, report: Salvage) -> Snapshot:
 
 def _begin(disk: Disk, directory: str, snapshot: Snapshot, boot_id: str, boot_ms: int, now_ms: int) -> None:
     """The first segment, without a record."""
-    path = os.path.join(directory, "log")
+    path = os.path.join(directory, LOG)
     disk.make_directory(path)
     log = Log(disk, path, log_id=secrets.token_bytes(16), epoch=1, segment_bytes=_SEGMENT_BYTES)
     try:
         data = encode_snapshot(snapshot)
-        log.make_room(1, len(data), keep_reserve=False)
+        log.space.make_room(1, len(data), keep_reserve=False)
         log.begin_segment(data, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms)
         log.flush()
         log.close()

@@ -2,131 +2,34 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
+from house import (
+    DEPENDENCIES,
+    IO_MODULES,
+    MODULES,
+    PUBLIC,
+    PURE,
+    TESTING,
+    breaks,
+    circles,
+    imports,
+    others,
+    spine,
+    wings,
+)
 
 import rivetq
 
-PACKAGE = Path(rivetq.__file__).parent
-ROOMS: dict[str, list[str]] = {
-    "words": ["errors", "model", "clock", "histogram", "engine"],
-    "machine": [
-        "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
-        "machine", "decide",
-    ],
-    "storage": [
-        "__init__", "disk", "layout", "lock", "fields", "codec", "index_values", "record", "header", "segment", "space",
-        "log", "index", "recovery", "backup", "ahead", "group_commit",
-    ],
-    "engines": ["__init__", "notifier", "live", "memory", "local", "view"],
-    "broker": ["__init__", "arguments", "broker"],
-    "face": ["aio", "__init__"],
-    "tools": ["salvage", "repair", "__init__"],
-    "commands": ["__main__"],
-}  # fmt: skip
-"""The spine, from the ground up: a file imports from the rooms before its own, and from the files before it in its own.
-
-A room is a folder; "words", "face" and "commands" are files beside the folders.
-"""
-WINGS: dict[str, list[str]] = {
-    "texts": [],
-    "typedjson": [],
-    "schedules": ["scheduler", "__init__"],
-    "tasks": ["outcomes", "current", "task", "running", "under_test", "app", "pickling", "__init__"],
-    "logs": [],
-    "worker": ["pools", "children", "order", "worker", "__init__"],
-    "metrics": [],
-    "otel": [],
-    "settings": [],
-    "cli": [],
-}
-"""Who runs and shows: they import the wings before them, the public names of `rivetq`, `aio`, `tools` and `testing`."""
-PUBLIC = {"__init__", "aio", "tools.__init__", "testing.__init__"}
-TESTING = {"__init__", "clock", "disk", "plugin", "conformance", "tasks"}
-TOP = {"words", "face", "commands"}
-PURE = {"machine"} | {f"storage.{name}" for name in ("fields", "codec", "index_values", "record", "header")}
-DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}
-IO_MODULES = {"os", "io", "time", "threading", "socket", "fcntl", "shutil", "pathlib", "logging"}
 PUBLIC_PATHS = [
     "rivetq", "rivetq.__main__", "rivetq.aio", "rivetq.cli", "rivetq.logs", "rivetq.metrics", "rivetq.otel",
     "rivetq.schedules", "rivetq.settings", "rivetq.tasks", "rivetq.testing", "rivetq.testing.conformance",
     "rivetq.testing.plugin", "rivetq.testing.tasks", "rivetq.tools", "rivetq.typedjson", "rivetq.worker",
 ]  # fmt: skip
-
-
-def module_of(path: Path) -> str:
-    """Below `rivetq`, as "machine.run"."""
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
-
-
-def spine() -> Iterator[str]:
-    for room, files in ROOMS.items():
-        for file in files:
-            yield file if room in TOP else f"{room}.{file}"
-
-
-def wings() -> Iterator[str]:
-    for wing, files in WINGS.items():
-        yield from (f"{wing}.{file}" for file in files) if files else (wing,)
-
-
-def nodes(path: Path) -> Iterator[ast.AST]:
-    """Of all that happens at run time."""
-    tree = ast.parse(path.read_text())
-    for node in tree.body:
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            node.body = []  # a job's queue has a type, and nothing is called there
-    yield from ast.walk(tree)
-
-
-def imports(module: str) -> Iterator[tuple[str, str]]:
-    """(module of ours, name) of each import of our own at run time."""
-    package = module.split(".")[:-1]
-    for node in nodes(MODULES[module]):
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        parts = node.module.split(".") if node.module else []
-        if node.level:
-            parts = package[: len(package) - node.level + 1] + parts
-        elif parts[0] == "rivetq":
-            parts = parts[1:]
-        else:
-            continue
-        for alias in node.names:
-            for found in ([*parts, alias.name], [*parts, alias.name, "__init__"], parts, [*parts, "__init__"]):
-                if (name := ".".join(found)) in MODULES:
-                    yield name, alias.name
-                    break
-            else:
-                raise AssertionError(f"{module} imports {alias.name} from {'.'.join(parts)}, which is not there")
-
-
-def others(module: str) -> Iterator[str]:
-    """Packages that are not ours."""
-    for node in nodes(MODULES[module]):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            yield node.module.partition(".")[0]
-
-
-def breaks(order: list[str], more: Collection[str] = ()) -> list[str]:
-    """Imports of files that do not come before in the order."""
-    return [
-        f"{module} imports {name} from {found}"
-        for at, module in enumerate(order)
-        for found, name in imports(module)
-        if found not in {*order[:at], *more}
-    ]
 
 
 def test_every_file_has_its_place() -> None:
@@ -159,6 +62,14 @@ def test_a_break_of_the_law_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "machine.run imports Log from storage.log",
         "machine.run imports Machine from machine.machine",
     ]
+
+
+def test_there_is_no_circle_not_even_of_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert circles() == []
+    below = tmp_path / "queue.py"
+    below.write_text("if TYPE_CHECKING:\n    from .entry import Entry\n")
+    monkeypatch.setitem(MODULES, "machine.queue", below)
+    assert circles() == [{"machine.queue", "machine.entry"}]
 
 
 @pytest.mark.parametrize("path", PUBLIC_PATHS)

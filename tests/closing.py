@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 PACKAGE = os.path.dirname(rivetq.__file__)
 ENGINE = (
-    "aio", "broker/broker", "engines/live", "engines/local", "engines/notifier", "storage/ahead",
-    "storage/group_commit",
+    "aio", "broker/broker", "engines/lessees", "engines/clockwork", "engines/leasing",
+    "engines/live", "engines/durable", "engines/checkpoint", "engines/compaction", "engines/local",
+    "engines/notifier", "storage/ahead", "storage/group_commit",
 )  # fmt: skip
 RUNTIME = ("schedules/scheduler", "storage/ahead", "worker/children", "worker/order", "worker/pools", "worker/worker")
 PATIENCE_S = 15.0
@@ -245,7 +246,7 @@ class OfBroker(Scene):
 class OfLoop(Scene):
     """An event loop ends, without a word to its tasks; the broker stays. What was on its way to them comes back."""
 
-    files = ("aio", "engines/live", "engines/notifier")
+    files = ("aio", "engines/lessees", "engines/clockwork", "engines/leasing", "engines/live", "engines/notifier")
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

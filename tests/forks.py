@@ -48,7 +48,9 @@ TRACED = {
     os.path.join(PACKAGE, f"{name}.py")
     for name in (
         "aio", "broker/broker",
-        "engines/live", "engines/local", "engines/memory", "engines/notifier", "engines/view",
+        "engines/lessees", "engines/clockwork", "engines/looking", "engines/leasing", "engines/live",
+        "engines/durable", "engines/checkpoint", "engines/compaction", "engines/local",
+        "engines/memory", "engines/notifier", "engines/view",
         "storage/ahead", "storage/codec", "storage/disk", "storage/group_commit", "storage/index",
         "storage/index_values", "storage/lock", "storage/log", "storage/segment", "storage/space",
         "machine/decide", "machine/keys", "machine/machine", "machine/ratelimit", "machine/run", "machine/snapshot",
@@ -95,7 +97,7 @@ class Stage:
         self.loop.run_until_complete(self.aio.stats())  # its threads are there
         self.waiter = threading.Thread(target=self._wait, daemon=True)
         self.waiter.start()
-        _await(lambda: len(_engine(broker)._lessees.get("nothing", ())) == 2)
+        _await(lambda: len(_engine(broker)._lessees.lines.get("nothing", ())) == 2)
 
     def _wait(self) -> None:
         with contextlib.suppress(BrokerClosedError):

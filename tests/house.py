@@ -26,7 +26,10 @@ ROOMS: dict[str, list[str]] = {
         "__init__", "disk", "layout", "lock", "fields", "codec", "index_values", "record", "header", "segment", "space",
         "log", "index", "recovery", "backup", "ahead", "group_commit",
     ],
-    "engines": ["__init__", "notifier", "live", "memory", "local", "view"],
+    "engines": [
+        "__init__", "notifier", "lessees", "clockwork", "looking", "leasing", "live", "memory", "durable",
+        "checkpoint", "compaction", "local", "view",
+    ],
     "broker": ["__init__", "arguments", "broker"],
     "face": ["aio", "__init__"],
     "tools": ["salvage", "repair", "__init__"],

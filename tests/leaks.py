@@ -53,7 +53,7 @@ def held(broker: Broker) -> dict[str, int]:
         found = {
             "due": len(machine._due), "deadlines": len(machine._deadlines), "tokens": len(machine._tokens),
             "promised": len(machine.promised), "jobs": len(machine.jobs), "keys": len(machine.keys.changed),
-            "lessees": sum(map(len, engine._lessees.values())), "ahead": len(engine._ahead._slots),
+            "lessees": sum(map(len, engine._lessees.lines.values())), "ahead": len(engine._ahead._slots),
             "callbacks": 0 if soon is None else len(soon._later) + len(soon._records),
             "watched": len(broker._watched), "group": len(engine._group._waiters),
         }  # fmt: skip

@@ -78,14 +78,14 @@ BUGS = (
     ),
     Bug(
         "checkpoint ahead of the log",
-        "engines/local.py",
+        "engines/checkpoint.py",
         "            self._wait_durable(last_lsn)  # the index is never ahead of the disk\n",
         "",
         "test_simulation.py::test_no_power_cut_takes_what_was_promised",
     ),
     Bug(
         "segment dropped early",
-        "engines/local.py",
+        "engines/compaction.py",
         "        self._checkpoint()  # which syncs the copies; the index now points at them\n",
         "        self._log.drop(upto)\n        self._checkpoint()\n",
         "test_simulation.py::test_no_power_cut_takes_what_was_promised",
@@ -116,22 +116,22 @@ BUGS = (
     ),
     Bug(
         "used-up runs forgotten",
-        "engines/local.py",
+        "engines/checkpoint.py",
         "            changes.gone |= taken.gone\n",
         "",
         "test_local.py::test_after_a_checkpoint_that_failed_the_next_one_takes_acked_jobs_of_saved_runs_away",
     ),
     Bug(
         "packed jobs forgotten",
-        "engines/local.py",
+        "engines/checkpoint.py",
         "            changes.packed |= taken.packed\n",
         "",
         "test_local.py::test_after_a_checkpoint_that_failed_the_next_one_takes_acked_single_jobs_away",
     ),
     Bug(
         "wake-up kept",
-        "engines/live.py",
-        "            if self._lessees:\n"
+        "engines/leasing.py",
+        "            if self._lessees.lines:\n"
         "                self._wake_lessees(queues)  # this one may have been woken for another of its queues\n",
         "",
         "test_threads.py::test_who_was_woken_for_two_queues_and_takes_from_one_wakes_the_next_for_the_other[soon]",
@@ -145,7 +145,7 @@ BUGS = (
     ),
     Bug(
         "loop waits for the disk",
-        "engines/local.py",
+        "engines/durable.py",
         "        if not self._is_to_sync(lsn) or",
         '        if self._fsync != "always" or',
         "test_aio.py::test_in_a_relaxed_mode_an_id_is_told_when_its_block_is_on_disk_and_the_loop_does_not_wait_for_that[never]",
@@ -531,35 +531,35 @@ BUGS = (
     ),
     Bug(
         "payload not looked for in its new place",
-        "engines/local.py",
+        "engines/durable.py",
         "                if payload is not None:\n                    return payload\n                with self._lock:",
         "                return payload\n                with self._lock:",
         "test_local.py::test_a_payload_whose_segment_goes_while_it_is_read_is_read_from_its_new_place",
     ),
     Bug(
         "changed run put away",
-        "engines/local.py",
+        "engines/checkpoint.py",
         "if run.left and run.number and run not in changes.runs:",
         "if run.left and run.number:",
         "test_local.py::test_a_run_that_has_changed_stays_in_memory_until_it_is_in_the_index",
     ),
     Bug(
         "ended keys stay in the index",
-        "engines/local.py",
+        "engines/checkpoint.py",
         "                machine.keys.sweep(part, machine.now_ms)\n",
         "                pass\n",
         "test_local.py::test_keys_whose_window_is_over_leave_the_index",
     ),
     Bug(
         "used-up run written again",
-        "engines/local.py",
+        "engines/checkpoint.py",
         "                (changes.runs.add if run.left else changes.runs.discard)(run)\n",
         "                changes.runs.add(run)\n",
         "test_local.py::test_a_run_that_is_used_up_while_a_checkpoint_fails_is_gone_with_the_next",
     ),
     Bug(
         "run written as it is by then",
-        "engines/local.py",
+        "engines/checkpoint.py",
         "columns = columns.picked(slice(start, stop))  # others may append to it meanwhile",
         "columns = columns.picked(slice(start, None))",
         "test_local.py::test_jobs_that_come_while_a_checkpoint_writes_their_run_are_in_it_once",
@@ -635,7 +635,7 @@ BUGS = (
     ),
     Bug(
         "header with clocks of two moments",
-        "engines/local.py",
+        "engines/durable.py",
         "now_ms - self._offset_ms  # at that moment, not now",
         "self.clock.boot_ms()",
         "test_local.py::test_the_time_line_shows_the_wall_clock_however_long_openings_take",
@@ -922,7 +922,7 @@ BUGS = (
     ),
     Bug(
         "cancelled lessee keeps its wake-up",
-        "engines/live.py",
+        "engines/leasing.py",
         "            engine._wake_lessees(self._arguments[0])"
         "  # it may have been woken for a job that another can have\n        return True",
         "        return True",
@@ -930,22 +930,22 @@ BUGS = (
     ),
     Bug(
         "failed lessee stays in the line",
-        "engines/live.py",
-        "            self.over = True\n            engine._unregister(self, self._arguments[0])\n"
+        "engines/leasing.py",
+        "            self.over = True\n            engine._lessees.remove(self, self._arguments[0])\n"
         "            if engine._ended",
         "            self.over = True\n            if engine._ended",
         "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[failed]",
     ),
     Bug(
         "duplicate answered before its record",
-        "engines/live.py",
+        "engines/clockwork.py",
         "lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()",
         "lsn = self._record(events, now_ms, keep_reserve) if events else 0",
         "test_aio.py::test_the_answer_to_a_duplicate_waits_for_the_record_of_the_first[called]",
     ),
     Bug(
         "lease of what is not on disk",
-        "engines/live.py",
+        "engines/leasing.py",
         "        self._settle(max([entry.lsn for entry in entries]))\n        return leases",
         "        return leases",
         "test_aio.py::test_a_lease_waits_for_the_records_of_its_jobs",
@@ -959,16 +959,16 @@ BUGS = (
     ),
     Bug(
         "nobody waits for a token",
-        "engines/live.py",
+        "engines/leasing.py",
         "                        self._expect_tokens(limited, now_ms)\n",
         "",
         "test_aio.py::test_who_waits_for_a_token_is_woken_when_there_is_one_whatever_came_first[jobs]",
     ),
     Bug(
         "next token wakes nobody",
-        "engines/live.py",
-        "                if not count:  # else those who are woken take the tokens first, and come here\n"
-        "                    self._expect_tokens([queue], machine.now_ms)\n",
+        "engines/lessees.py",
+        "            if not count:  # else those who are woken take the tokens first, and this is asked again\n"
+        "                without_token.append(queue)\n",
         "",
         "test_aio.py::test_who_waits_for_a_token_is_woken_when_there_is_one_whatever_came_first[jobs]",
     ),

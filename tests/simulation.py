@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
+import rivetq.engines.compaction
 import rivetq.engines.local
 from rivetq import Broker, DiskFullError, Lease, LeaseLostError, RateLimit, RetryPolicy
 from rivetq.engines.live import LiveEngine
@@ -105,7 +106,7 @@ class Life:
             mock.patch.object(rivetq.engines.local, "SystemDisk", return_value=self.disk),
             mock.patch.object(rivetq.engines.local, "Log", NotingLog),
             mock.patch.object(rivetq.engines.local, "Index", NotingIndex),
-            mock.patch.object(rivetq.engines.local, "MANY_SEGMENTS", MANY_SEGMENTS),
+            mock.patch.object(rivetq.engines.compaction, "MANY_SEGMENTS", MANY_SEGMENTS),
             mock.patch.object(LocalEngine, "_sweep", noting_sweep),
         ):
             self.broker = Broker(

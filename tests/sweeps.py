@@ -68,13 +68,17 @@ TRACED = {
     for name in (
         "machine/decide", "machine/keys", "machine/machine", "machine/run", "machine/snapshot", "machine/window",
         "storage/group_commit", "storage/index", "storage/log", "storage/segment", "storage/space",
-        "engines/live", "engines/local",
+        "engines/lessees", "engines/clockwork", "engines/looking", "engines/leasing", "engines/live",
+        "engines/durable", "engines/checkpoint", "engines/compaction", "engines/local",
     )
 }  # fmt: skip
 AWAITED = {
     os.path.join(PACKAGE, f"{name}.py")
-    for name in ("aio", "engines/live", "engines/notifier", "storage/ahead", "storage/group_commit")
-}
+    for name in (
+        "aio", "engines/lessees", "engines/clockwork", "engines/looking", "engines/leasing", "engines/live",
+        "engines/notifier", "storage/ahead", "storage/group_commit",
+    )
+}  # fmt: skip
 TROUBLES = (*itertools.product(("EIO", "ENOSPC", "short"), (1, 1_000_000)), ("full", 1))
 """What a call meets, once or for good; or from there on there is little space, which comes back at the end."""
 
@@ -556,7 +560,7 @@ def _broken_into(sweep: Sweep, fsync: str, tracer: Tracer, what: str, *, in_noti
     try:
         for other in others:
             other.start()
-        while len(engine._lessees.get("other", ())) < len(others):
+        while len(engine._lessees.lines.get("other", ())) < len(others):
             time.sleep(0.0005)
         _break_into(broker, tracer, what, in_notifier=in_notifier)
         try:

@@ -687,7 +687,7 @@ def test_polls_of_a_limited_queue_leave_nothing_behind() -> None:
             for _ in range(500):
                 assert await broker.lease("q") is None
             engine = inside(broker.broker)
-            assert not engine._lessees
+            assert not engine._lessees.lines
             assert len(engine._machine._tokens) <= 1
             assert not engine._notifier._later
 
@@ -723,7 +723,7 @@ def test_a_loop_that_is_closed_under_a_waiting_lease_leaves_no_lessee_behind() -
         loop = asyncio.new_event_loop()
         task = loop.create_task(AsyncBroker(broker).lease("q", wait=None))
         loop.run_until_complete(asyncio.sleep(0))
-        assert inside(broker)._lessees
+        assert inside(broker)._lessees.lines
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is the point
         loop.close()
         coroutine = task.get_coro()
@@ -731,7 +731,7 @@ def test_a_loop_that_is_closed_under_a_waiting_lease_leaves_no_lessee_behind() -
         with inside(broker)._lock:  # it may do so in the middle of a call
             coroutine.close()  # type: ignore[union-attr]  # what the garbage collector does
         end = time.monotonic() + PATIENCE_S
-        while inside(broker)._lessees:
+        while inside(broker)._lessees.lines:
             assert time.monotonic() < end, "a lessee that the test did not make"
             time.sleep(0.001)
         broker.enqueue("q", b"")

@@ -34,7 +34,7 @@ def test_a_close_when_all_wait_is_told_to_all(tmp_path: Path, name: str) -> None
 PLANTS = {
     "waits are forgotten": (
         "broker",
-        "close = LiveEngine.close\nLiveEngine.close = lambda self: (self._lessees.clear(), close(self))",
+        "close = LiveEngine.close\nLiveEngine.close = lambda self: (self._lessees.lines.clear(), close(self))",
         "waits for ever|not told",
     ),
     "a closed broker answers": ("broker", "LiveEngine._check = lambda self: None", "hangs|is closed|for ever"),

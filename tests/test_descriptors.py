@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from inside import inside
 
+import rivetq.engines.compaction
 import rivetq.engines.local
 import rivetq.storage.log
 from rivetq import Broker, CorruptLogError
-from rivetq.engines.local import MANY_SEGMENTS, LocalEngine
+from rivetq.engines.compaction import MANY_SEGMENTS
+from rivetq.engines.local import LocalEngine
 from rivetq.storage.disk import SystemDisk
 from rivetq.storage.layout import list_segments, segment_name
 from rivetq.storage.segment import SegmentFile, SegmentFiles
@@ -55,7 +57,7 @@ def without_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_keeper: None) -> Path:
     """A directory with a job in each of many segments, of which none was swept up."""
     with monkeypatch.context() as patched:
-        patched.setattr(rivetq.engines.local, "MANY_SEGMENTS", 10**6)
+        patched.setattr(rivetq.engines.compaction, "MANY_SEGMENTS", 10**6)
         with Broker(tmp_path / "data", fsync="never") as broker:
             for n in range(SEGMENTS):
                 broker.enqueue("q", b"job %d" % n)
@@ -101,7 +103,7 @@ assert tools.rebuild_index(directory) == 150
 def test_a_broker_works_on_more_segments_than_there_are_descriptors(many: Path, swept: bool) -> None:
     in_child(
         f"""
-rivetq.engines.local.MANY_SEGMENTS = {MANY_SEGMENTS if swept else 10**6}
+rivetq.engines.compaction.MANY_SEGMENTS = {MANY_SEGMENTS if swept else 10**6}
 with Broker(directory, fsync="never", cache_bytes=0) as broker:
     assert (broker.metrics()["log_segments"] < 20) == {swept}
     assert [job.payload for job in broker.jobs("q", limit=1000)] == [b"job %d" % n for n in range(150)]
@@ -144,7 +146,7 @@ def test_readers_in_many_threads_read_right_while_files_come_and_go(
     many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rivetq.storage.log, "OPEN_SEGMENTS", 2)
-    monkeypatch.setattr(rivetq.engines.local, "MANY_SEGMENTS", 10**6)
+    monkeypatch.setattr(rivetq.engines.compaction, "MANY_SEGMENTS", 10**6)
     wrong: list[object] = []
 
     def read(broker: Broker, seed: int) -> None:
@@ -305,7 +307,7 @@ def test_an_opening_sweeps_no_more_than_the_number_of_segments_is_worth(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_keeper: None
 ) -> None:
     """What is large and oldest is copied when there are many small ones behind it, and not before."""
-    monkeypatch.setattr(rivetq.engines.local, "SWEEP_BYTES", 20_000)
+    monkeypatch.setattr(rivetq.engines.compaction, "SWEEP_BYTES", 20_000)
     with Broker(tmp_path / "data", fsync="never") as broker:
         broker.enqueue("q", bytes(30_000))
         broker.rotate()

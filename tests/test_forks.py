@@ -12,7 +12,7 @@ import forks
 import pytest
 from simulation import ViolationError
 
-import rivetq.engines.live
+import rivetq.engines.lessees
 import rivetq.storage.segment
 from rivetq import Broker, ForkedBrokerError
 from rivetq.aio import AsyncBroker
@@ -44,10 +44,10 @@ def test_the_sweep_of_forks_sees(name: str) -> None:
 def test_a_lease_that_is_about_to_wait_when_its_thread_forks_ends_in_the_child(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    park = rivetq.engines.live._Lessee.park
+    park = rivetq.engines.lessees.SleepingLessee.park
     child = [0]
 
-    def forks_first(lessee: rivetq.engines.live._Lessee, timeout_s: float | None) -> None:
+    def forks_first(lessee: rivetq.engines.lessees.SleepingLessee, timeout_s: float | None) -> None:
         child[0] = os.fork()
         if child[0]:
             broker.enqueue("q", b"")
@@ -56,7 +56,7 @@ def test_a_lease_that_is_about_to_wait_when_its_thread_forks_ends_in_the_child(
             signal.alarm(20)
         park(lessee, timeout_s)
 
-    monkeypatch.setattr(rivetq.engines.live._Lessee, "park", forks_first)
+    monkeypatch.setattr(rivetq.engines.lessees.SleepingLessee, "park", forks_first)
     with Broker(":memory:") as broker:
         try:
             assert broker.lease("q", wait=None) is not None

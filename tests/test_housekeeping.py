@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from inside import inside
 
+import rivetq.engines.checkpoint
 import rivetq.engines.local
 import rivetq.machine.machine
 from rivetq import Broker
-from rivetq.engines.local import MANY_SEGMENTS, LocalEngine
+from rivetq.engines.compaction import MANY_SEGMENTS
+from rivetq.engines.local import LocalEngine
 from rivetq.machine.keys import Keys
 from rivetq.machine.machine import Machine
 from rivetq.storage.disk import SystemDisk
@@ -124,7 +126,7 @@ def test_a_job_that_leaves_its_run_while_a_checkpoint_is_taken_is_in_the_index_o
         broker.checkpoint()  # four single jobs, and the index knows them
         engine._not_before_s = math.inf  # the keeper takes none of its own before the one below
         monkeypatch.setattr(rivetq.machine.machine, "FEW_JOBS", 0)
-        monkeypatch.setattr(rivetq.engines.local, "LOOSE_SHARE", 2**30)  # the next one packs them into a run
+        monkeypatch.setattr(rivetq.engines.checkpoint, "LOOSE_SHARE", 2**30)  # the next one packs them into a run
         broker.enqueue("q", b"another")
         lease = broker.lease("q")
         take_jobs = engine._take_jobs

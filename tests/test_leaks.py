@@ -6,7 +6,7 @@ import leaks
 import pytest
 from simulation import ViolationError
 
-from rivetq.engines.live import SoonLease
+from rivetq.engines.leasing import SoonLease
 
 
 def test_what_a_process_holds_stays_flat() -> None:
@@ -15,7 +15,7 @@ def test_what_a_process_holds_stays_flat() -> None:
 
 def a_wait_that_stays(self: SoonLease) -> bool:
     """In place of `cancel`: something remembers it."""
-    self._engine._lessees.setdefault("nobody's", {})[self] = None
+    self._engine._lessees.lines.setdefault("nobody's", {})[self] = None
     return cancel(self)
 
 

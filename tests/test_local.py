@@ -16,6 +16,7 @@ import lmdb
 import pytest
 from inside import inside, waiting_of
 
+import rivetq.engines.checkpoint
 import rivetq.engines.local
 from rivetq import Broker, LeaseLostError, LeaseRef, QueueFullError, RateLimit, RetryPolicy, UsageError
 from rivetq.engine import Enqueue
@@ -401,7 +402,7 @@ def test_after_a_checkpoint_that_failed_the_next_one_takes_acked_single_jobs_awa
             lease.release()
         broker.checkpoint()
         inside(broker)._not_before_s = math.inf  # none by itself
-        monkeypatch.setattr(rivetq.engines.local, "LOOSE_SHARE", 2**30)
+        monkeypatch.setattr(rivetq.engines.checkpoint, "LOOSE_SHARE", 2**30)
         left = broker.enqueue("q", b"y")
         fail_a_checkpoint(broker, monkeypatch)
         assert len(inside(broker)._machine.jobs) < 200  # those at the head stay single

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 from inside import inside
 from model import Model, Policy, Rate, RefusedError
 
+import rivetq.engines.checkpoint
 import rivetq.engines.local
 import rivetq.machine.machine
 import rivetq.machine.run
@@ -745,9 +746,9 @@ def keep_little_in_memory(monkeypatch, jobs_in_a_run):
     for module in (rivetq.machine.run, rivetq.machine.machine):
         monkeypatch.setattr(module, "RUN_JOBS", jobs_in_a_run)
     monkeypatch.setattr(rivetq.machine.machine, "FEW_JOBS", 1)
-    monkeypatch.setattr(rivetq.engines.local, "RESIDENT_RUNS", 0)
-    monkeypatch.setattr(rivetq.engines.local, "RUNS_READ", 0)
-    monkeypatch.setattr(rivetq.engines.local, "LOOSE_SHARE", 2**30)
+    monkeypatch.setattr(rivetq.engines.checkpoint, "RESIDENT_RUNS", 0)
+    monkeypatch.setattr(rivetq.engines.checkpoint, "RUNS_READ", 0)
+    monkeypatch.setattr(rivetq.engines.checkpoint, "LOOSE_SHARE", 2**30)
     new_machine = rivetq.engines.local.LocalEngine._new_machine
 
     def without_cache(engine):

@@ -11,6 +11,7 @@ import pytest
 from inside import inside, waiting_of
 
 import rivetq.engines.live
+import rivetq.engines.looking
 from rivetq import Broker, BrokerClosedError, JobNotFoundError, JobState, RetryPolicy, StorageError
 from rivetq.engines.local import LocalEngine
 from rivetq.machine.decide import PART_JOBS
@@ -250,9 +251,9 @@ def test_a_long_listing_is_that_of_one_look(
     for after in (0, 1000):
         expected = broker.jobs("q", state=state, after=after, limit=limit)
         with monkeypatch.context() as patched:
-            patched.setattr(rivetq.engines.live, "FEW_SCHEDULED", 10)
+            patched.setattr(rivetq.engines.looking, "FEW_SCHEDULED", 10)
             patched.setattr(rivetq.machine.decide, "PART_JOBS", 7)
-            patched.setattr(rivetq.engines.live, "RUNS_AT_ONCE", 2)
+            patched.setattr(rivetq.engines.looking, "RUNS_AT_ONCE", 2)
             assert broker.jobs("q", state=state, after=after, limit=limit) == expected
     assert [job.id for job in expected] == sorted({job.id for job in expected})
 
@@ -271,7 +272,7 @@ def test_a_job_that_changes_while_a_listing_goes_on_is_there_once(
         for each in broker.lease_many("q", 200):
             each.release(delay=60)  # single ones
     engine = inside(broker)
-    monkeypatch.setattr(rivetq.engines.live, "FEW_SCHEDULED", 10)
+    monkeypatch.setattr(rivetq.engines.looking, "FEW_SCHEDULED", 10)
     monkeypatch.setattr(rivetq.machine.decide, "PART_JOBS", 50)
     looks = 0
     look = engine._look

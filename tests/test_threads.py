@@ -20,6 +20,8 @@ import pytest
 from inside import inside
 from model import Model, Policy
 
+import rivetq.engines.leasing
+import rivetq.engines.lessees
 import rivetq.engines.live
 import rivetq.engines.local
 from rivetq import (
@@ -86,7 +88,7 @@ def opened(tmp_path: Path, fsync: str, **options: Any) -> Broker:
 def await_waiting(broker: Broker, queue: str, count: int) -> None:
     """Return once so many leases wait for the queue."""
     end = time.monotonic() + PATIENCE
-    while len(inside(broker)._lessees.get(queue, ())) < count:
+    while len(inside(broker)._lessees.lines.get(queue, ())) < count:
         assert time.monotonic() < end, "nobody waits"
         time.sleep(0.001)
 
@@ -472,14 +474,14 @@ def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(
     got: list[int] = []
     died: list[str] = []
     with Broker(tmp_path / "q") as broker:
-        park = rivetq.engines.live._Lessee.park
+        park = rivetq.engines.lessees.SleepingLessee.park
 
-        def park_and_die(lessee: rivetq.engines.live._Lessee, timeout_s: float | None) -> None:
+        def park_and_die(lessee: rivetq.engines.lessees.SleepingLessee, timeout_s: float | None) -> None:
             park(lessee, timeout_s)
             if threading.current_thread() is first:
                 raise KeyboardInterrupt  # just when the job below has woken it, and nobody else
 
-        monkeypatch.setattr(rivetq.engines.live._Lessee, "park", park_and_die)
+        monkeypatch.setattr(rivetq.engines.lessees.SleepingLessee, "park", park_and_die)
 
         def wait_and_die() -> None:
             try:
@@ -502,13 +504,13 @@ def test_a_waiter_killed_by_an_exception_hands_its_wake_up_on(
         second.join(PATIENCE / 4)
         first.join(PATIENCE / 4)
         assert (died, got) == (["first"], [job_id])
-        assert not inside(broker)._lessees
+        assert not inside(broker)._lessees.lines
 
 
 def test_a_wait_that_ends_leaves_nobody_behind(tmp_path: Path) -> None:
     with Broker(tmp_path / "q") as broker:
         in_threads(8, lambda number: broker.lease(["q", "r"], wait=0.01))
-        assert not inside(broker)._lessees
+        assert not inside(broker)._lessees.lines
 
 
 @pytest.mark.parametrize("waits", ["in a thread", "soon"])
@@ -883,7 +885,7 @@ def test_a_forked_child_is_refused_though_a_lock_was_held_and_somebody_waited(tm
 
     waits = threading.Thread(target=wait, daemon=True)
     waits.start()
-    _await(lambda: bool(engine._lessees))
+    _await(lambda: bool(engine._lessees.lines))
     before = engine._ended
     engine._lock.acquire()
     try:
@@ -900,13 +902,13 @@ def test_a_forked_child_is_refused_though_a_lock_was_held_and_somebody_waited(tm
 def test_a_failure_while_a_lessee_lies_down_wakes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     broker = Broker(":memory:")
     engine = inside(broker)
-    register = engine._register
+    register = engine._lessees.add
 
     def register_late(*args: Any) -> None:
         engine._fail(OSError("meanwhile"))  # by a thread that needs no lock: nobody is registered yet
         register(*args)
 
-    monkeypatch.setattr(engine, "_register", register_late)
+    monkeypatch.setattr(engine._lessees, "add", register_late)
     with pytest.raises(BrokerFailedError):
         in_threads(1, lambda _: broker.lease("q", wait=None))
     broker.close()
@@ -924,11 +926,12 @@ def test_who_gets_up_too_early_keeps_its_place_in_the_line() -> None:
         threads = [threading.Thread(target=wait, args=(name,), daemon=True) for name in ("first", "second")]
         for count, thread in enumerate(threads, 1):
             thread.start()
-            _await(lambda count=count: len(engine._lessees.get("q", ())) == count)
-        line = list(engine._lessees["q"])
-        engine._wake_early([Enqueue("q", [b""])])
+            _await(lambda count=count: len(engine._lessees.lines.get("q", ())) == count)
+        line = list(engine._lessees.lines["q"])
+        with engine._lock:
+            engine._lessees.wake_early(engine._machine, [Enqueue("q", [b""])])
         _await(line[0]._asleep.locked)
-        assert list(engine._lessees["q"]) == line
+        assert list(engine._lessees.lines["q"]) == line
         broker.enqueue("q", b"")
         threads[0].join(PATIENCE)
         assert got == ["first"]
@@ -938,13 +941,15 @@ def test_who_gets_up_too_early_keeps_its_place_in_the_line() -> None:
 
 def test_nobody_gets_up_for_a_job_of_a_paused_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     woken: list[object] = []
-    wake = rivetq.engines.live._Lessee.wake
+    wake = rivetq.engines.lessees.SleepingLessee.wake
     with Broker(":memory:") as broker:
         broker.pause("q")
         waits = threading.Thread(target=lambda: broker.lease("q", wait=PATIENCE), daemon=True)
         waits.start()
-        _await(lambda: bool(inside(broker)._lessees))
-        monkeypatch.setattr(rivetq.engines.live._Lessee, "wake", lambda self: (woken.append(self), wake(self))[1])
+        _await(lambda: bool(inside(broker)._lessees.lines))
+        monkeypatch.setattr(
+            rivetq.engines.lessees.SleepingLessee, "wake", lambda self: (woken.append(self), wake(self))[1]
+        )
         broker.enqueue("q", b"")
         assert woken == []
         broker.resume("q")
@@ -990,7 +995,7 @@ def test_who_waits_behind_one_that_gave_up_gets_the_token(tmp_path: Path) -> Non
 def waits_until(broker: Broker, count: int) -> None:
     """So many wait for the queue "q"."""
     end = time.monotonic() + PATIENCE
-    while len(inside(broker)._lessees.get("q", ())) < count:
+    while len(inside(broker)._lessees.lines.get("q", ())) < count:
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -1062,13 +1067,13 @@ def test_a_lease_that_is_taken_while_the_broker_closes_tells_its_waiter_so(
     """Between the taking and the callback the notifier has ended: nothing may be left with it."""
     broker = opened(tmp_path, "always")
     broker.enqueue("q", b"")
-    hand_out = rivetq.engines.live.SoonLease._hand_out
+    hand_out = rivetq.engines.leasing.SoonLease._hand_out
 
-    def late(self: rivetq.engines.live.SoonLease, taken: Any) -> None:
+    def late(self: rivetq.engines.leasing.SoonLease, taken: Any) -> None:
         broker.close()
         hand_out(self, taken)
 
-    monkeypatch.setattr(rivetq.engines.live.SoonLease, "_hand_out", late)
+    monkeypatch.setattr(rivetq.engines.leasing.SoonLease, "_hand_out", late)
     told: list[BaseException | None] = []
     broker.lease_soon("q", 1, lambda leases, error: told.append(error))
     settles(lambda: bool(told))
@@ -1121,7 +1126,7 @@ def test_a_waiting_lease_that_is_broken_into_behind_its_take_is_told(
         def broken(self: object, taken: object) -> None:
             raise error
 
-        monkeypatch.setattr(rivetq.engines.live.SoonLease, "_hand_out", broken)
+        monkeypatch.setattr(rivetq.engines.leasing.SoonLease, "_hand_out", broken)
         told: list[BaseException | None] = []
         with contextlib.suppress(KeyboardInterrupt):
             broker.lease_soon("q", 1, lambda leases, error: told.append(error))
@@ -1133,14 +1138,14 @@ def test_who_ends_by_an_error_hands_its_wake_up_on(tmp_path: Path, monkeypatch: 
         told: list[object] = []
         for _ in range(2):
             broker.lease_soon("q", 1, lambda leases, error: told.append(error or leases))
-        attempt, calls = rivetq.engines.live.SoonLease._attempt, itertools.count()
+        attempt, calls = rivetq.engines.leasing.SoonLease._attempt, itertools.count()
 
-        def first_fails(self: rivetq.engines.live.SoonLease) -> Any:
+        def first_fails(self: rivetq.engines.leasing.SoonLease) -> Any:
             if next(calls) == 0:
                 raise MemoryError
             return attempt(self)
 
-        monkeypatch.setattr(rivetq.engines.live.SoonLease, "_attempt", first_fails)
+        monkeypatch.setattr(rivetq.engines.leasing.SoonLease, "_attempt", first_fails)
         broker.enqueue("q", b"")
         settles(lambda: len(told) == 2)
         assert isinstance(told[0], MemoryError)
@@ -1150,13 +1155,13 @@ def test_who_ends_by_an_error_hands_its_wake_up_on(tmp_path: Path, monkeypatch: 
 def test_a_lease_that_gets_in_line_while_the_broker_fails_is_told(tmp_path: Path) -> None:
     with opened(tmp_path, "always") as broker:
         engine = inside(broker)
-        register = engine._register
+        register = engine._lessees.add
 
         def fails(lessee: Any, queues: Any) -> None:
             engine._fail(OSError("a disk that went away"))
             register(lessee, queues)
 
-        engine._register = fails  # type: ignore[method-assign]  # it fails
+        engine._lessees.add = fails  # type: ignore[method-assign]  # it fails
         told: list[BaseException | None] = []
         broker.lease_soon("q", 1, lambda leases, error: told.append(error))
         assert [type(each) for each in told] == [BrokerFailedError]

@@ -35,7 +35,8 @@ from simulation import ViolationError, fast_directory
 from rivetq import Broker, BrokerClosedError, JobNotFoundError, Lease, LeaseLostError, RateLimit, RetryPolicy
 from rivetq.aio import AsyncBroker
 from rivetq.clock import SystemClock
-from rivetq.engines import live
+from rivetq.engines import leasing
+from rivetq.engines.lessees import SleepingLessee
 from rivetq.engines.live import LiveEngine
 from rivetq.machine.decide import lease as could_lease
 from rivetq.machine.machine import Machine
@@ -162,7 +163,7 @@ class Waiter:
 _own = threading.local()
 
 
-class OwnLessee(live._Lessee):
+class OwnLessee(SleepingLessee):
     """Knows whose it is."""
 
     def __init__(self) -> None:
@@ -205,13 +206,13 @@ class History:
         assert isinstance(self.broker._engine, LiveEngine)
         self.engine: LiveEngine = self.broker._engine
         self.aio = AsyncBroker(self.broker)
-        register = self.engine._register
+        register = self.engine._lessees.add
 
         def noted(*args: Any) -> None:
             register(*args)
             self.moved.set()
 
-        self.engine._register = noted  # type: ignore[method-assign]  # to see what passes
+        self.engine._lessees.add = noted  # type: ignore[method-assign]  # to see what passes
         for queue in QUEUES:
             policy = RetryPolicy(base=2 * self.unit_s, jitter="none", max_attempts=3)
             self.broker.configure_queue(queue, retry=policy, rate_limit=self._limit())
@@ -238,7 +239,7 @@ class History:
 
     def lessees(self) -> list[Any]:
         with self.engine._lock:
-            return list(dict.fromkeys(each for waiting in self.engine._lessees.values() for each in waiting))
+            return list(dict.fromkeys(each for waiting in self.engine._lessees.lines.values() for each in waiting))
 
     def settle(self) -> None:
         """Wait until what could be leased is."""
@@ -259,7 +260,7 @@ class History:
         engine, machine = self.engine, self.engine._machine
         with engine._lock:
             waiting: dict[Any, list[str]] = {}
-            for name, each in engine._lessees.items():
+            for name, each in engine._lessees.lines.items():
                 for lessee in each:
                     waiting.setdefault(lessee, []).append(name)
             now_ms = self.clock.boot_ms() + engine._offset_ms
@@ -430,8 +431,8 @@ def event_loop() -> asyncio.AbstractEventLoop:
 def own_time() -> Iterator[None]:
     """Waits end when the history says so."""
     with (
-        mock.patch.object(live, "_Lessee", OwnLessee),
-        mock.patch.object(live, "time", OwnTime),
+        mock.patch.object(leasing, "SleepingLessee", OwnLessee),
+        mock.patch.object(leasing, "time", OwnTime),
     ):
         yield
 

@@ -67,7 +67,7 @@ class Log:
     def __init__(self, disk: Disk, directory: str, *, log_id: bytes, epoch: int, segment_bytes: int) -> None:
         self._disk = disk
         self._directory = directory
-        self._log_id = log_id
+        self.log_id = log_id
         self._epoch = epoch
         self.space = Space(disk, directory, segment_bytes)
         # Guarded by the engine's lock: what the next frame follows.
@@ -118,7 +118,7 @@ class Log:
                 boot_id=boot_id,
                 boot_ms=boot_ms,
                 now_ms=now_ms,
-                log_id=self._log_id,
+                log_id=self.log_id,
                 snapshot=snapshot,
             )
         )
@@ -289,7 +289,7 @@ class Log:
     def _write_mark(self) -> None:
         assert self._mark is not None, "open_mark comes first"
         self._mark.check()
-        write_all(self._disk, self._mark.fd, encode_mark(self._log_id, self.durable_lsn), 0)
+        write_all(self._disk, self._mark.fd, encode_mark(self.log_id, self.durable_lsn), 0)
 
     # Read and drop
 

@@ -17,7 +17,8 @@ import attrs
 from crc32c import crc32c
 
 from ..clock import Clock
-from ..engines.local import LocalEngine, copied
+from ..engines.compaction import copied
+from ..engines.local import LocalEngine
 from ..errors import CorruptLogError, StorageError
 from ..machine.entry import Entry
 from ..machine.events import (

@@ -1,0 +1,272 @@
+"""Checkpoints: what changed since the last one goes into the index, so that a recovery replays only the log behind it.
+
+They keep memory within bounds, too. What is in the index need not be in memory: runs are put away, keys are frozen.
+All of it runs in the keeper's thread, in slices under the lock while calls go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import lmdb
+
+from ..clock import Clock
+from ..machine.machine import Machine
+from ..machine.run import Columns, Run
+from ..machine.snapshot import Changes
+from ..storage.index import Index
+from ..storage.index_values import encode_entry, encode_run
+from .durable import DurableEngine
+
+logger = logging.getLogger("rivetq")
+
+CHECKPOINT_BYTES = 64 * 2**20
+"""Log that a recovery may have to replay, about; a smaller segment lowers it."""
+CHECKPOINT_S = 30.0
+SLICE = 50
+"""Jobs per hold of the lock during a checkpoint: some 200 us."""
+WORK_S, REST_S = 0.001, 0.0001
+"""A background thread that computes without a pause makes every other thread wait for the interpreter's 5 ms switch
+interval after each of its system calls; one that rests for a moment after each millisecond of work does not. It does
+not rest more often, since it may wait that long itself to go on."""
+SWEEP_KEYS = 100_000
+"""Ended keys that one checkpoint removes at most."""
+PACK_SLICE = 128
+"""Loose jobs that are put into a run per hold of the lock."""
+RESIDENT_RUNS = 2
+"""Runs at the head of a window that stay in memory: the one that is leased from, and the next."""
+LOOSE_SHARE = 8
+"""A job or key that is an object weighs some eight times as much as one in a run."""
+RUNS_READ = 64
+"""Runs read back from the index after which those not at a head are put away again."""
+
+
+class CheckpointingEngine(DurableEngine):
+    """Keeps an index beside the log.
+
+    Args:
+        machine, clock, now_ms, boot_ms, durable: see `DurableEngine`.
+        index: of the same directory, open.
+        segment_bytes: the size of a segment.
+        window_jobs: so many jobs, or fewer, wait in memory for a checkpoint.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        clock: Clock,
+        now_ms: int,
+        boot_ms: int,
+        *,
+        index: Index,
+        segment_bytes: int,
+        window_jobs: int,
+        **durable: Any,
+    ) -> None:
+        self._index = index
+        self._segment_bytes = segment_bytes
+        self._checkpoint_bytes = min(CHECKPOINT_BYTES, segment_bytes)
+        self._window_jobs = window_jobs
+        self._keeper_lock = threading.Lock()  # one checkpoint or compaction at a time
+        self._runs_read = 0  # what the index had read back when runs were last put away
+        self._not_before_s = 0.0  # no checkpoint by itself before this: the last one failed, and each takes all anew
+        self._rested_s = 0.0  # when the keeper last gave way to others
+        self._checkpoints = 0
+        super().__init__(machine, clock, now_ms, boot_ms, **durable)
+
+    def _look(self, read: Callable[[int], Any]) -> Any:
+        value = super()._look(read)
+        if self._keeps_much():
+            self._keeper_poked.set()  # what was looked at does not stay in memory
+        return value
+
+    def _keeps_much(self) -> bool:
+        """Runs that were read back since others were put away."""
+        return self._index.reads - self._runs_read > RUNS_READ
+
+    def _is_due(self) -> bool:
+        """A checkpoint: the log to replay, or what waits in memory for one, got long."""
+        machine = self._machine
+        changes = machine.changes
+        return changes is not None and (
+            self._unsaved_bytes > self._checkpoint_bytes
+            or changes.cells > self._window_jobs
+            or len(changes.jobs) + len(machine.keys.changed) > self._window_jobs // LOOSE_SHARE
+        )
+
+    def _checkpoint(self, *, last: bool = False) -> None:
+        """Write what changed since the last one into the index. Caller holds _keeper_lock, not _lock.
+
+        Runs are written as they were at `lsn`: their columns are shared, nobody changes what was taken. Loose jobs and
+        keys are taken in slices while calls go on; replay from `lsn` makes them whole (see events).
+        """
+        if not last:
+            self._check()  # whoever waited for _keeper_lock while close() had it comes too late
+        with self._or_fail():
+            self._check_files()
+        machine = self._machine
+        self._tidy()
+        taken, unsaved = Changes(), 0
+        try:
+            with self._lock:
+                changes = machine.changes
+                assert changes is not None
+                snapshot, lsn = machine.snapshot(), self._last_lsn()
+                runs = [self._take_run(run) for run in changes.runs]
+                # What is in a run now is written with it, whoever takes it out before its slice.
+                loose = changes.jobs & machine.jobs.keys()
+                unsaved = self._unsaved_bytes
+                # Last, and at once: whatever breaks in finds them in one place or in the other.
+                taken, machine.changes, self._unsaved_bytes = changes, Changes(), 0
+            jobs = [item for part in self._slices(sorted(loose)) for item in self._take_jobs(part)]
+            jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs - loose]
+            with self._lock:
+                # Last: a job that ended after `lsn` and before its slice is gone from the index, and replay skips the
+                # end of a job that it does not know: the key that it left behind must be in the index as well.
+                keys = machine.keys.freeze()
+                key_counts = dict(machine.keys.counts)
+                last_lsn = self._last_lsn()
+            self._wait_durable(last_lsn)  # the index is never ahead of the disk
+            with self._or_fail():
+                self._check_files()  # once more: it took a while
+            try:
+                self._index.write(
+                    self._log.log_id,
+                    lsn,
+                    snapshot,
+                    jobs=self._paced(jobs),
+                    runs=chain(
+                        self._paced([(number.to_bytes(8, "big"), None) for number in sorted(taken.gone)]),
+                        map(_encode_run, self._paced(runs)),
+                    ),
+                    keys=self._paced(list(keys.items())),
+                    key_counts=key_counts,
+                )
+                self._checkpoints += 1
+            except (lmdb.Error, OSError, ValueError) as error:
+                # The transaction did not happen; what the index holds is as it was, and still needed.
+                logger.warning("rivetq: %s: the index could not be written, it is tried again: %s", self._path, error)
+                self._not_before_s = time.monotonic() + CHECKPOINT_S
+                self._take_back(taken, unsaved)
+                return
+            with self._lock:
+                machine.keys.written(self._index)
+        except BaseException:  # also behind a write that succeeded: then the same is written once more
+            self._take_back(taken, unsaved)
+            raise
+        self._put_away_all()
+
+    def _tidy(self) -> None:
+        """Before a checkpoint: ended keys go, and what lies about loose is put into runs."""
+        machine = self._machine
+        for part in self._slices(self._index.ended_keys(machine.now_ms, SWEEP_KEYS)):
+            with self._lock:
+                machine.keys.sweep(part, machine.now_ms)
+        with self._lock:
+            crowded = machine.crowded(self._window_jobs // LOOSE_SHARE)
+        for state, window in crowded:
+            more = True
+            while more:
+                self._rest()
+                with self._lock:
+                    more = machine.pack(state, window, PACK_SLICE)
+
+    # What it takes
+
+    def _take_run(self, run: Run) -> _TakenRun:
+        # Caller holds self._lock.
+        if not run.number:
+            run.number, self._machine.next_run = self._machine.next_run, self._machine.next_run + 1
+        columns = run.load()
+        return _TakenRun(run, run.state, columns, run.at, len(columns))
+
+    def _put_away_all(self) -> None:
+        """Let go of the columns of runs that are in the index as they are: not of the head of a window, nor of one
+        that still grows or has payloads in memory."""
+        machine = self._machine
+        self._runs_read = self._index.reads  # first: what is read meanwhile is put away the next time
+        with self._lock:
+            windows = [window for waiting in machine.waiting.values() for _, window in waiting.each()]
+        loaded: list[Run] = []
+        for window in windows:
+            with self._lock:
+                loaded += [
+                    run
+                    for run in window.runs[RESIDENT_RUNS:]
+                    if run.columns is not None and run.columns.payloads is None and run not in window.opens
+                ]
+        for part in self._slices(loaded):
+            with self._lock:
+                changes = machine.changes
+                assert changes is not None
+                for run in part:
+                    if run.left and run.number and run not in changes.runs:
+                        run.put_away(self._index)
+
+    def _take_jobs(self, ids: list[int]) -> list[tuple[bytes, bytes | None]]:
+        items: list[tuple[bytes, bytes | None]] = []
+        with self._lock:
+            for job_id in ids:
+                entry = self._machine.jobs.get(job_id)
+                if entry is not None:
+                    entry.indexed = True
+                items.append((job_id.to_bytes(8, "big"), None if entry is None else encode_entry(entry)))
+        return items
+
+    def _take_back(self, taken: Changes, unsaved: int) -> None:
+        """The checkpoint did not happen: what it took is still to be written."""
+        machine = self._machine
+        with self._lock:
+            changes = machine.changes
+            assert changes is not None
+            self._unsaved_bytes += unsaved
+            changes.jobs |= taken.jobs
+            changes.packed |= taken.packed
+            changes.cells += taken.cells
+            changes.gone |= taken.gone
+            for run in taken.runs:
+                (changes.runs.add if run.left else changes.runs.discard)(run)
+            machine.thaw_keys()
+
+    # The pace of the keeper. Caller holds _keeper_lock.
+
+    def _rest(self) -> None:
+        if time.monotonic() - self._rested_s > WORK_S:
+            time.sleep(REST_S)
+            self._rested_s = time.monotonic()
+
+    def _slices(self, items: list[Any]) -> Iterator[list[Any]]:
+        for start in range(0, len(items), SLICE):
+            yield items[start : start + SLICE]
+            self._rest()
+
+    def _paced(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            yield item
+            self._rest()
+
+    def forked(self) -> None:
+        super().forked()
+        self._keeper_lock = threading.Lock()
+        self._index.forget()
+
+
+class _TakenRun(NamedTuple):
+    """A run as it was when a checkpoint began: cells `start` to `stop` of its columns."""
+
+    run: Run
+    state: int
+    columns: Columns
+    start: int
+    stop: int
+
+
+def _encode_run(taken: _TakenRun) -> tuple[bytes, bytes]:
+    run, state, columns, start, stop = taken
+    columns = columns.picked(slice(start, stop))  # others may append to it meanwhile
+    return run.number.to_bytes(8, "big"), encode_run(run.number, run.queue, run.priority, state, columns)

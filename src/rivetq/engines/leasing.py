@@ -1,0 +1,323 @@
+"""Leasing: taking jobs now, or waiting for a first one, in a thread or without."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
+
+from ..engine import Done
+from ..errors import RivetQError
+from ..machine import decide
+from ..machine.entry import Entry
+from ..machine.events import Leased
+from ..model import Lease, Settler, moment
+from .clockwork import NeedRoomError
+from .lessees import Lessee, SleepingLessee
+from .looking import LookingEngine
+
+_Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
+"""The lsn of a lease, its moment, its event, its jobs and their last errors."""
+
+
+class LeasingEngine(LookingEngine):
+    """Hands out leases."""
+
+    def lease(
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        wait_s: float | None,
+        settler: Settler,
+        *,
+        begun: bool = True,
+        max_bytes: int | None = None,
+    ) -> list[Lease]:
+        lessee = None if wait_s == 0 else SleepingLessee()
+        if not begun:
+            self._ready_for_unbegun()
+        try:
+            taken = self._take(queues, max_jobs, visibility_ms, wait_s, lessee, begun=begun, max_bytes=max_bytes)
+        except BaseException:
+            if lessee is not None and self._ended is None:
+                with self._lock:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
+                    self._lessees.remove(lessee, queues)
+                    self._wake_lessees(queues)
+            raise
+        return [] if taken is None else self._hand_out(*taken, settler)
+
+    def lease_soon(
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        settler: Settler,
+        done: Done,
+        *,
+        begun: bool = True,
+        max_bytes: int | None = None,
+    ) -> SoonLease:
+        self._check()
+        self._notifier.start()
+        if not begun:
+            self._ready_for_unbegun()
+        found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done, begun=begun, max_bytes=max_bytes)
+        found.look()
+        if self._ended == "forked":  # meanwhile: in the child there is no thread to tell
+            self._check()
+        return found
+
+    def begin(self, token: int) -> None:
+        """What is leased in memory ends with the process, so no opening asks for it."""
+        if self._ended is not None:
+            self._check()
+
+    def _ready_for_unbegun(self) -> None:
+        """What `_note_unbegun` needs from the disk."""
+
+    def _forget_unbegun(self, event: Leased) -> None:
+        """The record of these leases could not be made."""
+
+    def _note_unbegun(self, event: Leased) -> None:
+        """These leases are taken in advance: with files, an opening after a crash will know."""
+
+    def _take(
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        wait_s: float | None,
+        lessee: SleepingLessee | None,
+        *,
+        begun: bool,
+        max_bytes: int | None,
+    ) -> _Taken | None:
+        """Lease, waiting for a first job; None when the time is over."""
+        until = time.monotonic() + wait_s if wait_s else None
+        while True:
+            if self._ended is not None:
+                self._check()
+            timeout_s = until - time.monotonic() if until is not None else wait_s
+            over = timeout_s is not None and timeout_s <= 0
+            try:
+                taken = self._attempt(
+                    queues, max_jobs, visibility_ms, lessee, waits=not over, begun=begun, max_bytes=max_bytes
+                )
+            except NeedRoomError as need:
+                self._make_room(need)
+                continue
+            if taken is not None or over:
+                return taken
+            if self._ended is None:  # else whoever ended it may have looked for lessees before this one was there
+                assert lessee is not None
+                lessee.park(timeout_s)
+
+    def _attempt(
+        self,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        lessee: Lessee | None,
+        *,
+        waits: bool,
+        begun: bool,
+        max_bytes: int | None,
+    ) -> _Taken | None:
+        """Look for jobs once. A lessee that finds nothing and `waits` is woken from now on, in order of arrival."""
+        machine = self._machine
+        with self._lock:
+            if lessee is not None:
+                if lessee.over:
+                    return None
+                lessee.reset()
+            now_ms = self._tick()
+            event, limited = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms, max_bytes)
+            if event is None:
+                for queue in limited:
+                    queue.limited += 1
+                if lessee is not None:
+                    if waits:
+                        self._lessees.add(lessee, queues)  # it keeps its place in the line
+                        self._expect_tokens(limited, now_ms)
+                    else:
+                        self._lessees.remove(lessee, queues)
+                return None
+            try:
+                if not begun:
+                    self._note_unbegun(event)  # first: a crash behind the record finds it
+                lsn = self._record([event], now_ms)
+            except BaseException:
+                if not begun:
+                    self._forget_unbegun(event)  # these tokens may go to other leases
+                raise
+            if lessee is not None:
+                self._lessees.remove(lessee, queues)
+                lessee.over = True
+            entries = [machine.jobs[job_id] for job_id in event.ids]
+            if self._lessees.lines:
+                self._wake_lessees(queues)  # this one may have been woken for another of its queues
+            return lsn, now_ms, event, entries, [entry.last_error for entry in entries]
+
+    def _hand_out(
+        self, lsn: int, at_ms: int, event: Leased, entries: list[Entry], errors: list[str | None], settler: Settler
+    ) -> list[Lease]:
+        self._settle(lsn, sync=False)
+        at = moment if len(entries) == 1 else _Moments().__getitem__  # in a batch most moments are the same
+        # What may have changed since is taken from the event. No payload: the lease ended while it was read.
+        leases = [
+            Lease(
+                id=entry.id,
+                queue=entry.queue.name,
+                payload=payload,
+                headers=entry.spec.headers,
+                priority=entry.spec.priority,
+                attempt=attempt,
+                token=token,
+                deadline=at(deadline_ms),
+                granted=(deadline_ms - at_ms) / 1000,
+                enqueued_at=at(entry.enqueued_at_ms),
+                max_attempts=entry.spec.max_attempts,
+                last_error=error,
+                broker=settler,
+            )
+            for entry, payload, attempt, token, deadline_ms, error in zip(
+                entries, self._payloads(entries), event.attempts, event.tokens, event.deadlines_ms, errors, strict=True
+            )
+            if payload is not None
+        ]
+        # With a sync in every call nothing is handed out that a power cut could still take back.
+        self._settle(max([entry.lsn for entry in entries]))
+        return leases
+
+
+class SoonLease:
+    """A lessee without a thread: it looks again when it is woken, in the notifier's thread."""
+
+    __slots__ = ("_arguments", "_begun", "_done", "_engine", "_max_bytes", "_settler", "_told", "_woken", "over")
+
+    def __init__(
+        self,
+        engine: LeasingEngine,
+        queues: Sequence[str],
+        max_jobs: int,
+        visibility_ms: int | None,
+        settler: Settler,
+        done: Done,
+        *,
+        begun: bool,
+        max_bytes: int | None,
+    ) -> None:
+        self._engine = engine
+        self._arguments = queues, max_jobs, visibility_ms
+        self._begun = begun
+        self._max_bytes = max_bytes
+        self._settler = settler
+        self._done = done
+        self._woken = False  # guarded by the engine's lock, as is `over`
+        self.over = False  # it has taken jobs, or was told, or cancelled
+        self._told = False  # or wants to be told no more
+
+    def wake(self) -> None:
+        # Caller holds the engine's lock.
+        if not self._woken:
+            self._engine._notifier.call(self.look)
+            self._woken = True  # last: what breaks in between costs a second look, not the only one
+
+    def reset(self) -> None:
+        # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.
+        self._woken = False
+
+    def cancel(self) -> bool:
+        engine = self._engine
+        if engine._ended == "forked":
+            engine._check()
+        with engine._lock:
+            if self.over:
+                return False
+            self.over = self._told = True
+            engine._lessees.remove(self, self._arguments[0])
+            engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
+        return True
+
+    def abandon(self, unwanted: Callable[[], None]) -> None:
+        def give_up() -> None:
+            if not self.cancel():
+                unwanted()
+
+        self._engine._notifier.call(give_up)
+
+    def look(self) -> None:
+        """Take what there is and tell it, else wait to be woken. An exception that breaks in is told, too."""
+        try:
+            taken = self._attempt()
+            if taken is not None:
+                self._hand_out(taken)
+            elif self._engine._ended is not None:  # perhaps before this one was in the line, where it is told
+                self._engine._check()
+        except BaseException as error:
+            self._end(error)
+            if not isinstance(error, Exception):  # Ctrl-C in the caller's own thread
+                raise
+
+    def _attempt(self) -> _Taken | None:
+        engine = self._engine
+        while True:
+            engine._check()
+            try:
+                return engine._attempt(*self._arguments, self, waits=True, begun=self._begun, max_bytes=self._max_bytes)
+            except NeedRoomError as need:
+                # Here, not in the notifier's thread: whoever does not wait at all must not be told that there is none.
+                engine._make_room(need)
+
+    def _end(self, error: BaseException) -> None:
+        """It is over for a reason of its own. Jobs that it took meanwhile stay leased until their deadline."""
+        engine = self._engine
+        with engine._lock:
+            self.over = True
+            engine._lessees.remove(self, self._arguments[0])
+            if engine._ended is None:
+                engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
+        self._tell(None, error)
+
+    def _tell(self, leases: list[Lease] | None, error: BaseException | None) -> None:
+        if not self._told:
+            self._told = True
+            self._done(leases, error)
+
+    def _hand_out(self, taken: _Taken) -> None:
+        """At once if nothing has to be waited for, else from the notifier's thread."""
+        engine, entries = self._engine, taken[3]
+
+        def tell(error: BaseException | None) -> None:
+            leases = None
+            if error is None:
+                try:
+                    leases = engine._hand_out(*taken, self._settler)
+                except BaseException as failure:
+                    error = failure
+            self._tell(leases, error)
+
+        with engine._lock:
+            # An end since they were taken: the notifier may have gone, so nothing is left with it any more.
+            is_open = engine._ended is None
+            if is_open and engine._settle_soon(max(entry.lsn for entry in entries), tell):
+                return
+            if is_open and any(entry.payload is None for entry in entries):
+                engine._notifier.call(partial(tell, None))  # they are read from the disk
+                return
+        try:
+            engine._check()
+        except RivetQError as error:
+            self._tell(None, error)
+        else:
+            tell(None)
+
+
+class _Moments(dict[int, datetime]):
+    """Epoch milliseconds to datetimes, each made once."""
+
+    def __missing__(self, at_ms: int) -> datetime:
+        self[at_ms] = found = moment(at_ms)
+        return found

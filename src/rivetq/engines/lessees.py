@@ -1,0 +1,112 @@
+"""Who waits for jobs to lease: one line per queue, in order of arrival.
+
+A lessee stands in the lines of all queues that it leases from, and is woken when one of them may have a job for it. It
+then looks by itself. It keeps its place until it has taken jobs, or gives up. All of this is guarded by the engine's
+lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from ..engine import Enqueue, Operation
+from ..machine.machine import Machine
+from ..machine.queue import READY, Queue
+
+LONGEST_SLEEP_S = 3600.0
+
+
+class Lessee(Protocol):
+    """What stands in a line."""
+
+    over: bool
+    """It has taken jobs, failed or been cancelled, and wants no more."""
+
+    def wake(self) -> None:
+        """Look again, soon. The caller holds the engine's lock, unless the engine has failed or this is a child."""
+
+    def reset(self) -> None:
+        """From here on it can be woken again. The caller holds the engine's lock and is about to look."""
+
+
+class SleepingLessee:
+    """A thread that waits for a first job. A bare lock, free when it was woken: half the work of an Event."""
+
+    __slots__ = ("_asleep", "over")
+
+    def __init__(self) -> None:
+        self.over = False  # guarded by the engine's lock: it has taken jobs, or wants none any more
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it was woken before
+            self._asleep.release()
+
+    def park(self, timeout_s: float | None) -> None:
+        self._asleep.acquire(timeout=LONGEST_SLEEP_S if timeout_s is None else min(timeout_s, LONGEST_SLEEP_S))
+
+    def reset(self) -> None:
+        # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.
+        self._asleep.acquire(blocking=False)
+
+
+class Lessees:
+    """The lines."""
+
+    def __init__(self) -> None:
+        self.lines: dict[str, dict[Lessee, None]] = {}
+        """By the name of the queue; none is empty."""
+
+    def add(self, lessee: Lessee, queues: Sequence[str]) -> None:
+        """At the end of the lines that it does not stand in yet."""
+        for name in queues:
+            self.lines.setdefault(name, {})[lessee] = None
+
+    def remove(self, lessee: Lessee, queues: Sequence[str]) -> None:
+        for name in queues:
+            line = self.lines.get(name)
+            if line is not None:
+                line.pop(lessee, None)
+                if not line:
+                    del self.lines[name]
+
+    def wake_all(self) -> None:
+        """Also without the lock: a broker that fails, and a forked child, hold it perhaps."""
+        for line in list(self.lines.values()):
+            for lessee in list(line):
+                lessee.wake()
+
+    def wake(self, machine: Machine, names: Iterable[str]) -> list[Queue]:
+        """Wake as many as there are jobs to take in these queues: none in vain, and none is forgotten.
+
+        Returns the queues that have lessees and ready jobs, but no token of their rate limit.
+        """
+        without_token = []
+        for name in names:
+            line, queue = self.lines.get(name), machine.queues.get(name)
+            if not line or queue is None or queue.config.paused or not queue.counts[READY]:
+                continue
+            count = queue.counts[READY]
+            if queue.bucket is not None and queue.bucket.limit.on == "lease":
+                count = min(count, queue.bucket.available(machine.now_ms))
+            for lessee in list(line)[:count]:
+                lessee.wake()
+            if not count:  # else those who are woken take the tokens first, and this is asked again
+                without_token.append(queue)
+        return without_token
+
+    def wake_early(self, machine: Machine, operations: Sequence[Operation]) -> None:
+        """Wake those who will get the jobs of these enqueues, before it is done: to wake a thread takes longer.
+
+        Nothing rests on it. Whoever is too early waits again, and is woken again when the jobs are there.
+        """
+        for operation in operations:
+            if isinstance(operation, Enqueue) and (line := self.lines.get(operation.queue)):
+                queue = machine.queues.get(operation.queue)
+                if queue is None or not queue.config.paused:
+                    for lessee in list(line)[: len(operation.payloads)]:
+                        lessee.wake()

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 PACKAGE = os.path.dirname(rivetq.__file__)
 ENGINE = (
     "aio", "broker/broker", "engines/lessees", "engines/clockwork", "engines/leasing",
-    "engines/live", "engines/durable", "engines/checkpoint", "engines/compaction", "engines/local",
+    "engines/live", "engines/durable", "engines/checkpoint",
     "engines/notifier", "storage/ahead", "storage/group_commit",
 )  # fmt: skip
 RUNTIME = ("schedules/scheduler", "storage/ahead", "worker/children", "worker/order", "worker/pools", "worker/worker")

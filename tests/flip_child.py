@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from rivetq import CorruptLogError, FormatError
+from rivetq.machine import look
+from rivetq.machine.advance import resume
+from rivetq.machine.check import dump
 from rivetq.machine.machine import Machine
 from rivetq.machine.snapshot import Place
 from rivetq.storage.disk import SystemDisk
@@ -47,20 +50,20 @@ def opened(directory: Path, clock: ManualClock) -> tuple[Machine, Log]:
     machine = found.machine
     for body in found.surplus:  # the mark is rotten: what it testified is written again
         replay(machine, body, Place(NOWHERE, 0, 0))
-    machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
+    resume(machine, max(found.now_ms, machine.now_ms), found.epoch << 32)
     log = Log(disk, str(directory / "log"), log_id=found.log_id, epoch=found.epoch, segment_bytes=1 << 16)
     return machine, log
 
 
 def payloads(machine: Machine, log: Log) -> dict[int, bytes | None]:
-    jobs = [entry for entry in machine.everything() if entry.segment != NOWHERE]
+    jobs = [entry for entry in look.everything(machine) if entry.segment != NOWHERE]
     return {e.id: log.read(e.segment, e.offset, e.length, e.crc) for e in jobs}
 
 
 def outcome(directory: Path, clock: ManualClock, state: dict[str, Any], contents: dict[int, bytes | None]) -> list[Any]:
     try:
         machine, log = opened(directory, clock)
-        if machine.dump() != state:
+        if dump(machine) != state:
             return ["different", "state"]
         try:
             return ["equal"] if payloads(machine, log).items() <= contents.items() else ["different", "payload"]
@@ -81,7 +84,7 @@ def main() -> None:
     clock = ManualClock(start=0)
     clock.boot_id = task["boot_id"]
     machine, log = opened(directory, clock)
-    state, contents = machine.dump(), payloads(machine, log)
+    state, contents = dump(machine), payloads(machine, log)
     for name, start, stop, step in task["places"]:
         fd = os.open(directory / name, os.O_RDWR)
         whole = os.pread(fd, os.fstat(fd).st_size, 0)

@@ -20,7 +20,8 @@ ROOMS: dict[str, list[str]] = {
     "words": ["errors", "model", "clock", "histogram", "engine"],
     "machine": [
         "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
-        "machine", "decide",
+        "cache", "machine", "apply", "advance", "look",
+        "decide", "saving", "check",
     ],
     "storage": [
         "__init__", "disk", "layout", "lock", "fields", "codec", "index_values", "record", "header", "segment", "space",

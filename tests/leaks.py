@@ -51,7 +51,7 @@ def held(broker: Broker) -> dict[str, int]:
     machine, soon = engine._machine, engine._soon
     with engine._lock:
         found = {
-            "due": len(machine._due), "deadlines": len(machine._deadlines), "tokens": len(machine._tokens),
+            "due": len(machine.due), "deadlines": len(machine.deadlines), "tokens": len(machine.tokens),
             "promised": len(machine.promised), "jobs": len(machine.jobs), "keys": len(machine.keys.changed),
             "lessees": sum(map(len, engine._lessees.lines.values())), "ahead": len(engine._ahead._slots),
             "callbacks": 0 if soon is None else len(soon._later) + len(soon._records),

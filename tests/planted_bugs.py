@@ -92,7 +92,7 @@ BUGS = (
     ),
     Bug(
         "counter not logged",
-        "machine/machine.py",
+        "machine/saving.py",
         "QueueSnapshot(q.number, q.name, q.config, q.enqueued, q.acked, q.cancelled, q.purged)",
         "QueueSnapshot(q.number, q.name, q.config, q.enqueued, 0, q.cancelled, q.purged)",
         "test_housekeeping.py::test_a_job_that_ends_while_a_checkpoint_is_taken_leaves_its_key[before its slice]",
@@ -303,9 +303,9 @@ BUGS = (
     ),
     Bug(
         "token of a bucket not expected",
-        "machine/machine.py",
-        "            if at_ms < queue.token_at_ms:\n",
-        "            if at_ms > queue.token_at_ms:\n",
+        "machine/advance.py",
+        "        if at_ms < queue.token_at_ms:\n",
+        "        if at_ms > queue.token_at_ms:\n",
         "test_decide.py::test_the_first_of_several_buckets_is_waited_for",
     ),
     Bug(

@@ -33,6 +33,8 @@ import rivetq.engines.local
 from rivetq import Broker, DiskFullError, Lease, LeaseLostError, RateLimit, RetryPolicy
 from rivetq.engines.live import LiveEngine
 from rivetq.engines.local import LocalEngine
+from rivetq.machine.advance import advance
+from rivetq.machine.check import dump
 from rivetq.machine.machine import Machine
 from rivetq.machine.snapshot import Place
 from rivetq.storage.index import Index
@@ -134,8 +136,8 @@ class Life:
         machine = Machine()
         for number in range(1, lsn + 1):
             replay(machine, self.bodies[number], Place(lsn=number))
-        machine.advance(max(machine.now_ms, self.engine._machine.now_ms))
-        return machine.dump()
+        advance(machine, max(machine.now_ms, self.engine._machine.now_ms))
+        return dump(machine)
 
     def live(self, rng: random.Random, steps: int) -> None:
         """Some calls, chosen by the seed."""

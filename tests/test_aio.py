@@ -688,7 +688,7 @@ def test_polls_of_a_limited_queue_leave_nothing_behind() -> None:
                 assert await broker.lease("q") is None
             engine = inside(broker.broker)
             assert not engine._lessees.lines
-            assert len(engine._machine._tokens) <= 1
+            assert len(engine._machine.tokens) <= 1
             assert not engine._notifier._later
 
     asyncio.run(main())

@@ -21,7 +21,10 @@ from rivetq.errors import (
     RivetQError,
     UsageError,
 )
-from rivetq.machine import decide
+from rivetq.machine import decide, look
+from rivetq.machine.advance import advance, expect_token, next_wakeup_ms
+from rivetq.machine.apply import apply
+from rivetq.machine.check import check, dump
 from rivetq.machine.entry import Entry
 from rivetq.machine.events import (
     Acked,
@@ -62,7 +65,7 @@ class Bench:
             return question(self.machine, *args, **options)
         finally:
             assert self.state() == before, "to decide changed something"
-            self.machine.check()
+            check(self.machine)
 
     def state(self) -> object:
         machine = self.machine
@@ -72,14 +75,14 @@ class Bench:
         }
         numbers = (machine.next_id, machine.reserved_id, machine.next_token, machine.now_ms, sorted(machine.numbers))
         leased = {(e.deadline_ms, e.id) for e in machine.jobs.values() if e.state == LEASED}
-        assert leased <= set(machine._deadlines), "a lease would never end"
-        return copy.deepcopy((machine.dump(), buckets, numbers, machine.woken))
+        assert leased <= set(machine.deadlines), "a lease would never end"
+        return copy.deepcopy((dump(machine), buckets, numbers, machine.woken))
 
     def apply(self, events: Sequence[Event]) -> None:
-        self.machine.advance(self.now)
+        advance(self.machine, self.now)
         for event in events:
-            self.machine.apply(event, self.now, Place())
-            self.machine.check()
+            apply(self.machine, event, self.now, Place())
+            check(self.machine)
 
     def at(self, now: int) -> None:
         self.now = now
@@ -120,7 +123,7 @@ class Bench:
 
     def job(self, job_id: int) -> Entry:
         """The job, wherever it is; a copy if it is in a run."""
-        entry = self.machine.look(job_id)
+        entry = look.job(self.machine, job_id)
         assert entry is not None, f"no job {job_id}"
         return entry
 
@@ -155,7 +158,7 @@ def test_no_payloads_make_no_event_whether_the_queue_exists_or_not() -> None:
     machine = Machine()
     assert decide.commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
     for event in decide.commit(machine, [Enqueue("mail", [b""])], 5)[0]:
-        machine.apply(event, 5, Place())
+        apply(machine, event, 5, Place())
     assert decide.commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
 
 
@@ -679,8 +682,8 @@ def test_a_rate_limit_gives_what_the_bucket_allows_and_tells_when_there_is_more(
     bench.enqueue(3)
     assert [i for i, _ in bench.lease(9)] == [1, 2, 3]
     assert bench.ask(decide.lease, ["q"], 9, None, NOW) == (None, [bench.machine.queues["q"]])
-    bench.machine.expect_token(bench.machine.queues["q"], NOW)
-    assert bench.machine.next_wakeup_ms() == NOW + 500
+    expect_token(bench.machine, bench.machine.queues["q"], NOW)
+    assert next_wakeup_ms(bench.machine) == NOW + 500
     bench.at(NOW + 500)
     assert [i for i, _ in bench.lease(9)] == [4]
 
@@ -695,13 +698,13 @@ def test_the_first_of_several_buckets_is_waited_for() -> None:
     queues = [bench.machine.queues[name] for name in ("q", "slow", "fast")]
     assert bench.ask(decide.lease, ["q", "slow", "fast"], 9, None, NOW) == (None, queues)
     for queue in queues:
-        bench.machine.expect_token(queue, NOW)
+        expect_token(bench.machine, queue, NOW)
     for moment_ms, name in ((NOW + 100, "fast"), (NOW + 500, "q"), (NOW + 1000, "slow")):
-        assert bench.machine.next_wakeup_ms() == moment_ms
+        assert next_wakeup_ms(bench.machine) == moment_ms
         bench.machine.woken.clear()
-        bench.machine.advance(moment_ms)
+        advance(bench.machine, moment_ms)
         assert bench.machine.woken == {name}, "each is woken at its token"
-    assert not bench.machine._tokens
+    assert not bench.machine.tokens
     bench = Bench(rate_limit=RateLimit(2, 1, "lease"))
     bench.configure("slow", rate_limit=RateLimit(1, 1, "lease"))
     for name in ("q", "slow"):
@@ -735,13 +738,13 @@ def test_an_expired_lease_of_the_last_attempt_makes_a_dead_letter_at_its_deadlin
 
 def test_a_storm_of_expiries_comes_in_batches() -> None:
     bench = Bench()
-    bench.machine.apply(bench.plan(Enqueue("q", [b""] * 2500))[0][0], NOW, Place())
-    bench.machine.apply(bench.ask(decide.lease, ["q"], 2500, None, NOW)[0], NOW, Place())
+    apply(bench.machine, bench.plan(Enqueue("q", [b""] * 2500))[0][0], NOW, Place())
+    apply(bench.machine, bench.ask(decide.lease, ["q"], 2500, None, NOW)[0], NOW, Place())
     sizes = []
     while events := bench.ask(decide.expiry, NOW + 30_000):
         sizes.append(len(events))
         for event in events:
-            bench.machine.apply(event, NOW + 30_000, Place())
+            apply(bench.machine, event, NOW + 30_000, Place())
     assert sizes == [decide.EXPIRY_BATCH] * 2 + [500]
 
 
@@ -898,7 +901,7 @@ def test_any_call_leads_to_events_that_fit_or_to_an_error_of_the_tree_and_change
             bench.apply(bench.ask(decide.expiry, bench.now))
             assert bench.ask(decide.expiry, bench.now) == []
             continue
-        before = bench.machine.stats(None, bench.now)
+        before = look.stats(bench.machine, None, bench.now)
         try:
             if isinstance(call, list):
                 events, answers = bench.plan(*call)
@@ -913,7 +916,7 @@ def test_any_call_leads_to_events_that_fit_or_to_an_error_of_the_tree_and_change
         except RivetQError:
             continue
         bench.apply(events)
-        after = bench.machine.stats(None, bench.now)
+        after = look.stats(bench.machine, None, bench.now)
         assert after.enqueued - before.enqueued == sum(len(e.lengths) for e in events if isinstance(e, Enqueued))
         for name in ("r", "s"):
             limit = bench.machine.queues[name].config.max_jobs

@@ -8,16 +8,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from inside import inside
+from inside import inside, shrink_runs
 
 import rivetq.engines.checkpoint
 import rivetq.engines.local
-import rivetq.machine.machine
 from rivetq import Broker
 from rivetq.engines.compaction import MANY_SEGMENTS
 from rivetq.engines.local import LocalEngine
+from rivetq.machine import saving
 from rivetq.machine.keys import Keys
-from rivetq.machine.machine import Machine
 from rivetq.storage.disk import SystemDisk
 from rivetq.testing import ManualClock
 
@@ -125,7 +124,7 @@ def test_a_job_that_leaves_its_run_while_a_checkpoint_is_taken_is_in_the_index_o
             lease.release()
         broker.checkpoint()  # four single jobs, and the index knows them
         engine._not_before_s = math.inf  # the keeper takes none of its own before the one below
-        monkeypatch.setattr(rivetq.machine.machine, "FEW_JOBS", 0)
+        shrink_runs(monkeypatch, few_jobs=0)
         monkeypatch.setattr(rivetq.engines.checkpoint, "LOOSE_SHARE", 2**30)  # the next one packs them into a run
         broker.enqueue("q", b"another")
         lease = broker.lease("q")
@@ -180,7 +179,7 @@ def test_an_interrupted_checkpoint_forgets_no_change(
         broker.enqueue_many("q", [b"x"] * 1000)
         loose = broker.enqueue("q", b"loose", priority=9, idempotency_key="k")
         broker.lease("q")
-        owner = {"snapshot": Machine, "written": Keys}.get(where, LocalEngine)
+        owner = {"snapshot": saving, "written": Keys}.get(where, LocalEngine)
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(owner, where, interrupt)
             broker.checkpoint()

@@ -16,6 +16,10 @@ from hypothesis import strategies as st
 from inside import waiting_of
 
 from rivetq import QueueConfig, RateLimit, RetryPolicy, StorageError
+from rivetq.machine import look, saving
+from rivetq.machine.advance import advance
+from rivetq.machine.apply import apply
+from rivetq.machine.check import check, dump
 from rivetq.machine.events import Acked, Enqueued, Event, Leased, QueueConfigured, QueueCreated
 from rivetq.machine.keys import Key
 from rivetq.machine.machine import Machine
@@ -42,7 +46,7 @@ def machine_of(count: int = 5) -> Machine:
         events.append(event)
     events += [Leased([1, 3], [8, 9], [1, 1], [90, 95]), Acked(1, [1])]
     for lsn, each in enumerate(events, 1):
-        machine.apply(each, 10, Place(1, 64 * lsn, lsn))
+        apply(machine, each, 10, Place(1, 64 * lsn, lsn))
     machine.now_ms = 10
     return machine
 
@@ -78,7 +82,7 @@ class Desk:
 
     def save(self, machine: Machine, applied_lsn: int = 9) -> None:
         self.index.write(
-            LOG_ID, applied_lsn, machine.snapshot(), jobs=jobs_in(machine), runs=runs_in(machine),
+            LOG_ID, applied_lsn, saving.snapshot(machine), jobs=jobs_in(machine), runs=runs_in(machine),
             keys=machine.keys.changed.items(), key_counts=machine.keys.counts,
         )  # fmt: skip
 
@@ -129,14 +133,14 @@ def test_a_machine_comes_back_as_it_was_saved(desk: Desk) -> None:
     machine = machine_of()
     desk.save(machine)
     loaded = desk.loaded()
-    assert loaded.dump() == machine.dump()
-    loaded.check()
-    assert loaded.snapshot() == machine.snapshot()
-    assert loaded.live_bytes() == machine.live_bytes()
+    assert dump(loaded) == dump(machine)
+    check(loaded)
+    assert saving.snapshot(loaded) == saving.snapshot(machine)
+    assert look.live_bytes(loaded) == look.live_bytes(machine)
     assert loaded.next_token == 10
     assert loaded.keys.counts == machine.keys.counts == {1: 1}
-    places = {e.id: (e.segment, e.offset, e.size) for e in loaded.everything()}
-    assert places == {e.id: (e.segment, e.offset, e.size) for e in machine.everything()}
+    places = {e.id: (e.segment, e.offset, e.size) for e in look.everything(loaded)}
+    assert places == {e.id: (e.segment, e.offset, e.size) for e in look.everything(machine)}
     assert len(loaded.jobs) == len(machine.jobs) == 1
 
 
@@ -152,23 +156,23 @@ def test_what_was_loaded_needs_no_saving(desk: Desk) -> None:
 def test_a_later_write_changes_what_it_names_and_nothing_else(desk: Desk) -> None:
     machine = machine_of()
     desk.save(machine)
-    machine.apply(Acked(1, [3]), 12, Place(1, 0, 20))
+    apply(machine, Acked(1, [3]), 12, Place(1, 0, 20))
     gone: list[tuple[bytes, bytes | None]] = [((n).to_bytes(8, "big"), None) for n in (3, 99)]
     key = machine.keys.get(1, "kéy 2")
     assert key is not None
     keys = {(1, "spent"): Key(0, 0), (1, "kéy 2"): key}
-    desk.index.write(LOG_ID, 20, machine.snapshot(), jobs=gone, keys=keys.items(), key_counts={1: 1})
+    desk.index.write(LOG_ID, 20, saving.snapshot(machine), jobs=gone, keys=keys.items(), key_counts={1: 1})
     loaded = desk.loaded()
-    assert sorted(e.id for e in loaded.everything()) == [2, 4, 5]
+    assert sorted(e.id for e in look.everything(loaded)) == [2, 4, 5]
     assert loaded.keys.get(1, "spent") is None
-    loaded.check()
+    check(loaded)
     assert loaded.numbers[1].acked == 2
     assert desk.manifest()["applied_lsn"] == 20
 
 
 def test_an_index_without_jobs_and_keys_has_its_snapshot(desk: Desk) -> None:
-    desk.index.write(LOG_ID, 1, Machine().snapshot())
-    assert desk.loaded().dump() == Machine().dump()
+    desk.index.write(LOG_ID, 1, saving.snapshot(Machine()))
+    assert dump(desk.loaded()) == dump(Machine())
 
 
 def test_an_index_in_which_nothing_was_ever_put_has_no_jobs(desk: Desk) -> None:
@@ -184,8 +188,8 @@ def test_many_jobs_come_back_in_the_order_of_their_ids(desk: Desk) -> None:
     machine = machine_of(700)
     desk.save(machine)
     loaded = desk.loaded()
-    assert [e.id for e in loaded.listing("q", None, 0, 1000)] == list(range(2, 701))
-    loaded.check()
+    assert [e.id for e in look.listing(loaded, "q", None, 0, 1000)] == list(range(2, 701))
+    check(loaded)
 
 
 # -- runs and keys are read when they are asked for
@@ -196,7 +200,7 @@ def test_an_opening_reads_no_columns(saved: Desk) -> None:
     assert saved.index.reads == 0
     assert loaded.queues["q"].counts == machine_of().queues["q"].counts
     assert saved.index.reads == 0
-    assert loaded.look(2) is not None
+    assert look.job(loaded, 2) is not None
     assert saved.index.reads == 1
 
 
@@ -204,9 +208,9 @@ def test_a_run_that_went_is_not_loaded(desk: Desk) -> None:
     machine = machine_of()
     desk.save(machine)
     numbers = [key for key, _ in runs_in(machine)]
-    desk.index.write(LOG_ID, 20, machine.snapshot(), runs=[(key, None) for key in numbers], key_counts={1: 1})
+    desk.index.write(LOG_ID, 20, saving.snapshot(machine), runs=[(key, None) for key in numbers], key_counts={1: 1})
     loaded = desk.loaded()
-    assert [e.id for e in loaded.everything()] == [3]
+    assert [e.id for e in look.everything(loaded)] == [3]
     assert loaded.next_run == 1
 
 
@@ -225,7 +229,7 @@ def test_damage_in_the_head_of_a_run_is_found_at_the_opening_that_in_its_columns
         else:
             loaded = desk.loaded()
             with pytest.raises(StorageError, match="open the directory again"):
-                loaded.dump()
+                dump(loaded)
             desk.index.close()
 
 
@@ -239,7 +243,7 @@ def test_a_damaged_key_is_found_when_it_is_asked_for(saved: Desk) -> None:
     saved.put(KEY, bytes(24), b"keys")
     loaded = saved.loaded()
     with pytest.raises(StorageError, match="key 'spent' cannot be read"):
-        loaded.find("q", "spent", 10)
+        look.find(loaded, "q", "spent", 10)
 
 
 def test_keys_are_told_in_the_order_in_which_they_end(desk: Desk) -> None:
@@ -249,14 +253,14 @@ def test_keys_are_told_in_the_order_in_which_they_end(desk: Desk) -> None:
         (2, "soon"): Key(3, 1, 100),
         (1, "lives"): Key(4, 1),
     }
-    desk.index.write(LOG_ID, 1, Machine().snapshot(), keys=keys.items())
+    desk.index.write(LOG_ID, 1, saving.snapshot(Machine()), keys=keys.items())
     assert desk.index.ended_keys(99, 10) == []
     assert desk.index.ended_keys(100, 10) == [(1, "soon"), (2, "soon")]
     assert desk.index.ended_keys(300, 10) == [(1, "soon"), (2, "soon"), (1, "late")]
     assert desk.index.ended_keys(300, 1) == [(1, "soon")]
     assert sorted(desk.index.key_names()) == sorted(keys)
     again = {(1, "soon"): Key(9, 1, 400), (2, "soon"): Key(0, 0), (1, "late"): Key(5, 1)}
-    desk.index.write(LOG_ID, 2, Machine().snapshot(), keys=again.items())
+    desk.index.write(LOG_ID, 2, saving.snapshot(Machine()), keys=again.items())
     assert desk.index.ended_keys(1000, 10) == [(1, "soon")]
     assert [desk.index.key(*name) for name in keys] == [(5, 0, 1), (9, 400, 1), None, (4, 0, 1)]
 
@@ -282,7 +286,7 @@ def test_keys_that_change_in_any_way_are_known_as_they_were_last_and_end_once(
         index = Desk(Path(path) / "index").index
         for lsn, changed in enumerate(steps, 1):
             keys = {name: Key(*facts) for name, facts in changed.items()}
-            index.write(LOG_ID, lsn, Machine().snapshot(), keys=keys.items())
+            index.write(LOG_ID, lsn, saving.snapshot(Machine()), keys=keys.items())
             known |= changed
             for name, (job_id, segment, expires_ms) in known.items():
                 assert index.key(*name) == ((job_id, expires_ms, segment) if job_id else None)
@@ -317,7 +321,7 @@ def test_an_error_of_lmdb_while_a_run_or_a_key_is_read_is_a_storage_error(
 
 def test_the_longest_key_fits(desk: Desk) -> None:
     name = (2**32 - 1, "k" * 256)
-    desk.index.write(LOG_ID, 1, Machine().snapshot(), keys=[(name, Key(1, 1, 2**62))])
+    desk.index.write(LOG_ID, 1, saving.snapshot(Machine()), keys=[(name, Key(1, 1, 2**62))])
     assert desk.index.ended_keys(2**63, 9) == [name]
     assert desk.index.key(*name) == (1, 2**62, 1)
 
@@ -325,15 +329,15 @@ def test_the_longest_key_fits(desk: Desk) -> None:
 def test_a_run_that_is_written_again_replaces_the_one_with_its_number(desk: Desk) -> None:
     machine = machine_of(40)
     desk.save(machine)
-    machine.apply(Leased([11, 21], [10, 11], [1, 1], [90, 95], [(1, 0, 2)]), 12, Place(1, 0, 50))
+    apply(machine, Leased([11, 21], [10, 11], [1, 1], [90, 95], [(1, 0, 2)]), 12, Place(1, 0, 50))
     assert machine.changes is not None
     assert not machine.changes.gone
     desk.save(machine, applied_lsn=50)
     loaded = desk.loaded()
-    assert loaded.dump() == machine.dump()
-    assert loaded.live_bytes() == machine.live_bytes()
+    assert dump(loaded) == dump(machine)
+    assert look.live_bytes(loaded) == look.live_bytes(machine)
     assert loaded.next_run == machine.next_run
-    loaded.check()
+    check(loaded)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 1000])
@@ -342,16 +346,16 @@ def test_a_loaded_machine_goes_on_like_the_one_that_was_saved(desk: Desk, limit:
     desk.save(machine)
     loaded = desk.loaded()
     for each in (machine, loaded):
-        each.advance(6_000)
+        advance(each, 6_000)
         for state, window in waiting_of(each, "q").each():
-            ids = each.head(window, min(limit, window.count))[0] if state == READY else []
+            ids = look.head(each, window, min(limit, window.count))[0] if state == READY else []
             numbers = list(range(each.next_token, each.next_token + len(ids)))
             if ids:
-                each.apply(Leased(ids, numbers, [1] * len(ids), [9_000] * len(ids)), 6_000, Place(2, 0, 80))
-                each.apply(Acked(1, ids[::2]), 6_000, Place(2, 0, 81))
-        each.check()
-    assert loaded.dump() == machine.dump()
-    assert loaded.live_bytes() == machine.live_bytes()
+                apply(each, Leased(ids, numbers, [1] * len(ids), [9_000] * len(ids)), 6_000, Place(2, 0, 80))
+                apply(each, Acked(1, ids[::2]), 6_000, Place(2, 0, 81))
+        check(each)
+    assert dump(loaded) == dump(machine)
+    assert look.live_bytes(loaded) == look.live_bytes(machine)
     assert loaded.keys.counts == machine.keys.counts
 
 
@@ -365,8 +369,8 @@ def test_a_reopened_index_is_read_as_before_and_may_be_written(saved: Desk) -> N
     before = (saved.path / "data.mdb").read_bytes()
     saved.index.reopen()
     assert (saved.path / "data.mdb").read_bytes() == before
-    assert loaded.dump() == machine_of().dump()
-    assert loaded.find("q", "spent", 10) == 1
+    assert dump(loaded) == dump(machine_of())
+    assert look.find(loaded, "q", "spent", 10) == 1
     saved.save(machine_of(3), applied_lsn=12)
     assert saved.manifest()["applied_lsn"] == 12
 
@@ -432,7 +436,7 @@ def test_one_flipped_bit_in_manifest_or_data_is_noticed(saved: Desk) -> None:
 def test_a_commit_without_its_manifest_is_noticed(saved: Desk) -> None:
     """The process died between the two."""
     manifest = (saved.path / "manifest").read_bytes()
-    saved.open().write(LOG_ID, 12, machine_of(3).snapshot())
+    saved.open().write(LOG_ID, 12, saving.snapshot(machine_of(3)))
     saved.index.close()
     (saved.path / "manifest").write_bytes(manifest)
     assert saved.open().manifest(LOG_ID) is None
@@ -508,7 +512,7 @@ def test_a_cleared_index_begins_anew(desk: Desk) -> None:
     desk.index.clear()
     machine = machine_of(2)
     desk.save(machine)
-    assert desk.loaded().dump() == machine.dump()
+    assert dump(desk.loaded()) == dump(machine)
 
 
 def test_a_closed_index_may_be_written_again(desk: Desk) -> None:
@@ -523,7 +527,7 @@ def test_a_closed_index_may_be_written_again(desk: Desk) -> None:
 def test_a_write_into_a_directory_that_is_there_uses_it(desk: Desk) -> None:
     desk.path.mkdir(mode=0o750)
     desk.save(machine_of())
-    assert desk.loaded().dump() == machine_of().dump()
+    assert dump(desk.loaded()) == dump(machine_of())
 
 
 def test_a_forked_child_lets_go_without_touching_the_environment(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,7 +567,7 @@ def test_where_address_space_is_short_a_smaller_map_serves(
     assert desk.index._env is not None
     assert desk.index._env.info()["map_size"] == 2**26 < MAP_BYTES
     desk.index.close()
-    assert desk.loaded().dump() == machine_of().dump()
+    assert dump(desk.loaded()) == dump(machine_of())
 
 
 def test_without_any_address_space_it_is_an_error(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import attrs
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from inside import waiting_of
+from inside import shrink_runs, waiting_of
 
+from rivetq.machine import look, saving
+from rivetq.machine.advance import RIPE_JOBS, _ripen, advance, ended_leases, expect_token, next_wakeup_ms, resume
+from rivetq.machine.apply import apply
+from rivetq.machine.check import check, dump
 from rivetq.machine.entry import Entry, Spec
 from rivetq.machine.events import (
     Acked,
@@ -35,8 +40,8 @@ from rivetq.machine.events import (
     SegmentsDropped,
 )
 from rivetq.machine.keys import Key
-from rivetq.machine.machine import NEVER_MS, RIPE_JOBS, Machine
-from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED, Queue
+from rivetq.machine.machine import Machine
+from rivetq.machine.queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, Queue
 from rivetq.machine.ratelimit import TokenBucket
 from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
 from rivetq.machine.snapshot import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Snapshot
@@ -66,10 +71,10 @@ class Bench:
         """As one call does it: the clock acts, then the events, then everything is looked at."""
         if at is not None:
             self.now = at
-        self.machine.advance(self.now)
+        advance(self.machine, self.now)
         for event in events:
-            self.machine.apply(event, self.now, self.place)
-            self.machine.check()
+            apply(self.machine, event, self.now, self.place)
+            check(self.machine)
 
     def enqueue(self, count: int = 1, **options: Any) -> list[int]:
         event = enqueued(self.machine.next_id, count, **options)
@@ -98,16 +103,16 @@ class Bench:
 
     def loosen(self, job_id: int) -> Entry:
         """The job itself, not a copy: it is in no run any more."""
-        entry = self.machine._loosen(job_id, self.machine.queues.values())
+        entry = self.machine.loosen(job_id, self.machine.queues.values())
         assert entry is not None, f"no job {job_id}"
         return entry
 
     def listed(self, state: int | None, after: int = 0, limit: int = 100) -> list[int]:
-        return [entry.id for entry in self.machine.listing("mail", state, after, limit)]
+        return [entry.id for entry in look.listing(self.machine, "mail", state, after, limit)]
 
     def job(self, job_id: int) -> Entry:
         """The job, wherever it is; a copy if it is in a run."""
-        entry = self.machine.look(job_id)
+        entry = look.job(self.machine, job_id)
         assert entry is not None, f"no job {job_id}"
         return entry
 
@@ -189,14 +194,14 @@ def test_each_job_of_a_batch_knows_where_its_payload_is() -> None:
     assert [e.crc for e in jobs] == [1000, 1001, 1002]
     assert {(e.segment, e.lsn, e.length, e.payload) for e in jobs} == {(1, 1, 10, None)}
     assert {e.size for e in jobs} == {10 + RECORD_BYTES // 3 + JOB_BYTES}
-    assert bench.machine.live_bytes() == {1: sum(e.size for e in jobs)}
+    assert look.live_bytes(bench.machine) == {1: sum(e.size for e in jobs)}
 
 
 def test_without_files_the_payload_stays_with_the_job() -> None:
     bench = Bench(keep_payloads=True)
     bench.enqueue(2, length=3)
     assert [bench.job(i).payload for i in (1, 2)] == [b"AAA", b"BBB"]
-    assert bench.machine.live_bytes() == {}
+    assert look.live_bytes(bench.machine) == {}
     assert bench.machine.changes is None
 
 
@@ -205,7 +210,7 @@ def test_ready_jobs_are_found_by_priority_and_then_by_id() -> None:
     for priority in (5, 9, 0, 9):
         bench.enqueue(priority=priority)
     windows = [window for window in reversed(bench.lines.ready) if window]
-    assert [bench.machine.head(window, 9)[0] for window in windows] == [[2, 4], [1], [3]]
+    assert [look.head(bench.machine, window, 9)[0] for window in windows] == [[2, 4], [1], [3]]
     assert bench.listed(READY, after=1) == [2, 3, 4]
 
 
@@ -214,14 +219,14 @@ def test_a_job_with_a_delay_is_scheduled_and_becomes_ready_at_its_moment_not_bef
     bench.enqueue(2, due=NOW + 500)
     assert bench.states() == {"scheduled": [1, 2]}
     assert bench.machine.woken == set()
-    assert bench.machine.next_wakeup_ms() == NOW + 500
+    assert next_wakeup_ms(bench.machine) == NOW + 500
     bench.apply(at=NOW + 499)
     assert bench.states() == {"scheduled": [1, 2]}
     bench.apply(at=NOW + 500)
-    bench.machine.check()
+    check(bench.machine)
     assert bench.states() == {"ready": [1, 2]}
     assert bench.machine.woken == {"mail"}
-    assert bench.machine.next_wakeup_ms() is None
+    assert next_wakeup_ms(bench.machine) is None
 
 
 def test_a_moment_that_has_passed_means_now() -> None:
@@ -237,9 +242,9 @@ def test_delays_fall_due_one_after_the_other() -> None:
     bench.enqueue(due=NOW + 100, queue=AUDIT)
     bench.enqueue(due=NOW + 200)
     seen = []
-    while (at := bench.machine.next_wakeup_ms()) is not None:
+    while (at := next_wakeup_ms(bench.machine)) is not None:
         bench.apply(at=at)
-        bench.machine.check()
+        check(bench.machine)
         seen.append((at - NOW, bench.states().get("ready", []), bench.states("audit").get("ready", [])))
     assert seen == [(100, [], [2]), (200, [3], [2]), (300, [1, 3], [2])]
 
@@ -249,9 +254,9 @@ def test_the_next_delay_is_known_when_the_first_job_is_gone() -> None:
     bench.enqueue(due=NOW + 100)
     bench.enqueue(due=NOW + 200)
     bench.apply(Cancelled(MAIL, 1))
-    assert bench.machine.next_wakeup_ms() == NOW + 200
+    assert next_wakeup_ms(bench.machine) == NOW + 200
     bench.apply(Cancelled(MAIL, 2))
-    assert bench.machine.next_wakeup_ms() is None
+    assert next_wakeup_ms(bench.machine) is None
 
 
 def test_a_queue_that_is_paused_wakes_nobody_until_it_is_resumed() -> None:
@@ -295,7 +300,7 @@ def test_a_leased_job_is_nobody_else_s_and_knows_its_delivery() -> None:
     assert (entry.token, entry.attempts, entry.deadline_ms) == (2, 1, NOW + 500)
     assert bench.states() == {"ready": [2], "leased": [1, 3]}
     assert bench.machine.next_token == 3
-    assert bench.machine.next_wakeup_ms() == NOW + 500
+    assert next_wakeup_ms(bench.machine) == NOW + 500
 
 
 def test_an_acked_job_is_gone_and_counted() -> None:
@@ -305,7 +310,7 @@ def test_an_acked_job_is_gone_and_counted() -> None:
     bench.apply(Acked(MAIL, [1, 2]))
     assert bench.states() == {}
     assert (bench.machine.jobs, bench.mail.acked) == ({}, 2)
-    assert bench.machine.live_bytes() == {1: 0}
+    assert look.live_bytes(bench.machine) == {1: 0}
 
 
 def test_a_retried_job_waits_in_its_place_with_its_error() -> None:
@@ -353,9 +358,9 @@ def test_an_extended_lease_ends_at_its_new_deadline() -> None:
     bench.lease(1, deadline=100)
     bench.apply(Extended(1, NOW + 900))
     assert bench.job(1).deadline_ms == NOW + 900
-    assert bench.machine.ended_leases(NOW + 899, 10) == []
-    assert bench.machine.ended_leases(NOW + 900, 10) == [(NOW + 900, 1)]
-    assert bench.machine.next_wakeup_ms() == NOW + 900
+    assert ended_leases(bench.machine, NOW + 899, 10) == []
+    assert ended_leases(bench.machine, NOW + 900, 10) == [(NOW + 900, 1)]
+    assert next_wakeup_ms(bench.machine) == NOW + 900
 
 
 def test_cancelled_and_purged_jobs_are_gone_and_counted() -> None:
@@ -366,7 +371,7 @@ def test_cancelled_and_purged_jobs_are_gone_and_counted() -> None:
     bench.bury(4)
     bench.apply(Cancelled(MAIL, 3), Cancelled(MAIL, 1), Purged(MAIL, [2, 4]))
     assert (bench.states(), bench.mail.cancelled, bench.mail.purged) == ({}, 2, 2)
-    assert bench.machine.next_wakeup_ms() is None
+    assert next_wakeup_ms(bench.machine) is None
 
 
 # Tolerance
@@ -387,9 +392,9 @@ def test_an_event_about_an_unknown_job_is_skipped(event: Event) -> None:
     bench = Bench()
     bench.enqueue(2)
     bench.lease(1)
-    before = bench.machine.dump()
+    before = dump(bench.machine)
     bench.apply(event)
-    assert bench.machine.dump() == before
+    assert dump(bench.machine) == before
     assert bench.machine.changes is not None
     assert 99 not in bench.machine.changes.jobs
 
@@ -400,7 +405,7 @@ def test_an_event_about_an_unknown_job_is_skipped(event: Event) -> None:
 )
 def test_the_totals_of_an_event_about_unknown_jobs_are_counted(event: Event, total: str) -> None:
     machine = Bench().machine
-    machine.apply(event, NOW, Place(1, 0, 2))
+    apply(machine, event, NOW, Place(1, 0, 2))
     expected = 1 if isinstance(event, Cancelled) else len(event.ids)  # type: ignore[union-attr]  # every other event here has ids
     assert getattr(machine.queues["mail"], total) == expected
 
@@ -443,9 +448,9 @@ def test_an_event_applied_twice_leaves_what_it_says(event: Event, state: str) ->
     elif state == "dead":
         bench.bury(1)
     apply_uncounted(bench, event)
-    once = bench.machine.dump()["jobs"]
+    once = dump(bench.machine)["jobs"]
     apply_uncounted(bench, event)
-    assert bench.machine.dump()["jobs"] == once
+    assert dump(bench.machine)["jobs"] == once
 
 
 def apply_uncounted(bench: Bench, event: Event) -> None:
@@ -454,12 +459,12 @@ def apply_uncounted(bench: Bench, event: Event) -> None:
     The job is not in a run: what is taken of a run is as it was where the replay begins.
     """
     machine, queue = bench.machine, bench.mail
-    machine._loosen(1, (queue,))
-    machine.apply(event, bench.now, bench.place)
+    machine.loosen(1, (queue,))
+    apply(machine, event, bench.now, bench.place)
     if isinstance(event, Acked | Cancelled | Purged):
         queue.acked = queue.cancelled = queue.purged = 0
-    queue.enqueued = len(list(machine.everything()))
-    machine.check()
+    queue.enqueued = len(list(look.everything(machine)))
+    check(machine)
 
 
 def test_an_extension_of_a_lease_that_ended_changes_nothing() -> None:
@@ -467,9 +472,9 @@ def test_an_extension_of_a_lease_that_ended_changes_nothing() -> None:
     bench.enqueue()
     bench.lease(1)
     bench.apply(Retried(1, NOW, None))
-    before, deadline_ms = bench.machine.dump(), bench.job(1).deadline_ms
+    before, deadline_ms = dump(bench.machine), bench.job(1).deadline_ms
     bench.apply(Extended(1, NOW + 10**6))
-    assert bench.machine.dump() == before
+    assert dump(bench.machine) == before
     assert bench.job(1).deadline_ms == deadline_ms
 
 
@@ -480,8 +485,8 @@ def test_an_enqueue_of_a_known_job_replaces_it() -> None:
     apply_uncounted(bench, enqueued(1, keys=["k"]))
     entry = bench.job(1)
     assert (entry.state, entry.attempts, entry.token) == (READY, 0, 0)
-    assert bench.machine.find("mail", "k", NOW) == 1
-    assert bench.machine.live_bytes() == {1: entry.size}
+    assert look.find(bench.machine, "mail", "k", NOW) == 1
+    assert look.live_bytes(bench.machine) == {1: entry.size}
 
 
 def test_a_known_job_that_is_enqueued_again_is_still_in_the_index() -> None:
@@ -516,7 +521,7 @@ def test_a_queue_that_is_created_twice_is_one_queue() -> None:
 
 def test_ids_are_taken_below_the_reservation_only() -> None:
     machine = Bench().machine
-    machine.apply(IdsReserved(11), NOW, Place(1, 0, 2))
+    apply(machine, IdsReserved(11), NOW, Place(1, 0, 2))
     assert machine.take_ids(4) == 1
     assert machine.take_ids(6) == 5
     assert (machine.next_id, machine.reserved_id) == (11, 11)
@@ -529,22 +534,22 @@ def test_ids_that_may_have_been_told_are_not_given_again_after_a_start() -> None
     bench.apply(IdsReserved(100))
     bench.enqueue()
     assert bench.machine.next_id == 2
-    bench.machine.start(bench.now, 1)
+    resume(bench.machine, bench.now, 1)
     assert bench.machine.next_id == 100
 
 
 def test_tokens_go_on_above_all_former_ones_after_a_start() -> None:
     bench = Bench()
-    bench.machine.start(NOW, 500)
+    resume(bench.machine, NOW, 500)
     assert bench.machine.next_token == 500
-    bench.machine.start(NOW, 7)
+    resume(bench.machine, NOW, 7)
     assert bench.machine.next_token == 500
 
 
 def test_buckets_are_full_after_a_start() -> None:
     bench = Bench(config=QueueConfig(rate_limit=RateLimit(0.001, 3, "enqueue")))
     bench.enqueue(3)
-    bench.machine.start(NOW, 1)
+    resume(bench.machine, NOW, 1)
     assert bench.mail.bucket is not None
     assert bench.mail.bucket.available(NOW) == 3
     assert bench.machine.queues["audit"].bucket is None
@@ -553,8 +558,8 @@ def test_buckets_are_full_after_a_start() -> None:
 def test_a_start_lets_the_clock_act() -> None:
     bench = Bench()
     bench.enqueue(due=NOW + 100)
-    bench.machine.start(NOW + 100, 1)
-    bench.machine.check()
+    resume(bench.machine, NOW + 100, 1)
+    check(bench.machine)
     assert bench.states() == {"ready": [1]}
 
 
@@ -588,30 +593,30 @@ def test_a_bucket_is_kept_while_its_limit_is_the_same_and_new_with_another() -> 
 
 def test_the_time_line_never_steps_back() -> None:
     machine = Bench().machine
-    machine.advance(NOW)
+    advance(machine, NOW)
     with pytest.raises(AssertionError, match=f"time line stepped back: {NOW} -> {NOW - 1}"):
-        machine.advance(NOW - 1)
+        advance(machine, NOW - 1)
     assert machine.now_ms == NOW
 
 
 def test_the_next_wake_up_is_the_first_of_delays_and_deadlines() -> None:
     bench = Bench()
-    assert bench.machine.next_wakeup_ms() is None
+    assert next_wakeup_ms(bench.machine) is None
     assert bench.machine.wake_ms == NEVER_MS
     bench.enqueue(2)
     bench.lease(1, deadline=700)
     bench.enqueue(due=NOW + 900)
-    assert bench.machine.next_wakeup_ms() == bench.machine.wake_ms == NOW + 700
+    assert next_wakeup_ms(bench.machine) == bench.machine.wake_ms == NOW + 700
     bench.enqueue(due=NOW + 300)
     assert bench.machine.wake_ms == NOW + 300, "known before anybody asks"
-    assert bench.machine.next_wakeup_ms() == NOW + 300
+    assert next_wakeup_ms(bench.machine) == NOW + 300
 
 
 def test_nobody_is_woken_for_the_end_of_a_key_but_the_machine_looks_at_it() -> None:
     bench = Bench(config=QueueConfig(idempotency_ttl=1))
     bench.enqueue(keys=["k"])
     bench.ack(1)
-    assert bench.machine.next_wakeup_ms() is None
+    assert next_wakeup_ms(bench.machine) is None
     assert bench.machine.wake_ms == NOW + 1000
     bench.apply(at=NOW + 1000)
     assert bench.machine.wake_ms == NEVER_MS
@@ -623,11 +628,11 @@ def test_leases_that_ended_come_earliest_first_and_stay_until_an_event_says_so()
     for job_id, deadline in ((1, 300), (2, 100), (3, 200), (4, 400)):
         bench.lease(job_id, deadline=deadline)
     for _ in range(2):
-        assert bench.machine.ended_leases(NOW + 300, 10) == [(NOW + 100, 2), (NOW + 200, 3), (NOW + 300, 1)]
-        assert bench.machine.ended_leases(NOW + 300, 2) == [(NOW + 100, 2), (NOW + 200, 3)]
-    assert bench.machine.ended_leases(NOW + 99, 10) == []
+        assert ended_leases(bench.machine, NOW + 300, 10) == [(NOW + 100, 2), (NOW + 200, 3), (NOW + 300, 1)]
+        assert ended_leases(bench.machine, NOW + 300, 2) == [(NOW + 100, 2), (NOW + 200, 3)]
+    assert ended_leases(bench.machine, NOW + 99, 10) == []
     bench.apply(Retried(2, NOW, "lease expired"))
-    assert bench.machine.ended_leases(NOW + 300, 1) == [(NOW + 200, 3)]
+    assert ended_leases(bench.machine, NOW + 300, 1) == [(NOW + 200, 3)]
 
 
 def test_a_lease_that_ended_is_told_once_though_it_was_extended_to_where_it_was() -> None:
@@ -635,19 +640,19 @@ def test_a_lease_that_ended_is_told_once_though_it_was_extended_to_where_it_was(
     bench.enqueue(2)
     bench.lease(1, 2, deadline=100)
     bench.apply(Extended(1, NOW + 900), Extended(1, NOW + 100), Extended(1, NOW + 100))
-    assert bench.machine.ended_leases(NOW + 100, 10) == [(NOW + 100, 1), (NOW + 100, 2)]
+    assert ended_leases(bench.machine, NOW + 100, 10) == [(NOW + 100, 1), (NOW + 100, 2)]
 
 
 def test_the_heap_of_deadlines_stays_small_however_many_leases_are_acked() -> None:
     machine = Bench(keep_payloads=True).machine
     now, place = NOW, Place()
     for i in range(1, 3001):
-        machine.apply(enqueued(i), now, place)
-        machine.apply(Leased([i], [i], [1], [now + 10**9]), now, place)
-        machine.apply(Acked(MAIL, [i]), now, place)
-        assert len(machine._deadlines) <= 64 + 2
-    machine.check()
-    assert machine.next_wakeup_ms() is None
+        apply(machine, enqueued(i), now, place)
+        apply(machine, Leased([i], [i], [1], [now + 10**9]), now, place)
+        apply(machine, Acked(MAIL, [i]), now, place)
+        assert len(machine.deadlines) <= 64 + 2
+    check(machine)
+    assert next_wakeup_ms(machine) is None
 
 
 def test_the_heap_of_deadlines_stays_small_however_often_a_lease_is_extended() -> None:
@@ -655,10 +660,10 @@ def test_the_heap_of_deadlines_stays_small_however_often_a_lease_is_extended() -
     bench.enqueue(10)
     bench.lease(*range(1, 11))
     for i in range(2000):
-        bench.machine.apply(Extended(1 + i % 10, NOW + 30_001 + i), NOW, bench.place)
-        assert len(bench.machine._deadlines) <= 64 + 2 * 10
-    bench.machine.check()
-    ended = bench.machine.ended_leases(NOW + 10**6, 100)
+        apply(bench.machine, Extended(1 + i % 10, NOW + 30_001 + i), NOW, bench.place)
+        assert len(bench.machine.deadlines) <= 64 + 2 * 10
+    check(bench.machine)
+    ended = ended_leases(bench.machine, NOW + 10**6, 100)
     assert ended == [(NOW + 30_001 + i, 1 + i % 10) for i in range(1990, 2000)], "none was lost"
 
 
@@ -675,23 +680,23 @@ def keyed(**options: Any) -> Bench:
 def test_a_key_stands_for_its_living_job_for_ever() -> None:
     bench = keyed()
     bench.bury(1)
-    assert bench.machine.find("mail", "k", NOW + 10**12) == 1
-    assert bench.machine.find("mail", "other", NOW) is None
-    assert bench.machine.find("audit", "k", NOW) is None
-    assert bench.machine.find("unknown", "k", NOW) is None
+    assert look.find(bench.machine, "mail", "k", NOW + 10**12) == 1
+    assert look.find(bench.machine, "mail", "other", NOW) is None
+    assert look.find(bench.machine, "audit", "k", NOW) is None
+    assert look.find(bench.machine, "unknown", "k", NOW) is None
 
 
 def test_a_key_outlives_its_acked_job_by_the_window_of_the_queue() -> None:
     bench = keyed()
     bench.ack(1)
-    assert bench.machine.find("mail", "k", NOW + 999) == 1
-    assert bench.machine.find("mail", "k", NOW + 1000) is None
-    assert bench.machine.live_bytes() == {1: KEY_BYTES}
+    assert look.find(bench.machine, "mail", "k", NOW + 999) == 1
+    assert look.find(bench.machine, "mail", "k", NOW + 1000) is None
+    assert look.live_bytes(bench.machine) == {1: KEY_BYTES}
     bench.apply(at=NOW + 999)
     assert bench.machine.keys.changed.keys() == {(MAIL, "k")}
     bench.apply(at=NOW + 1000)
-    bench.machine.check()
-    assert (bench.machine.keys.changed, bench.machine.live_bytes()) == ({}, {1: 0})
+    check(bench.machine)
+    assert (bench.machine.keys.changed, look.live_bytes(bench.machine)) == ({}, {1: 0})
 
 
 @pytest.mark.parametrize("end", [Cancelled(MAIL, 1), Purged(MAIL, [1]), Purged(MAIL, [1, 2])], ids=repr)
@@ -702,10 +707,10 @@ def test_a_key_of_a_job_whose_work_nobody_did_is_free_at_once(end: Event, is_loo
     if is_loose:
         bench.loosen(1)
     bench.apply(end)
-    bench.machine.check()
-    assert bench.machine.find("mail", "k", NOW) is None
+    check(bench.machine)
+    assert look.find(bench.machine, "mail", "k", NOW) is None
     bench.enqueue(keys=["k"])
-    assert bench.machine.find("mail", "k", NOW) == 3
+    assert look.find(bench.machine, "mail", "k", NOW) == 3
 
 
 def test_without_a_window_a_key_ends_with_its_job() -> None:
@@ -713,19 +718,19 @@ def test_without_a_window_a_key_ends_with_its_job() -> None:
     bench.enqueue(keys=["k"])
     bench.ack(1)
     assert bench.machine.keys.changed == {}
-    assert bench.machine.find("mail", "k", NOW) is None
+    assert look.find(bench.machine, "mail", "k", NOW) is None
 
 
 def test_a_key_that_ended_can_be_used_again_though_the_clock_has_not_swept_it() -> None:
     bench = keyed()
     bench.apply(Cancelled(MAIL, 1))
     machine = bench.machine
-    machine.apply(enqueued(2, keys=["k"]), NOW + 1000, bench.place)
-    machine.check()
-    assert machine.find("mail", "k", NOW + 1000) == 2
+    apply(machine, enqueued(2, keys=["k"]), NOW + 1000, bench.place)
+    check(machine)
+    assert look.find(machine, "mail", "k", NOW + 1000) == 2
     bench.apply(at=NOW + 2000)
-    machine.check()
-    assert machine.find("mail", "k", NOW + 2000) == 2, "the old end is forgotten"
+    check(machine)
+    assert look.find(machine, "mail", "k", NOW + 2000) == 2, "the old end is forgotten"
 
 
 def test_keys_of_different_queues_have_nothing_to_do_with_each_other() -> None:
@@ -733,7 +738,7 @@ def test_keys_of_different_queues_have_nothing_to_do_with_each_other() -> None:
     bench.enqueue(queue=AUDIT, keys=["k"])
     bench.apply(Cancelled(MAIL, 1))
     bench.apply(at=NOW + 1000)
-    assert bench.machine.find("audit", "k", bench.now) == 2
+    assert look.find(bench.machine, "audit", "k", bench.now) == 2
 
 
 def test_the_end_of_a_job_leaves_a_key_alone_that_stands_for_another_by_now() -> None:
@@ -742,14 +747,14 @@ def test_the_end_of_a_job_leaves_a_key_alone_that_stands_for_another_by_now() ->
     bench.lease(1)
     keys = bench.machine.keys.changed
     keys[MAIL, "k"].job_id = 50
-    bench.machine.apply(Acked(MAIL, [1]), NOW, bench.place)
+    apply(bench.machine, Acked(MAIL, [1]), NOW, bench.place)
     assert bench.machine.jobs == {}
     assert (keys[MAIL, "k"].job_id, keys[MAIL, "k"].expires_ms) == (50, 0)
     del keys[MAIL, "k"]
-    bench.machine.apply(enqueued(2, keys=["j"]), NOW, bench.place)
-    bench.machine.apply(Leased([2], [9], [1], [NOW + 9]), NOW, bench.place)
+    apply(bench.machine, enqueued(2, keys=["j"]), NOW, bench.place)
+    apply(bench.machine, Leased([2], [9], [1], [NOW + 9]), NOW, bench.place)
     del keys[MAIL, "j"]
-    bench.machine.apply(Acked(MAIL, [2]), NOW, bench.place)
+    apply(bench.machine, Acked(MAIL, [2]), NOW, bench.place)
     assert (bench.machine.jobs, keys) == ({}, {})
 
 
@@ -765,8 +770,8 @@ def test_without_files_a_key_weighs_nothing() -> None:
     bench.enqueue(keys=["k"])
     bench.apply(Cancelled(MAIL, 1))
     bench.apply(at=NOW + TTL_MS)
-    bench.machine.check()
-    assert (bench.machine.live_bytes(), bench.machine.keys.changed) == ({}, {})
+    check(bench.machine)
+    assert (look.live_bytes(bench.machine), bench.machine.keys.changed) == ({}, {})
 
 
 # Copies and segments
@@ -781,14 +786,14 @@ def test_a_copied_job_is_the_same_job_in_another_place(state: int) -> None:
         bench.apply(Buried(1, NOW, "e"))
     elif state != LEASED:
         bench.apply(Retried(1, NOW + (500 if state == SCHEDULED else 0), "e"))
-    before, states, wakeup = bench.machine.dump(), bench.states(), bench.machine.next_wakeup_ms()
+    before, states, wakeup = dump(bench.machine), bench.states(), next_wakeup_ms(bench.machine)
     bench.place = Place(2, 5000, 77)
     bench.apply(copied(bench.job(1)))
     entry = bench.job(1)
-    assert bench.machine.dump() == before
-    assert (bench.states(), bench.machine.next_wakeup_ms()) == (states, wakeup)
+    assert dump(bench.machine) == before
+    assert (bench.states(), next_wakeup_ms(bench.machine)) == (states, wakeup)
     assert (entry.segment, entry.offset, entry.lsn, entry.size) == (2, 5007, 77, 10 + COPY_BYTES)
-    assert bench.machine.live_bytes() == {1: 0, 2: entry.size}
+    assert look.live_bytes(bench.machine) == {1: 0, 2: entry.size}
     assert entry.indexed
     assert bench.machine.changes is not None
     assert 1 in bench.machine.changes.jobs
@@ -808,7 +813,7 @@ def test_a_copied_job_that_is_unknown_comes_to_be(state: int) -> None:
     assert bench.job(41).state == state
     assert not bench.job(41).indexed
     assert (bench.machine.next_id, bench.machine.next_token) == (42, 13)
-    assert bench.machine.find("mail", "k", NOW) == 41
+    assert look.find(bench.machine, "mail", "k", NOW) == 41
     if state == READY:
         assert bench.machine.woken == {"mail"}
 
@@ -835,8 +840,8 @@ def test_a_copied_key_moves_to_its_new_segment_and_keeps_its_end() -> None:
     bench.apply(Cancelled(MAIL, 1))
     bench.place = Place(2, 0, 9)
     bench.apply(KeyCopied(MAIL, "k", 1, NOW + 1000))
-    assert bench.machine.live_bytes() == {1: 0, 2: KEY_BYTES}
-    assert bench.machine.find("mail", "k", NOW + 999) == 1
+    assert look.live_bytes(bench.machine) == {1: 0, 2: KEY_BYTES}
+    assert look.find(bench.machine, "mail", "k", NOW + 999) == 1
     bench.apply(at=NOW + 1000)
     assert bench.machine.keys.changed == {}
 
@@ -844,7 +849,7 @@ def test_a_copied_key_moves_to_its_new_segment_and_keeps_its_end() -> None:
 def test_a_copied_key_that_is_unknown_comes_to_be() -> None:
     bench = Bench()
     bench.apply(KeyCopied(MAIL, "k", 7, NOW + 1000))
-    assert bench.machine.find("mail", "k", NOW) == 7
+    assert look.find(bench.machine, "mail", "k", NOW) == 7
     assert bench.machine.keys.changed.keys() == {(MAIL, "k")}
     assert bench.machine.keys.counts == {1: 1}
 
@@ -856,7 +861,7 @@ def test_dropped_segments_are_forgotten() -> None:
         bench.enqueue()
     bench.apply(Cancelled(MAIL, 1), Cancelled(MAIL, 2), Cancelled(MAIL, 3))
     bench.apply(SegmentsDropped(2))
-    assert bench.machine.live_bytes().keys() == {3, 4}
+    assert look.live_bytes(bench.machine).keys() == {3, 4}
     assert bench.machine.oldest_segment == 3
     bench.apply(SegmentsDropped(1))
     assert bench.machine.oldest_segment == 3
@@ -866,12 +871,12 @@ def test_what_ends_after_its_segment_was_dropped_is_not_subtracted_from_anything
     """A replay does not let the clock act: it meets the drop before the ends that had come before it."""
     bench = keyed()
     bench.apply(Cancelled(MAIL, 1))
-    bench.machine.apply(enqueued(2), NOW, bench.place)
-    bench.machine.apply(SegmentsDropped(1), NOW + 1000, Place(2, 0, 9))
-    bench.machine.apply(Cancelled(MAIL, 2), NOW + 1000, Place(2, 0, 10))
-    bench.machine.advance(NOW + 1000)
-    bench.machine.check()
-    assert bench.machine.live_bytes() == {}
+    apply(bench.machine, enqueued(2), NOW, bench.place)
+    apply(bench.machine, SegmentsDropped(1), NOW + 1000, Place(2, 0, 9))
+    apply(bench.machine, Cancelled(MAIL, 2), NOW + 1000, Place(2, 0, 10))
+    advance(bench.machine, NOW + 1000)
+    check(bench.machine)
+    assert look.live_bytes(bench.machine) == {}
 
 
 # What a checkpoint has to write
@@ -1031,7 +1036,7 @@ def test_the_end_of_a_job_in_the_index_is_to_be_written() -> None:
 def test_a_job_in_the_index_that_was_put_into_a_run_is_to_be_removed_whatever_becomes_of_it_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("rivetq.machine.machine.FEW_JOBS", 0)
+    shrink_runs(monkeypatch, few_jobs=0)
     for end in ("pack", "ack", "cancel", "purge"):
         bench = Bench()
         bench.enqueue(2)
@@ -1040,8 +1045,8 @@ def test_a_job_in_the_index_that_was_put_into_a_run_is_to_be_removed_whatever_be
         for entry in bench.machine.jobs.values():
             entry.indexed = True
         changes_of(bench.machine)
-        assert bench.machine.pack(READY, bench.lines.ready[5] or Window(), 10)
-        bench.machine.check()
+        assert saving.pack(bench.machine, READY, bench.lines.ready[5] or Window(), 10)
+        check(bench.machine)
         if end == "ack":
             bench.lease(1, 2)
             bench.apply(Acked(MAIL, [1, 2]))
@@ -1058,15 +1063,15 @@ def test_every_key_that_changed_is_to_be_written_until_a_checkpoint_has_it() -> 
     machine = bench.machine
     assert machine.keys.changed.keys() == {(MAIL, "k")}
     save(machine, shelf)
-    machine.check()
+    check(machine)
     assert (machine.keys.changed, shelf.keys) == ({}, {(MAIL, "k"): (1, 0, 1)})
     bench.ack(1)
     assert machine.keys.changed.keys() == {(MAIL, "k")}
     save(machine, shelf)
-    machine.check()
+    check(machine)
     assert (machine.keys.changed, shelf.keys) == ({}, {(MAIL, "k"): (1, NOW + 1000, 1)})
-    assert machine.find("mail", "k", NOW + 999) == 1
-    assert machine.find("mail", "k", NOW + 1000) is None
+    assert look.find(machine, "mail", "k", NOW + 999) == 1
+    assert look.find(machine, "mail", "k", NOW + 1000) is None
 
 
 def test_the_end_of_a_key_in_the_index_is_to_be_written() -> None:
@@ -1079,11 +1084,11 @@ def test_the_end_of_a_key_in_the_index_is_to_be_written() -> None:
     assert machine.keys.changed == {}, "its window is not over"
     bench.apply(at=NOW + 1000)
     machine.keys.sweep([(MAIL, "k")], bench.now)
-    machine.check()
+    check(machine)
     assert {name: key.job_id for name, key in machine.keys.changed.items()} == {(MAIL, "k"): 0}
-    assert (machine.live_bytes(), machine.keys.counts) == ({1: 0}, {1: 0})
+    assert (look.live_bytes(machine), machine.keys.counts) == ({1: 0}, {1: 0})
     save(machine, shelf)
-    machine.check()
+    check(machine)
     assert (machine.keys.changed, shelf.keys) == ({}, {})
 
 
@@ -1091,10 +1096,10 @@ def test_a_key_of_a_living_job_or_of_another_one_by_now_is_not_swept() -> None:
     bench, shelf = keyed(), Shelf()
     bench.ack(1)
     save(bench.machine, shelf)
-    bench.machine.apply(enqueued(2, keys=["k"]), NOW + 1000, bench.place)
+    apply(bench.machine, enqueued(2, keys=["k"]), NOW + 1000, bench.place)
     bench.machine.keys.sweep([(MAIL, "k")], NOW + 1000)
-    bench.machine.check()
-    assert bench.machine.find("mail", "k", NOW + 1000) == 2
+    check(bench.machine)
+    assert look.find(bench.machine, "mail", "k", NOW + 1000) == 2
 
 
 def test_a_key_that_never_was_in_the_index_leaves_nothing_to_write() -> None:
@@ -1108,8 +1113,8 @@ def test_a_key_in_the_index_that_is_used_again_is_to_be_written() -> None:
     bench, shelf = keyed(), Shelf()
     bench.ack(1)
     save(bench.machine, shelf)
-    bench.machine.apply(enqueued(2, keys=["k"]), NOW + 1000, bench.place)
-    bench.machine.check()
+    apply(bench.machine, enqueued(2, keys=["k"]), NOW + 1000, bench.place)
+    check(bench.machine)
     assert {name: key.job_id for name, key in bench.machine.keys.changed.items()} == {(MAIL, "k"): 2}
     assert bench.machine.keys.counts == {1: 0}
 
@@ -1121,12 +1126,12 @@ def test_keys_are_found_while_a_checkpoint_writes_them_and_change_beside_it() ->
     frozen = machine.keys.freeze()
     with pytest.raises(AssertionError, match="one checkpoint at a time"):
         machine.keys.freeze()
-    assert [machine.find("mail", text, NOW) for text in "abc"] == [1, 2, 3]
+    assert [look.find(machine, "mail", text, NOW) for text in "abc"] == [1, 2, 3]
     bench.ack(2)
     bench.apply(Cancelled(MAIL, 3))
-    machine.check()
+    check(machine)
     assert {text: key.expires_ms for (_, text), key in frozen.items()} == {"a": 0, "b": 0, "c": 0}, "as they were"
-    assert [machine.find("mail", text, NOW) for text in "abc"] == [1, 2, None]
+    assert [look.find(machine, "mail", text, NOW) for text in "abc"] == [1, 2, None]
     assert {text: key.job_id for (_, text), key in machine.keys.changed.items()} == {"b": 2, "c": 0}
 
 
@@ -1136,17 +1141,17 @@ def test_keys_that_a_failed_checkpoint_took_are_still_to_be_written_and_still_en
     bench.ack(1, 2)
     machine = bench.machine
     machine.keys.freeze()
-    bench.machine.apply(enqueued(4, keys=["b"]), NOW, bench.place)
-    assert machine.next_wakeup_ms() is None
+    apply(bench.machine, enqueued(4, keys=["b"]), NOW, bench.place)
+    assert next_wakeup_ms(machine) is None
     assert machine.wake_ms == NEVER_MS
-    machine.thaw_keys()
-    machine.check()
+    saving.thaw_keys(machine)
+    check(machine)
     assert machine.keys.frozen == {}
     assert machine.wake_ms == NOW + 1000
     assert {text: key.job_id for (_, text), key in machine.keys.changed.items()} == {"a": 1, "b": 4, "c": 3}
     bench.apply(at=NOW + 1000)
-    machine.check()
-    assert [machine.find("mail", text, bench.now) for text in "abc"] == [None, 4, 3]
+    check(machine)
+    assert [look.find(machine, "mail", text, bench.now) for text in "abc"] == [None, 4, 3]
     assert machine.keys.changed.keys() == {(MAIL, "b"), (MAIL, "c")}
 
 
@@ -1155,13 +1160,13 @@ def test_keys_that_a_failed_checkpoint_took_are_still_to_be_written_and_still_en
 
 def reload(machine: Machine, entries: Iterable[tuple[Entry, int]] = (), shelf: Shelf | None = None) -> Machine:
     again = Machine()
-    again.load(machine.snapshot())
+    saving.load(again, saving.snapshot(machine))
     for entry, state in entries:
-        again.load_entry(entry, state)
+        saving.load_entry(again, entry, state)
     if shelf is not None:
         again.keys.shelf = shelf
         for number, saved in shelf.runs.items():
-            again.load_run(*shelved(number, saved, again, shelf))
+            saving.load_run(again, *shelved(number, saved, again, shelf))
         again.keys.load_counts(machine.keys.counts.items())
     return again
 
@@ -1192,8 +1197,8 @@ def test_a_snapshot_brings_back_counters_configurations_and_the_time_line() -> N
     bench.lease(3)
     bench.apply(Acked(MAIL, [3]), Cancelled(MAIL, 4))
     again = reload(bench.machine)
-    again.check()
-    assert attrs.asdict(again.snapshot()) == attrs.asdict(bench.machine.snapshot())
+    check(again)
+    assert attrs.asdict(saving.snapshot(again)) == attrs.asdict(saving.snapshot(bench.machine))
     queue = again.queues["mail"]
     assert (queue.enqueued, queue.acked, queue.cancelled, queue.purged) == (4, 1, 2, 1)
     assert (again.next_id, again.reserved_id, again.oldest_segment, again.now_ms) == (5, 50, 4, NOW + 9)
@@ -1204,7 +1209,7 @@ def test_a_snapshot_brings_back_counters_configurations_and_the_time_line() -> N
 def test_a_snapshot_is_loaded_into_an_empty_machine_only() -> None:
     machine = Bench().machine
     with pytest.raises(AssertionError, match="a snapshot is loaded into an empty machine"):
-        machine.load(Snapshot(1, 1, 1, 0, []))
+        saving.load(machine, Snapshot(1, 1, 1, 0, []))
 
 
 def loaded(bench: Bench, shelf: Shelf) -> Machine:
@@ -1212,7 +1217,7 @@ def loaded(bench: Bench, shelf: Shelf) -> Machine:
     save(bench.machine, shelf)
     again = reload(bench.machine, shelf=shelf)
     for _, entry in sorted(bench.machine.jobs.items()):
-        again.load_entry(*clone(entry, again.numbers))
+        saving.load_entry(again, *clone(entry, again.numbers))
     return again
 
 
@@ -1224,11 +1229,11 @@ def test_loaded_jobs_are_where_they_were_and_nothing_about_them_is_to_be_written
     bench.bury(4)
     again = loaded(bench, shelf)
     assert shelf.reads == 0, "an opening reads the heads of the runs alone"
-    assert (again.next_token, again.next_wakeup_ms()) == (4, NOW + 500)
+    assert (again.next_token, next_wakeup_ms(again)) == (4, NOW + 500)
     assert again.woken == {"mail"}
-    again.check()
-    assert again.dump() == bench.machine.dump()
-    assert again.live_bytes() == bench.machine.live_bytes()
+    check(again)
+    assert dump(again) == dump(bench.machine)
+    assert look.live_bytes(again) == look.live_bytes(bench.machine)
     assert again.next_run == bench.machine.next_run
     assert again.jobs.keys() == {2, 3, 4}
     assert all(entry.indexed for entry in again.jobs.values())
@@ -1243,7 +1248,7 @@ def test_a_loaded_job_of_a_paused_queue_wakes_nobody(is_loose: bool) -> None:
     if is_loose:
         bench.loosen(1)
     again = loaded(bench, Shelf())
-    again.check()
+    check(again)
     assert len(again.jobs) == is_loose
     assert again.woken == set()
 
@@ -1258,8 +1263,8 @@ def test_a_loaded_job_can_be_loose_in_every_state(state: int) -> None:
     elif state != LEASED:
         bench.apply(Retried(1, NOW + (500 if state == SCHEDULED else 0), "e"))
     again = loaded(bench, Shelf())
-    again.check()
-    assert again.dump() == bench.machine.dump()
+    check(again)
+    assert dump(again) == dump(bench.machine)
     assert again.jobs[1].state == state
     assert changes_of(again) == (set(), set())
 
@@ -1268,24 +1273,24 @@ def test_a_loaded_key_keeps_its_end_and_need_not_be_written() -> None:
     bench, shelf = keyed(), Shelf()
     bench.ack(1)
     again = loaded(bench, shelf)
-    again.check()
-    assert again.find("mail", "k", NOW + 999) == 1
-    assert again.find("mail", "k", NOW + 1000) is None
-    assert again.live_bytes() == {1: KEY_BYTES}
+    check(again)
+    assert look.find(again, "mail", "k", NOW + 999) == 1
+    assert look.find(again, "mail", "k", NOW + 1000) is None
+    assert look.live_bytes(again) == {1: KEY_BYTES}
     assert again.keys.changed == {}
 
 
 def test_without_files_nothing_is_noted_for_an_index() -> None:
     machine = Machine(keep_payloads=True)
-    machine.apply(QueueCreated(MAIL, "mail"), NOW, Place())
-    machine.apply(KeyCopied(MAIL, "k", 1, NOW + 1000), NOW, Place())
+    apply(machine, QueueCreated(MAIL, "mail"), NOW, Place())
+    apply(machine, KeyCopied(MAIL, "k", 1, NOW + 1000), NOW, Place())
     assert machine.changes is None
-    machine.apply(copied(loose_entry(machine.numbers[MAIL], 3)), NOW, Place())
-    machine.apply(Leased([3], [1], [1], [NOW + 5]), NOW, Place())
-    machine.apply(Released(3, NOW, 0), NOW, Place())
+    apply(machine, copied(loose_entry(machine.numbers[MAIL], 3)), NOW, Place())
+    apply(machine, Leased([3], [1], [1], [NOW + 5]), NOW, Place())
+    apply(machine, Released(3, NOW, 0), NOW, Place())
     assert machine.changes is None
     assert machine.jobs[3].indexed is False
-    machine.load_entry(loose_entry(machine.numbers[MAIL], 4), READY)
+    saving.load_entry(machine, loose_entry(machine.numbers[MAIL], 4), READY)
     assert machine.changes is None
 
 
@@ -1298,12 +1303,12 @@ def test_a_key_that_was_saved_after_its_job_gets_its_end_from_the_log() -> None:
     again = loaded(bench, shelf)
     shelf.keys[MAIL, "k"] = (1, NOW + 1000, 1)
     again.keys.load_counts([(1, 1)])
-    again.apply(Leased([1], [1], [1], [NOW + 30_000]), NOW, Place(1, 0, 8))
-    again.apply(Acked(MAIL, [1]), NOW + 5, Place(1, 0, 9))
-    again.check()
-    assert again.find("mail", "k", NOW + 1004) == 1
+    apply(again, Leased([1], [1], [1], [NOW + 30_000]), NOW, Place(1, 0, 8))
+    apply(again, Acked(MAIL, [1]), NOW + 5, Place(1, 0, 9))
+    check(again)
+    assert look.find(again, "mail", "k", NOW + 1004) == 1
     assert again.keys.counts == {1: 1}
-    again.advance(NOW + 1005)
+    advance(again, NOW + 1005)
     assert {name: key.job_id for name, key in again.keys.changed.items()} == {(MAIL, "k"): 0}
 
 
@@ -1311,20 +1316,20 @@ def test_a_key_that_was_saved_with_the_next_job_is_left_alone_by_the_end_of_the_
     bench, shelf = keyed(), Shelf()
     again = loaded(bench, shelf)
     shelf.keys[MAIL, "k"] = (2, 0, 1)
-    again.apply(Cancelled(MAIL, 1), NOW + 5, Place(1, 0, 9))
+    apply(again, Cancelled(MAIL, 1), NOW + 5, Place(1, 0, 9))
     assert (again.keys.changed, again.keys.counts) == ({}, {})
-    again.apply(enqueued(2, keys=["k"]), NOW + 2000, Place(1, 0, 10))
-    again.check()
-    assert again.find("mail", "k", NOW + 2000) == 2
+    apply(again, enqueued(2, keys=["k"]), NOW + 2000, Place(1, 0, 10))
+    check(again)
+    assert look.find(again, "mail", "k", NOW + 2000) == 2
 
 
 def test_a_scheduled_run_that_is_loaded_falls_due_at_its_moment() -> None:
     bench = Bench()
     bench.enqueue(3, due=NOW + 500)
     again = loaded(bench, Shelf())
-    assert again.next_wakeup_ms() == NOW + 500
-    again.advance(NOW + 500)
-    again.check()
+    assert next_wakeup_ms(again) == NOW + 500
+    advance(again, NOW + 500)
+    check(again)
     assert waiting_of(again, "mail").ids(READY) == [1, 2, 3]
 
 
@@ -1335,9 +1340,7 @@ def test_a_scheduled_run_that_is_loaded_falls_due_at_its_moment() -> None:
 def small(run_jobs: int, few_jobs: int = 1) -> Iterator[None]:
     """Runs that are full soon."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rivetq.machine.run.RUN_JOBS", run_jobs)
-        patch.setattr("rivetq.machine.machine.RUN_JOBS", run_jobs)
-        patch.setattr("rivetq.machine.machine.FEW_JOBS", few_jobs)
+        shrink_runs(patch, run_jobs, few_jobs)
         yield
 
 
@@ -1357,7 +1360,7 @@ def test_a_batch_fills_the_open_run_and_goes_on_in_new_ones() -> None:
     assert [e.offset for e in jobs] == [1040 + 20 * i for i in range(7)]
     assert [e.crc for e in jobs] == list(range(1000, 1007))
     assert [e.key for e in jobs] == ["a", None, "c", None, "e", None, "g"]
-    assert bench.machine.look(99) is None
+    assert look.job(bench.machine, 99) is None
 
 
 def test_a_batch_that_is_kept_in_memory_is_divided_with_its_payloads() -> None:
@@ -1383,7 +1386,7 @@ def test_jobs_whose_ids_were_told_long_before_find_their_place(due: int, keep_pa
     bench.apply(at=NOW + 50)
     window = bench.lines.ready[5]
     assert window is not None
-    assert bench.machine.head(window, 9)[0] == [11, 12, 31, 32, 41, 42, 51, 52, 101]
+    assert look.head(bench.machine, window, 9)[0] == [11, 12, 31, 32, 41, 42, 51, 52, 101]
 
 
 def test_what_comes_out_of_order_while_the_open_runs_are_full_begins_a_run() -> None:
@@ -1402,7 +1405,7 @@ def test_a_lease_takes_from_the_head_of_overlapping_runs_and_loose_jobs() -> Non
         bench.loosen(11)
         window = bench.lines.ready[5]
         assert window is not None
-        ids, attempts, visibilities = bench.machine.head(window, 8)
+        ids, attempts, visibilities = look.head(bench.machine, window, 8)
         assert (ids, attempts, visibilities) == ([1, 2, 3, 4, 5, 6, 10, 11], [0] * 8, [None] * 8)
         places = [(MAIL, 5, 8)]
         bench.apply(Leased(ids, list(range(1, 9)), [1] * 8, [NOW + 9] * 8, places))
@@ -1431,7 +1434,7 @@ def test_a_run_becomes_ready_as_a_whole_or_in_two_parts() -> None:
     assert bench.states() == {"ready": [1, 2, 3, 4, 5], "scheduled": [6]}
     bench.apply(at=NOW + 300)
     assert bench.states() == {"ready": [1, 2, 3, 4, 5, 6]}
-    assert bench.machine.next_wakeup_ms() is None
+    assert next_wakeup_ms(bench.machine) is None
 
 
 def test_jobs_that_fall_due_in_another_order_than_that_of_their_ids_are_ready_by_id() -> None:
@@ -1454,25 +1457,25 @@ def test_jobs_that_came_one_by_one_and_fall_due_in_another_order_are_ready_by_id
 
 def test_a_priority_without_scheduled_jobs_has_nothing_to_make_ready() -> None:
     bench = Bench()
-    assert bench.machine._ripen(bench.mail, 3, NOW, 10) == 0
+    assert _ripen(bench.machine, bench.mail, 3, NOW, 10) == 0
 
 
 def test_a_storm_of_loose_jobs_that_fall_due_is_taken_in_parts() -> None:
     bench = Bench(keep_payloads=True)
     count = RIPE_JOBS + 10
     machine = bench.machine
-    machine.apply(enqueued(1, count), NOW, Place())
+    apply(machine, enqueued(1, count), NOW, Place())
     ids = list(range(1, count + 1))
-    machine.apply(Leased(ids, ids, [1] * count, [NOW + 10**6] * count, [(MAIL, 5, count)]), NOW, Place())
+    apply(machine, Leased(ids, ids, [1] * count, [NOW + 10**6] * count, [(MAIL, 5, count)]), NOW, Place())
     for i in ids:
-        machine.apply(Retried(i, NOW + 100, None), NOW, Place())
-    machine.check()
-    machine.advance(NOW + 100)
-    machine.check()
+        apply(machine, Retried(i, NOW + 100, None), NOW, Place())
+    check(machine)
+    advance(machine, NOW + 100)
+    check(machine)
     assert machine.queues["mail"].counts == [RIPE_JOBS, 10, 0, 0]
     assert machine.wake_ms <= NOW + 100
-    machine.advance(NOW + 100)
-    machine.check()
+    advance(machine, NOW + 100)
+    check(machine)
     assert machine.queues["mail"].counts == [count, 0, 0, 0]
     assert machine.wake_ms == NEVER_MS
 
@@ -1486,16 +1489,16 @@ def test_loose_jobs_are_put_into_a_run_but_for_the_head() -> None:
         bench.lease(*ids)
         for i in ids:
             bench.apply(Retried(i, NOW, f"e{i}"))
-        before = bench.machine.dump()
-        assert bench.machine.crowded(9) == []
-        ((state, window),) = bench.machine.crowded(8)
+        before = dump(bench.machine)
+        assert saving.crowded(bench.machine, 9) == []
+        ((state, window),) = saving.crowded(bench.machine, 8)
         assert (state, window) == (READY, bench.lines.ready[5])
-        more = [bench.machine.pack(state, window, 10) for _ in range(4)]
-        bench.machine.check()
+        more = [saving.pack(bench.machine, state, window, 10) for _ in range(4)]
+        check(bench.machine)
         assert more == [True, True, True, False]
         assert (cells(window), list(window.loose)) == ([[3], [4, 5, 6], [7, 8, 9]], [1, 2])
-        assert bench.machine.dump() == before
-        assert bench.machine.crowded(0) == []
+        assert dump(bench.machine) == before
+        assert saving.crowded(bench.machine, 0) == []
         assert changes_of(bench.machine) == ({1, 2}, set(range(3, 10)))
 
 
@@ -1507,12 +1510,12 @@ def test_scheduled_and_dead_jobs_too_are_put_into_runs() -> None:
         for i in (1, 2, 3):
             bench.apply(Retried(i, NOW + 100 - i, f"e{i}"))
         bench.bury(4, 5)
-        before = bench.machine.dump()
-        for state, window in bench.machine.crowded(0):
-            assert bench.machine.pack(state, window, 10)
-        bench.machine.check()
+        before = dump(bench.machine)
+        for state, window in saving.crowded(bench.machine, 0):
+            assert saving.pack(bench.machine, state, window, 10)
+        check(bench.machine)
         assert (cells(bench.lines.scheduled[5]), cells(bench.lines.dead[5])) == ([[3, 2, 1]], [[4, 5]])
-        assert (bench.machine.dump(), set(bench.machine.jobs)) == (before, {6})
+        assert (dump(bench.machine), set(bench.machine.jobs)) == (before, {6})
         bench.apply(Redriven([5]))
         assert bench.states() == {"ready": [5], "scheduled": [1, 2, 3], "leased": [6], "dead": [4]}
         assert bench.job(4).payload == b"D" * 10
@@ -1524,9 +1527,9 @@ def test_a_run_job_that_was_delivered_before_keeps_its_count() -> None:
         bench.enqueue(3)
         bench.lease(1, 2)
         bench.apply(Retried(1, NOW, "boom"), Released(2, NOW, 0))
-        ((state, window),) = bench.machine.crowded(0)
-        assert bench.machine.pack(state, window, 10)
-        assert bench.machine.head(window, 3) == ([1, 2, 3], [1, 0, 0], [None] * 3)
+        ((state, window),) = saving.crowded(bench.machine, 0)
+        assert saving.pack(bench.machine, state, window, 10)
+        assert look.head(bench.machine, window, 3) == ([1, 2, 3], [1, 0, 0], [None] * 3)
         bench.lease(1, 2)
         assert (bench.job(1).attempts, bench.job(2).attempts, bench.job(1).last_error) == (2, 1, "boom")
 
@@ -1534,17 +1537,17 @@ def test_a_run_job_that_was_delivered_before_keeps_its_count() -> None:
 def test_a_copied_job_in_a_run_goes_on_waiting_where_it_is() -> None:
     bench = keyed()
     bench.enqueue(2)
-    before = bench.machine.dump()
+    before = dump(bench.machine)
     bench.place = Place(2, 5000, 77)
     bench.apply(copied(bench.job(1)), copied(bench.job(3)))
-    assert bench.machine.dump() == before
+    assert dump(bench.machine) == before
     assert bench.machine.jobs == {}
     for entry in (bench.job(1), bench.job(3)):
         assert (entry.segment, entry.offset, entry.lsn, entry.size) == (2, 5007, 77, 10 + COPY_BYTES)
-    assert bench.machine.live_bytes() == {1: bench.job(2).size, 2: 2 * (10 + COPY_BYTES)}
-    bench.machine.apply(SegmentsDropped(2), NOW, Place(3, 0, 79))
-    bench.machine.apply(copied(bench.job(1)), NOW, Place(3, 100, 80))
-    assert bench.machine.live_bytes() == {3: 10 + COPY_BYTES}, "of a segment that is gone nothing is subtracted"
+    assert look.live_bytes(bench.machine) == {1: bench.job(2).size, 2: 2 * (10 + COPY_BYTES)}
+    apply(bench.machine, SegmentsDropped(2), NOW, Place(3, 0, 79))
+    apply(bench.machine, copied(bench.job(1)), NOW, Place(3, 100, 80))
+    assert look.live_bytes(bench.machine) == {3: 10 + COPY_BYTES}, "of a segment that is gone nothing is subtracted"
 
 
 def test_many_copies_in_order_become_a_run_again_and_others_find_their_place() -> None:
@@ -1565,7 +1568,7 @@ def test_a_copied_job_with_a_delay_is_waited_for() -> None:
     bench = Bench()
     bench.mail.enqueued = 1
     bench.apply(copied(source.job(1)))
-    assert bench.machine.next_wakeup_ms() == NOW + 70
+    assert next_wakeup_ms(bench.machine) == NOW + 70
 
 
 def test_a_purge_of_many_leaves_the_rest_of_each_run() -> None:
@@ -1585,19 +1588,19 @@ def test_a_job_that_comes_again_after_its_segment_was_dropped_is_not_subtracted_
     bench = Bench()
     bench.enqueue()
     bench.lease(1)
-    bench.machine.apply(SegmentsDropped(1), NOW, Place(2, 0, 9))
+    apply(bench.machine, SegmentsDropped(1), NOW, Place(2, 0, 9))
     bench.place = Place(2, 0, 10)
     apply_uncounted(bench, enqueued(1))
-    assert bench.machine.live_bytes() == {2: bench.job(1).size}
+    assert look.live_bytes(bench.machine) == {2: bench.job(1).size}
 
 
 def test_a_purge_after_its_segment_was_dropped_subtracts_nothing() -> None:
     bench = Bench()
     bench.enqueue(3)
     machine = bench.machine
-    machine.apply(SegmentsDropped(1), NOW, Place(2, 0, 9))
-    machine.apply(Purged(MAIL, [1, 3]), NOW, Place(2, 0, 10))
-    assert machine.live_bytes() == {}
+    apply(machine, SegmentsDropped(1), NOW, Place(2, 0, 9))
+    apply(machine, Purged(MAIL, [1, 3]), NOW, Place(2, 0, 10))
+    assert look.live_bytes(machine) == {}
     assert waiting_of(machine, "mail").ids(READY) == [2]
 
 
@@ -1607,9 +1610,9 @@ def test_jobs_are_looked_for_quicker_where_queue_and_priority_are_known() -> Non
     bench.enqueue(2, queue=AUDIT, priority=1)
     bench.lease(3)
     machine = bench.machine
-    found = [machine.look(i, *where) for i, where in ((1, (MAIL, 5)), (4, (AUDIT,)), (3, (MAIL, 5)))]
+    found = [look.job(machine, i, *where) for i, where in ((1, (MAIL, 5)), (4, (AUDIT,)), (3, (MAIL, 5)))]
     assert [entry and entry.id for entry in found] == [1, 4, 3]
-    assert [machine.look(1, MAIL, 4), machine.look(1, AUDIT), machine.look(9)] == [None, None, None]
+    assert [look.job(machine, 1, MAIL, 4), look.job(machine, 1, AUDIT), look.job(machine, 9)] == [None, None, None]
 
 
 def test_the_living_jobs_of_a_range_are_found_in_runs_and_beside_them() -> None:
@@ -1619,7 +1622,7 @@ def test_the_living_jobs_of_a_range_are_found_in_runs_and_beside_them() -> None:
         bench.enqueue(2, due=NOW + 5)
         bench.lease(2, 5)
         bench.apply(Acked(MAIL, [2]))
-        alive = bench.machine.alive
+        alive = partial(look.alive, bench.machine)
         assert alive(MAIL, 5, 1, 8) == {1, 3, 4, 5, 6, 7, 8}
         assert (alive(MAIL, 5, 2, 2), alive(MAIL, 5, 4, 4), alive(MAIL, 5, 5, 7)) == (set(), {4}, {5, 6, 7})
         assert alive(MAIL, 4, 1, 8) == {5}
@@ -1653,17 +1656,17 @@ def test_runs_that_are_away_come_back_when_they_are_asked_for() -> None:
         bench, shelf = keyed(), Shelf()
         bench.enqueue(9)
         bench.enqueue(5, due=NOW + 100)
-        before = bench.machine.dump()
+        before = dump(bench.machine)
         put_away(bench.machine, shelf)
-        bench.machine.check()
-        assert bench.machine.dump() == before
+        check(bench.machine)
+        assert dump(bench.machine) == before
         assert all(run.columns is None for run in runs_of(bench.machine))
         bench.lease(1, 2)
         bench.apply(Cancelled(MAIL, 6), Purged(MAIL, [9, 10]))
         bench.enqueue()
         bench.apply(at=NOW + 100)
         assert bench.states() == {"ready": [3, 4, 5, 7, 8, *range(11, 17)], "leased": [1, 2]}
-        assert bench.machine.stats("mail", NOW + 200).oldest_age == 0.2
+        assert look.stats(bench.machine, "mail", NOW + 200).oldest_age == 0.2
 
 
 # Payloads in memory
@@ -1700,7 +1703,7 @@ def test_payloads_that_left_with_their_jobs_are_not_counted() -> None:
             assert all(bench.job(i).payload is not None for i in ids)
             bench.lease(*ids)
             bench.apply(Acked(MAIL, ids))
-        assert len(bench.machine._cached) <= 4
+        assert len(bench.machine.cache._columns) <= 4
         bench.apply(attrs.evolve(enqueued(bench.machine.next_id), payloads=()))
         assert bench.job(bench.machine.next_id - 1).payload is None, "a replay has none"
 
@@ -1711,7 +1714,7 @@ def test_a_single_payload_that_is_too_much_does_not_stay() -> None:
     bench.apply(QueueCreated(MAIL, "mail"))
     bench.enqueue(length=1000)
     assert bench.job(1).payload is None
-    assert (bench.machine._cached_bytes, len(bench.machine._cached)) == (0, 0)
+    assert (bench.machine.cache.size, len(bench.machine.cache._columns)) == (0, 0)
 
 
 def test_columns_whose_jobs_are_all_gone_do_not_count_when_others_have_to_go() -> None:
@@ -1725,7 +1728,7 @@ def test_columns_whose_jobs_are_all_gone_do_not_count_when_others_have_to_go() -
         for _ in range(4):
             bench.enqueue(2, length=400)
         assert [i for i in range(3, 11) if bench.job(i).payload is None] == [3, 4]
-        assert bench.machine._cached_bytes == 6 * (400 + PAYLOAD_BYTES)
+        assert bench.machine.cache.size == 6 * (400 + PAYLOAD_BYTES)
         assert all(bench.machine.jobs[i].payload for i in (1, 2))
 
 
@@ -1742,12 +1745,12 @@ def test_stats_count_one_queue_or_all() -> None:
     mail = QueueStats(ready=1, leased=1, dead=1, enqueued=4, acked=1, oldest_age=0.25)
     audit = QueueStats(scheduled=2, enqueued=2)
     machine = bench.machine
-    assert machine.stats("mail", NOW + 250) == mail
-    assert machine.stats("audit", NOW) == audit
-    assert machine.stats(None, NOW + 250) == attrs.evolve(mail, scheduled=2, enqueued=6)
-    assert machine.stats("unknown", NOW) == QueueStats()
+    assert look.stats(machine, "mail", NOW + 250) == mail
+    assert look.stats(machine, "audit", NOW) == audit
+    assert look.stats(machine, None, NOW + 250) == attrs.evolve(mail, scheduled=2, enqueued=6)
+    assert look.stats(machine, "unknown", NOW) == QueueStats()
     bench.apply(Cancelled(MAIL, 4), Purged(MAIL, [3]))
-    assert (machine.stats("mail", NOW).cancelled, machine.stats("mail", NOW).purged) == (1, 1)
+    assert (look.stats(machine, "mail", NOW).cancelled, look.stats(machine, "mail", NOW).purged) == (1, 1)
 
 
 def test_the_oldest_age_is_that_of_the_oldest_ready_job_of_any_priority() -> None:
@@ -1758,11 +1761,11 @@ def test_the_oldest_age_is_that_of_the_oldest_ready_job_of_any_priority() -> Non
     bench.apply(at=NOW + 200)
     bench.enqueue(queue=AUDIT)
     machine = bench.machine
-    assert machine.stats("mail", NOW + 1000).oldest_age == 1.0
-    assert machine.stats(None, NOW + 1000).oldest_age == 1.0
-    assert machine.stats("audit", NOW + 1000).oldest_age == 0.8
+    assert look.stats(machine, "mail", NOW + 1000).oldest_age == 1.0
+    assert look.stats(machine, None, NOW + 1000).oldest_age == 1.0
+    assert look.stats(machine, "audit", NOW + 1000).oldest_age == 0.8
     bench.lease(1)
-    assert machine.stats("mail", NOW + 1000).oldest_age == 0.9
+    assert look.stats(machine, "mail", NOW + 1000).oldest_age == 0.9
 
 
 def test_a_listing_is_by_id_over_all_states_or_of_one() -> None:
@@ -1778,7 +1781,7 @@ def test_a_listing_is_by_id_over_all_states_or_of_one() -> None:
     assert ids(None, after=2, limit=3) == [3, 4, 5]
     assert ids(LEASED, after=2) == [6]
     assert ids(DEAD, after=4) == ids(None, after=7) == ids(None, limit=0) == []
-    assert bench.machine.listing("unknown", None, 0, 10) == []
+    assert look.listing(bench.machine, "unknown", None, 0, 10) == []
 
 
 def test_leased_jobs_too_are_listed_by_id() -> None:
@@ -1805,11 +1808,11 @@ def test_a_dump_is_the_same_for_the_same_state_whatever_the_way_to_it() -> None:
     for bench in (one, two):
         bench.lease(1)
     two.apply(Released(1, NOW, 0))
-    assert one.machine.dump() != two.machine.dump()
+    assert dump(one.machine) != dump(two.machine)
     two.apply(Leased([1], [1], [1], [NOW + 30_000]))
     for job_id in (1, 2):
         two.loosen(job_id).crc = one.job(job_id).crc
-    assert one.machine.dump() == two.machine.dump()
+    assert dump(one.machine) == dump(two.machine)
 
 
 # What check finds
@@ -1880,11 +1883,11 @@ def damage_loose_due(bench: Bench) -> None:
 
 
 def damage_due(bench: Bench) -> None:
-    bench.machine._due.clear()
+    bench.machine.due.clear()
 
 
 def damage_late_due(bench: Bench) -> None:
-    bench.machine._due[:] = [(NOW + 501, MAIL, 5)]
+    bench.machine.due[:] = [(NOW + 501, MAIL, 5)]
 
 
 def damage_next_id(bench: Bench) -> None:
@@ -1912,10 +1915,10 @@ def test_check_finds(damage: Any) -> None:
     bench = Bench()
     bench.enqueue(3, keys=["k", None, None])
     bench.enqueue(2, due=NOW + 500)
-    bench.machine.check()
+    check(bench.machine)
     damage(bench)
     with pytest.raises(AssertionError):
-        bench.machine.check()
+        check(bench.machine)
 
 
 # Replay
@@ -1942,22 +1945,22 @@ class Writer:
         """One record."""
         self.lsn += 1
         place = Place(self.segment, 100 * self.lsn, self.lsn)
-        self.machine.advance(self.now)
+        advance(self.machine, self.now)
         for event in events:
             self.log.append((self.lsn, event, self.now, place))
-            self.machine.apply(event, self.now, place)
+            apply(self.machine, event, self.now, place)
 
     def job(self, job_id: int) -> Entry:
-        entry = self.machine.look(job_id)
+        entry = look.job(self.machine, job_id)
         assert entry is not None
         return entry
 
     def step(self, kind: int, a: int, b: int) -> None:
         """`kind` says what is done, `a` to which job or queue, `b` how."""
         machine = self.machine
-        machine.advance(self.now)
+        advance(machine, self.now)
         by_state: dict[int, list[int]] = {READY: [], SCHEDULED: [], LEASED: [], DEAD: []}
-        for entry in sorted(machine.everything(), key=lambda each: each.id):
+        for entry in sorted(look.everything(machine), key=lambda each: each.id):
             by_state[entry.state].append(entry.id)
         leased, dead = by_state[LEASED], by_state[DEAD]
         resting = sorted(by_state[READY] + by_state[SCHEDULED] + dead)
@@ -1966,7 +1969,7 @@ class Writer:
             case 0:
                 queue = machine.numbers[1 + a % 2]
                 text = ("k", "j", None, None)[b % 4]
-                free = text is not None and machine.find(queue.name, text, self.now) is None
+                free = text is not None and look.find(machine, queue.name, text, self.now) is None
                 self.write(
                     enqueued(machine.next_id, queue=queue.number, priority=a, due=later, keys=[text] if free else None)
                 )
@@ -2022,7 +2025,7 @@ class Writer:
             case 14 if self.told:
                 job_id = self.told.pop(a % len(self.told))
                 text = ("k", "j", None, None)[b % 4]
-                free = text is not None and machine.find("mail", text, self.now) is None
+                free = text is not None and look.find(machine, "mail", text, self.now) is None
                 self.write(enqueued(job_id, due=later if a % 2 else 0, keys=[text] if free else None))
 
     def head(self, number: int, count: int) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -2032,7 +2035,7 @@ class Writer:
         for priority in range(9, -1, -1):
             window = self.machine.waiting[number].ready[priority]
             if window and len(ids) < count:
-                here = self.machine.head(window, count - len(ids))[0]
+                here = look.head(self.machine, window, count - len(ids))[0]
                 ids += here
                 places.append((number, priority, len(here)))
         return ids, places
@@ -2043,7 +2046,7 @@ class Writer:
         upto = self.segment
         self.segment += 1
         events: list[Event] = [
-            copied(e) for e in sorted(machine.everything(), key=lambda each: each.id) if e.segment <= upto
+            copied(e) for e in sorted(look.everything(machine), key=lambda each: each.id) if e.segment <= upto
         ]
         events += [
             KeyCopied(number, text, key.job_id, key.expires_ms)
@@ -2055,8 +2058,8 @@ class Writer:
         self.write(SegmentsDropped(upto))
 
     def pack(self) -> None:
-        for state, window in self.machine.crowded(0):
-            while self.machine.pack(state, window, 3):
+        for state, window in saving.crowded(self.machine, 0):
+            while saving.pack(self.machine, state, window, 3):
                 pass
 
 
@@ -2096,7 +2099,7 @@ class Capture:
     """A checkpoint of everything at one moment; its parts can be put together with those of other moments."""
 
     def __init__(self, machine: Machine) -> None:
-        self.snapshot = machine.snapshot()
+        self.snapshot = saving.snapshot(machine)
         self.jobs = {i: clone(entry, machine.numbers) for i, entry in machine.jobs.items()}
         self.runs = [take_run(run, machine) for run in runs_of(machine)]
         self.keys = dict(machine.keys.changed)
@@ -2115,18 +2118,18 @@ def recovered(index: Index | None, log: Sequence[tuple[int, Event, int, Place]],
     """What an opening makes of a checkpoint and the log behind it."""
     machine = Machine()
     if index is not None:
-        machine.load(index.snapshot)
+        saving.load(machine, index.snapshot)
         for _, (entry, state) in sorted(index.jobs.items()):
-            machine.load_entry(*clone_as(entry, state, machine.numbers))
+            saving.load_entry(machine, *clone_as(entry, state, machine.numbers))
         for number, saved in sorted(index.shelf.runs.items()):
-            machine.load_run(*shelved(number, saved, machine, index.shelf))
+            saving.load_run(machine, *shelved(number, saved, machine, index.shelf))
         machine.keys.load_counts(index.key_counts.items())
         machine.keys.shelf = index.shelf
     for _, event, at_ms, place in log:
-        machine.advance(max(machine.now_ms, at_ms))
-        machine.apply(event, at_ms, place)
-    machine.start(now_ms, 1)
-    machine.check()
+        advance(machine, max(machine.now_ms, at_ms))
+        apply(machine, event, at_ms, place)
+    resume(machine, now_ms, 1)
+    check(machine)
     return machine
 
 
@@ -2138,16 +2141,22 @@ def same_state(found: Machine, expected: Machine) -> None:
     for machine in (found, expected):
         # A key that ended on the shelf weighs something until the keeper sweeps it.
         machine.keys.sweep(list(machine.keys.all()), machine.now_ms)
-    assert found.dump() == expected.dump()
+    assert dump(found) == dump(expected)
     assert {s: n for s, n in found.keys.counts.items() if n} == {s: n for s, n in expected.keys.counts.items() if n}
-    assert {s: n for s, n in found.live_bytes().items() if n} == {s: n for s, n in expected.live_bytes().items() if n}
+    assert {s: n for s, n in look.live_bytes(found).items() if n} == {
+        s: n for s, n in look.live_bytes(expected).items() if n
+    }
     assert found.oldest_segment == expected.oldest_segment
     assert found.next_id == max(expected.next_id, expected.reserved_id)
-    assert found.next_wakeup_ms() == expected.next_wakeup_ms()
+    assert next_wakeup_ms(found) == next_wakeup_ms(expected)
     for queue in expected.queues.values():
         windows = [waiting_of(machine, queue.name).ready for machine in (expected, found)]
         for one, other in zip(*windows, strict=True):
-            assert (expected.head(one, 1000)[0] if one else []) == (found.head(other, 1000)[0] if other else [])
+            heads = [
+                look.head(machine, window, 1000)[0] if window else []
+                for machine, window in ((expected, one), (found, other))
+            ]
+            assert heads[0] == heads[1]
 
 
 STORY = [
@@ -2175,14 +2184,14 @@ def test_a_replay_from_any_point_on_any_later_state_gives_the_same_state(run_job
             before = writer.lsn
             writer.step(kind, a, b)
             kinds |= {type(event) for lsn, event, _, _ in writer.log if lsn > before}
-            writer.machine.check()
+            check(writer.machine)
             if kind in KEEPERS:
                 captures.clear()
             now = Capture(writer.machine)
             captures.append((writer.lsn, kind, now))
             for lsn, _, start in captures:
                 indexes.append((lsn, start.index({i: now.jobs[i] for i in start.jobs if i in now.jobs}, now)))
-        writer.machine.advance(writer.now)
+        advance(writer.machine, writer.now)
         assert kinds == set(Event.__args__) - {QueueCreated}, "the story has to tell of everything"
         assert len(indexes) > 100
         for lsn, index in indexes:
@@ -2196,7 +2205,7 @@ def test_a_replay_of_the_whole_log_gives_the_same_state(run_jobs: int, few_jobs:
         writer = Writer()
         for step in STORY:
             writer.step(*step)
-        writer.machine.advance(writer.now)
+        advance(writer.machine, writer.now)
         same_state(recovered(None, writer.log, writer.now), writer.machine)
 
 
@@ -2219,9 +2228,9 @@ def test_a_checkpoint_taken_in_slices_is_made_whole_by_the_replay(
         lsn = writer.lsn
         for step in second:
             writer.step(*step)
-            writer.machine.check()
+            check(writer.machine)
             captures.append(Capture(writer.machine))
-        writer.machine.advance(writer.now)
+        advance(writer.machine, writer.now)
         jobs, last = {}, 0
         for job_id in captures[0].jobs:
             at = data.draw(st.integers(0, len(captures) - 1))
@@ -2249,12 +2258,12 @@ class Keeper:
         writer, machine = self.writer, self.writer.machine
         calls = iter(meanwhile)
         machine.keys.sweep(self.shelf.ended_keys(machine.now_ms), machine.now_ms)
-        for state, window in machine.crowded(0):
-            while machine.pack(state, window, 2):
+        for state, window in saving.crowded(machine, 0):
+            while saving.pack(machine, state, window, 2):
                 self.call(calls)
         taken, machine.changes = machine.changes, Changes()
         assert taken is not None
-        snapshot, lsn = machine.snapshot(), writer.lsn
+        snapshot, lsn = saving.snapshot(machine), writer.lsn
         runs = [take_run(run, machine) for run in taken.runs]
         loose = taken.jobs & machine.jobs.keys()  # the others are gone, or in a run: that is where they are written
         jobs: dict[int, tuple[Entry, int] | None] = {}
@@ -2295,7 +2304,7 @@ class Keeper:
         changes.gone |= taken.gone
         for run in taken.runs:
             (changes.runs.add if run.left else changes.runs.discard)(run)
-        self.writer.machine.thaw_keys()
+        saving.thaw_keys(self.writer.machine)
 
     def put_away(self, runs: Iterable[Run]) -> None:
         changes = self.writer.machine.changes
@@ -2313,7 +2322,7 @@ class Keeper:
     def crash(self) -> None:
         """Open again and go on from there; nobody may see the difference."""
         writer = self.writer
-        writer.machine.advance(writer.now)
+        advance(writer.machine, writer.now)
         log = [record for record in writer.log if record[0] > self.lsn]
         again = recovered(self.index, log, writer.now)
         same_state(again, writer.machine)
@@ -2379,7 +2388,7 @@ def test_an_index_that_is_fed_with_the_changes_alone_is_enough_at_every_opening(
                 keeper.checkpoint(action[0], fails=True)
             else:
                 writer.step(*action)
-            writer.machine.check()
+            check(writer.machine)
         keeper.crash()
 
 
@@ -2392,8 +2401,8 @@ def test_delayed_jobs_that_are_cancelled_leave_no_moment_behind() -> None:
     for job_id in range(2, 3000):
         bench.enqueue(due=NOW + 10_000 + job_id)
         bench.apply(Cancelled(MAIL, job_id))
-        assert len(bench.machine._due) <= 200
-    bench.machine.check()
+        assert len(bench.machine.due) <= 200
+    check(bench.machine)
     bench.apply(at=NOW + 50)
     assert bench.states()["ready"] == [1], "none that counts was dropped"
 
@@ -2404,13 +2413,13 @@ def test_looking_for_leases_that_ended_changes_nothing() -> None:
     bench.enqueue(50)
     for job_id in range(1, 51):
         bench.lease(job_id, deadline=1 + job_id * 37 % 50)
-    bench.machine.apply(Extended(3, NOW + 1000), NOW, bench.place)
-    before = list(bench.machine._deadlines)
+    apply(bench.machine, Extended(3, NOW + 1000), NOW, bench.place)
+    before = list(bench.machine.deadlines)
     expected = sorted((NOW + 1 + i * 37 % 50, i) for i in range(1, 51) if i != 3)
     for limit in (1, 7, 100):
-        assert bench.machine.ended_leases(NOW + 100, limit) == expected[:limit]
-    assert bench.machine.ended_leases(NOW + 20, 100) == [pair for pair in expected if pair[0] <= NOW + 20]
-    assert bench.machine._deadlines == before
+        assert ended_leases(bench.machine, NOW + 100, limit) == expected[:limit]
+    assert ended_leases(bench.machine, NOW + 20, 100) == [pair for pair in expected if pair[0] <= NOW + 20]
+    assert bench.machine.deadlines == before
 
 
 @pytest.mark.parametrize("loose", [(), (2, 5, 9), tuple(range(1, 13))], ids=["runs", "some loose", "all loose"])
@@ -2421,20 +2430,20 @@ def test_a_redrive_takes_dead_letters_of_one_queue_out_of_their_runs(loose: tupl
         for i in range(12):
             bench.enqueue(keys=[f"k{i}"], priority=1 + i % 2)
         bench.bury(*range(1, 13))
-        for state, window in bench.machine.crowded(0):
-            while bench.machine.pack(state, window, 3):
+        for state, window in saving.crowded(bench.machine, 0):
+            while saving.pack(bench.machine, state, window, 3):
                 pass
         for job_id in loose:
             bench.loosen(job_id)
-        bench.machine.apply(QueueCreated(9, "between"), NOW, Place())
+        apply(bench.machine, QueueCreated(9, "between"), NOW, Place())
         bench.apply(Redriven([2, 3, 5, 8, 9, 12, 77]))
-        bench.machine.check()
+        check(bench.machine)
         assert bench.states() == {"ready": [2, 3, 5, 8, 9, 12], "dead": [1, 4, 6, 7, 10, 11]}
         for job_id in (2, 9):
             job = bench.job(job_id)
             assert (job.attempts, job.died_at_ms, job.due_ms, job.key) == (0, 0, 0, f"k{job_id - 1}")
             assert job.token, "tokens go on above this one"
-        assert bench.machine.head(bench.lines.window(READY, 2), 9)[0] == [2, 8, 12]
+        assert look.head(bench.machine, bench.lines.window(READY, 2), 9)[0] == [2, 8, 12]
         bench.apply(Redriven(list(range(1, 13))))  # of some that are ready already: as a replay may meet it
         assert bench.states()["ready"] == list(range(1, 13))
 
@@ -2445,11 +2454,11 @@ def test_a_removed_queue_is_unknown_and_its_number_is_not_given_again() -> None:
     bench.apply(Cancelled(MAIL, 1), QueueRemoved(AUDIT), QueueRemoved(MAIL), QueueRemoved(77))
     assert bench.machine.queues == {}
     assert bench.machine.next_queue == AUDIT + 1
-    bench.machine.advance(NOW + 10)
-    assert bench.machine.next_wakeup_ms() is None
-    assert bench.machine.alive(MAIL, 5, 1, 9) == set()
-    assert bench.machine.look(1, MAIL) is None
-    bench.machine.check()
+    advance(bench.machine, NOW + 10)
+    assert next_wakeup_ms(bench.machine) is None
+    assert look.alive(bench.machine, MAIL, 5, 1, 9) == set()
+    assert look.job(bench.machine, 1, MAIL) is None
+    check(bench.machine)
 
 
 def test_a_queue_that_holds_a_job_is_kept_by_a_salvaged_log() -> None:
@@ -2464,16 +2473,16 @@ def test_a_queue_that_holds_a_job_is_kept_by_a_salvaged_log() -> None:
 
 def test_a_token_is_expected_where_a_rate_limit_on_lease_is_and_once() -> None:
     bench = Bench()
-    bench.machine.expect_token(bench.mail, NOW)
+    expect_token(bench.machine, bench.mail, NOW)
     bench.apply(QueueConfigured(MAIL, QueueConfig(rate_limit=RateLimit(1, 1, "enqueue"))))
-    bench.machine.expect_token(bench.mail, NOW)
-    assert bench.machine._tokens == []
+    expect_token(bench.machine, bench.mail, NOW)
+    assert bench.machine.tokens == []
     bench.apply(QueueConfigured(MAIL, QueueConfig(rate_limit=RateLimit(1, 1))))
     bench.enqueue()
     bench.lease(1)
     for _ in range(3):
-        bench.machine.expect_token(bench.mail, NOW)
-    assert bench.machine._tokens == [(NOW + 1000, MAIL)]
+        expect_token(bench.machine, bench.mail, NOW)
+    assert bench.machine.tokens == [(NOW + 1000, MAIL)]
 
 
 def test_a_redrive_of_a_job_that_is_gone_brings_back_the_others() -> None:
@@ -2481,8 +2490,8 @@ def test_a_redrive_of_a_job_that_is_gone_brings_back_the_others() -> None:
         bench = Bench()
         bench.enqueue(10)
         bench.bury(*range(1, 11))
-        for state, window in bench.machine.crowded(0):
-            bench.machine.pack(state, window, 4)
+        for state, window in saving.crowded(bench.machine, 0):
+            saving.pack(bench.machine, state, window, 4)
         assert 8 not in bench.machine.jobs, "it is in a run"
         bench.apply(Purged(MAIL, [8]))
         bench.apply(Redriven([8, 9]))
@@ -2506,7 +2515,7 @@ def test_ids_and_jobs_are_read_in_parts_as_far_as_they_are_there() -> None:
         machine = bench.machine
         for below, count, expected in ((6, 9, [1, 2, 3, 4, 5]), (9, 5, [1, 2, 3, 4, 5]), (1, 9, [])):
             found: list[int] = []
-            while part := machine.some_ids(bench.mail, (READY,), below, count):
+            while part := look.some_ids(machine, bench.mail, (READY,), below, count):
                 found += part
                 bench.apply(Purged(MAIL, part))
             assert found[: len(expected)] == expected
@@ -2516,8 +2525,8 @@ def test_ids_and_jobs_are_read_in_parts_as_far_as_they_are_there() -> None:
                 bench.loosen(job_id)
             machine = bench.machine
         (run,) = bench.lines.window(READY, 5).runs
-        assert [entry.id for entry in machine.listed("mail", run, [2, 5, 77])] == [2, 5]
-        assert list(machine.listed("unknown", None, [1])) == []
+        assert [entry.id for entry in look.listed(machine, "mail", run, [2, 5, 77])] == [2, 5]
+        assert list(look.listed(machine, "unknown", None, [1])) == []
 
 
 def test_a_key_that_ended_on_the_shelf_after_its_segment_went_weighs_nothing() -> None:
@@ -2525,5 +2534,5 @@ def test_a_key_that_ended_on_the_shelf_after_its_segment_went_weighs_nothing() -
     bench.ack(1)
     save(bench.machine, shelf)
     bench.apply(SegmentsDropped(1), at=NOW + 1000)
-    bench.machine.check()
-    assert bench.machine.find("mail", "k", bench.now) is None
+    check(bench.machine)
+    assert look.find(bench.machine, "mail", "k", bench.now) is None

@@ -22,13 +22,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from inside import inside
+from inside import inside, shrink_runs
 from model import Model, Policy, Rate, RefusedError
 
 import rivetq.engines.checkpoint
 import rivetq.engines.local
-import rivetq.machine.machine
-import rivetq.machine.run
 from rivetq import Broker, LeaseRef, RateLimit, RetryPolicy, RivetQError, UsageError
 from rivetq.testing import ManualClock
 
@@ -743,9 +741,7 @@ def listing(directory):
 
 def keep_little_in_memory(monkeypatch, jobs_in_a_run):
     """The ways of a backlog of millions, with a handful of jobs."""
-    for module in (rivetq.machine.run, rivetq.machine.machine):
-        monkeypatch.setattr(module, "RUN_JOBS", jobs_in_a_run)
-    monkeypatch.setattr(rivetq.machine.machine, "FEW_JOBS", 1)
+    shrink_runs(monkeypatch, jobs_in_a_run, few_jobs=1)
     monkeypatch.setattr(rivetq.engines.checkpoint, "RESIDENT_RUNS", 0)
     monkeypatch.setattr(rivetq.engines.checkpoint, "RUNS_READ", 0)
     monkeypatch.setattr(rivetq.engines.checkpoint, "LOOSE_SHARE", 2**30)

@@ -14,6 +14,7 @@ import rivetq.engines.live
 import rivetq.engines.looking
 from rivetq import Broker, BrokerClosedError, JobNotFoundError, JobState, RetryPolicy, StorageError
 from rivetq.engines.local import LocalEngine
+from rivetq.machine import saving
 from rivetq.machine.decide import PART_JOBS
 from rivetq.machine.events import Purged, Redriven
 from rivetq.testing import ManualClock
@@ -291,7 +292,7 @@ def test_a_job_that_changes_while_a_listing_goes_on_is_there_once(
             else:
                 window = waiting_of(engine._machine, "q").windows(1)[0]
                 with engine._lock:
-                    engine._machine.pack(1, window, 100)
+                    saving.pack(engine._machine, 1, window, 100)
         return value
 
     monkeypatch.setattr(engine, "_look", changing)

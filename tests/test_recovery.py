@@ -21,6 +21,10 @@ from conftest import Extent
 
 import rivetq.storage.recovery
 from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy, StorageError
+from rivetq.machine import saving
+from rivetq.machine.advance import resume
+from rivetq.machine.apply import apply
+from rivetq.machine.check import check, dump
 from rivetq.machine.events import Acked, Enqueued, Event, Leased, QueueCreated, SegmentsDropped
 from rivetq.machine.machine import Machine
 from rivetq.machine.snapshot import Place
@@ -56,7 +60,7 @@ class Ledger:
 
         def record_and_note(*arguments: Any, **options: Any) -> int:
             lsn: int = record(*arguments, **options)
-            self.states[lsn] = self.engine._machine.dump()
+            self.states[lsn] = dump(self.engine._machine)
             return lsn
 
         self.engine._record = record_and_note
@@ -218,10 +222,10 @@ def state_of(found: Recovered) -> dict[str, Any]:
         now_ms, events = decode_record(body)
         machine.now_ms = max(machine.now_ms, now_ms)
         for event in events:
-            machine.apply(event, now_ms, Place(found.last_segment + 1, 0, lsn))
-    machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
-    machine.check()
-    return machine.dump()
+            apply(machine, event, now_ms, Place(found.last_segment + 1, 0, lsn))
+    resume(machine, max(found.now_ms, machine.now_ms), found.epoch << 32)
+    check(machine)
+    return dump(machine)
 
 
 def everything(directory: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -979,7 +983,7 @@ def test_an_index_that_cannot_be_loaded_is_rebuilt_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(index: Index, machine: Machine) -> None:
-        machine.apply(QueueCreated(9, "half loaded"), 0, Place())
+        apply(machine, QueueCreated(9, "half loaded"), 0, Place())
         raise error
 
     monkeypatch.setattr(Index, "load", fail)
@@ -997,7 +1001,7 @@ def write_log(directory: Path, *bodies: bytes, snapshot: bytes | None = None) ->
     """A log as a broken writer would leave it."""
     log_of(directory).mkdir(parents=True)
     log = Log(SystemDisk(), str(log_of(directory)), log_id=bytes(16), epoch=1, segment_bytes=SEGMENT_BYTES)
-    snapshot = encode_snapshot(Machine().snapshot()) if snapshot is None else snapshot
+    snapshot = encode_snapshot(saving.snapshot(Machine())) if snapshot is None else snapshot
     log.space.make_room(1, len(snapshot), keep_reserve=False)
     log.begin_segment(snapshot, boot_id="boot", boot_ms=0, now_ms=0)
     for body in bodies:

@@ -38,6 +38,7 @@ from rivetq import (
     StorageError,
 )
 from rivetq.engine import Enqueue
+from rivetq.machine.advance import next_wakeup_ms
 from rivetq.storage.disk import SystemDisk
 from rivetq.storage.lock import DirectoryLock
 from rivetq.testing import ManualClock
@@ -1014,7 +1015,7 @@ def test_a_token_wakes_as_many_as_there_are_tokens_and_jobs() -> None:
         for _ in range(3):
             broker.lease_soon("q", 1, done)
         for second, payload in enumerate((b"second", b"third"), 1):
-            assert inside(broker)._machine.next_wakeup_ms() is not None
+            assert next_wakeup_ms(inside(broker)._machine) is not None
             clock.advance(1)
             settles(lambda second=second: len(got) == second)
             assert got[-1] == payload

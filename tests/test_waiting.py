@@ -10,6 +10,7 @@ from inside import inside
 from simulation import ViolationError
 
 from rivetq import Broker, RateLimit
+from rivetq.engines import clockwork
 from rivetq.engines.live import LiveEngine
 from rivetq.machine.machine import Machine
 from rivetq.machine.queue import NEVER_MS, Queue
@@ -20,14 +21,14 @@ def test_whoever_waits_for_a_job_that_could_be_leased_gets_it() -> None:
     assert waiting.run(400) == 400 * waiting.STEPS
 
 
-def nobody_expects(self: Machine, queue: Queue, now_ms: int) -> None:
+def nobody_expects(machine: Machine, queue: Queue, now_ms: int) -> None:
     """In place of `expect_token`."""
 
 
 @pytest.mark.parametrize(
     ("where", "name", "planted"),
     [
-        (Machine, "expect_token", nobody_expects),
+        (clockwork, "expect_token", nobody_expects),
         (LiveEngine, "_poke_timer", lambda self: None),
         (LiveEngine, "_expect_tokens", lambda self, limited, now_ms: None),
     ],

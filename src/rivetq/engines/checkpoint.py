@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import lmdb
 
 from ..clock import Clock
+from ..machine import saving
 from ..machine.machine import Machine
 from ..machine.run import Columns, Run
 from ..machine.snapshot import Changes
@@ -116,7 +117,7 @@ class CheckpointingEngine(DurableEngine):
             with self._lock:
                 changes = machine.changes
                 assert changes is not None
-                snapshot, lsn = machine.snapshot(), self._last_lsn()
+                snapshot, lsn = saving.snapshot(machine), self._last_lsn()
                 runs = [self._take_run(run) for run in changes.runs]
                 # What is in a run now is written with it, whoever takes it out before its slice.
                 loose = changes.jobs & machine.jobs.keys()
@@ -168,13 +169,13 @@ class CheckpointingEngine(DurableEngine):
             with self._lock:
                 machine.keys.sweep(part, machine.now_ms)
         with self._lock:
-            crowded = machine.crowded(self._window_jobs // LOOSE_SHARE)
+            crowded = saving.crowded(machine, self._window_jobs // LOOSE_SHARE)
         for state, window in crowded:
             more = True
             while more:
                 self._rest()
                 with self._lock:
-                    more = machine.pack(state, window, PACK_SLICE)
+                    more = saving.pack(machine, state, window, PACK_SLICE)
 
     # What it takes
 
@@ -231,7 +232,7 @@ class CheckpointingEngine(DurableEngine):
             changes.gone |= taken.gone
             for run in taken.runs:
                 (changes.runs.add if run.left else changes.runs.discard)(run)
-            machine.thaw_keys()
+            saving.thaw_keys(machine)
 
     # The pace of the keeper. Caller holds _keeper_lock.
 

@@ -27,6 +27,9 @@ from ..errors import (
     RivetQError,
 )
 from ..machine import decide
+from ..machine.advance import advance, expect_token, next_wakeup_ms
+from ..machine.apply import apply, tally_expired
+from ..machine.check import check, dump
 from ..machine.entry import Entry
 from ..machine.events import Event
 from ..machine.machine import Machine
@@ -176,7 +179,7 @@ class Clockwork:
         try:
             place = self._append(prepared, now_ms)
             for event in events:
-                machine.apply(event, now_ms, place)
+                apply(machine, event, now_ms, place)
             if machine.woken:
                 self._wake_lessees()
             if machine.wake_ms < self._timer_at_ms:
@@ -206,7 +209,7 @@ class Clockwork:
     def _expect_tokens(self, limited: Sequence[Queue], now_ms: int) -> None:
         # Caller holds self._lock. Lessees wait for these queues: they are woken when there is a token.
         for queue in limited:
-            self._machine.expect_token(queue, now_ms)
+            expect_token(self._machine, queue, now_ms)
         if self._machine.wake_ms < self._timer_at_ms:
             self._poke_timer()
 
@@ -248,7 +251,7 @@ class Clockwork:
                 self._needs_room = need  # these leases end when there is room, which the timer makes
                 self._timer_poked.set()
                 break
-            machine.tally_expired(ended)
+            tally_expired(machine, ended)
             self._advance(now_ms)
         self._behind = machine.wake_ms <= now_ms and self._needs_room is None
         return now_ms
@@ -256,7 +259,7 @@ class Clockwork:
     def _advance(self, now_ms: int) -> None:
         # Caller holds self._lock.
         try:
-            self._machine.advance(now_ms)
+            advance(self._machine, now_ms)
             if self._machine.woken:
                 self._wake_lessees()
         except BaseException as error:
@@ -271,7 +274,7 @@ class Clockwork:
                 with self._lock:
                     before = self._last_lsn()
                     now_ms = self._tick()
-                    at_ms = self._machine.next_wakeup_ms()
+                    at_ms = next_wakeup_ms(self._machine)
                     self._timer_at_ms = NEVER_MS if at_ms is None else at_ms
                     lsn, need = self._last_lsn(), self._needs_room
                 if lsn != before:
@@ -413,12 +416,12 @@ class Clockwork:
     def dump(self) -> dict[str, Any]:
         """The machine's whole state in canonical order."""
         with self._lock:
-            return self._machine.dump()
+            return dump(self._machine)
 
     def audit(self) -> None:
-        """See `Machine.check`."""
+        """See `machine.check`."""
         with self._lock:
-            self._machine.check()
+            check(self._machine)
 
 
 _live: weakref.WeakSet[Clockwork] = weakref.WeakSet()

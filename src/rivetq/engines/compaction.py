@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..clock import Clock
 from ..errors import StorageError
+from ..machine import look
 from ..machine.entry import Entry
 from ..machine.events import Copied, Enqueued, Event, KeyCopied, SegmentsDropped
 from ..machine.machine import Machine
@@ -44,7 +45,7 @@ class CompactingEngine(CheckpointingEngine):
         write amplification below 2.
         """
         with self._lock:
-            sizes, live = dict(self._log.sizes), self._machine.live_bytes()
+            sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
         slack = 0 if self._short_of_space else self._segment_bytes  # on a full disk every byte counts
         total, limit = sum(sizes.values()), 2 * sum(live.values()) + slack
         upto = 0
@@ -75,7 +76,7 @@ class CompactingEngine(CheckpointingEngine):
     def _copyable_upto(self) -> int:
         """On demand: the last segment with a fair share of garbage; all before it must go first."""
         with self._lock:
-            sizes, live = dict(self._log.sizes), self._machine.live_bytes()
+            sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
         return max((s for s in sorted(sizes)[:-1] if live.get(s, 0) <= WORTH_COPYING * sizes[s]), default=0)
 
     # At an opening
@@ -130,7 +131,7 @@ class CompactingEngine(CheckpointingEngine):
 
     def _copy_segment(self, segment: int) -> None:
         with self._lock:
-            if not self._machine.live_bytes().get(segment, 0):
+            if not look.live_bytes(self._machine).get(segment, 0):
                 return
         batch: list[_Live] = []
         size = 0
@@ -156,7 +157,7 @@ class CompactingEngine(CheckpointingEngine):
 
     def _copies(self, segment: int, item: _Live) -> Iterator[Event]:
         # Caller holds self._lock.
-        entry = self._machine.look(item.job_id, item.queue, item.priority)
+        entry = look.job(self._machine, item.job_id, item.queue, item.priority)
         if entry is not None and entry.segment == segment:
             yield copied(entry, item.payload)
         elif item.key is not None:
@@ -180,8 +181,8 @@ class CompactingEngine(CheckpointingEngine):
             if isinstance(event, Enqueued):
                 first_id, at = event.first_id, event.payload_at
                 with self._lock:
-                    alive = self._machine.alive(
-                        event.queue, event.priority, first_id, first_id + len(event.lengths) - 1
+                    alive = look.alive(
+                        self._machine, event.queue, event.priority, first_id, first_id + len(event.lengths) - 1
                     )
                 for i, length in enumerate(event.lengths):
                     key = event.keys[i] if event.keys is not None else None

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from ..clock import Clock
 from ..engine import Capabilities, FsyncMode
 from ..errors import ForkedBrokerError, StorageError, UsageError
+from ..machine import look, saving
 from ..machine.entry import Entry
 from ..machine.events import (
     Acked,
@@ -117,7 +118,7 @@ class DurableEngine(LiveEngine):
             return body, None, must_sync, jobs
         snapshot = snapshot_length = None
         if not self._log.space.fits(length) and not self._log.space.can_extend(length):
-            snapshot = encode_snapshot(self._machine.snapshot())
+            snapshot = encode_snapshot(saving.snapshot(self._machine))
             snapshot_length = len(snapshot)
         if not self._log.space.has_room(length, snapshot_length, keep_reserve=keep_reserve):
             raise NeedRoomError(length, snapshot_length, keep_reserve)
@@ -237,7 +238,7 @@ class DurableEngine(LiveEngine):
                     now_ms = self._tick()
                     if self._log.tail_is_empty:
                         return
-                    snapshot = encode_snapshot(self._machine.snapshot())
+                    snapshot = encode_snapshot(saving.snapshot(self._machine))
                     if not self._log.space.has_room(1, len(snapshot), keep_reserve=True):
                         raise NeedRoomError(1, len(snapshot), keep_reserve=True)
                     self._begin_segment(snapshot, now_ms)
@@ -316,7 +317,7 @@ class DurableEngine(LiveEngine):
                     return payload
                 with self._lock:  # the job was copied and its segment dropped since
                     self._check()
-                    entry = self._machine.look(entry.id)
+                    entry = look.job(self._machine, entry.id)
         return None
 
     @contextmanager

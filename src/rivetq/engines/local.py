@@ -21,7 +21,9 @@ from ..clock import Clock
 from ..engine import Backup, FsyncMode
 from ..errors import DiskFullError, StorageError, UsageError
 from ..histogram import Histogram
-from ..machine import decide
+from ..machine import decide, look, saving
+from ..machine.advance import resume
+from ..machine.apply import tally_expired
 from ..machine.events import Event, IdsReserved
 from ..machine.machine import Machine
 from ..model import Health
@@ -138,7 +140,7 @@ class LocalEngine(CompactingEngine):
         """A new segment and epoch; what recovery found but nobody knows to be on disk is written again first."""
         log = self._log
         log.space.adopt()
-        snapshot = encode_snapshot(self._machine.snapshot())
+        snapshot = encode_snapshot(saving.snapshot(self._machine))
         again = sum(frame_bytes(len(body)) for body in found.surplus) + 1  # all of it into this one segment
         log.space.make_room(again, len(snapshot), keep_reserve=False)
         self._begin_segment(snapshot, found.now_ms, again)
@@ -163,7 +165,7 @@ class LocalEngine(CompactingEngine):
         machine = self._machine
         ahead = os.path.join(self._path, AHEAD)
         machine.unbegun = read_ahead(ahead)
-        machine.start(max(found.now_ms, machine.now_ms), found.epoch << 32)
+        resume(machine, max(found.now_ms, machine.now_ms), found.epoch << 32)
         self._unsaved_bytes = sum(found.sizes.values()) if not found.applied_lsn else found.end_offset
         self._keeper_poked.set()
         if release_on_open:
@@ -188,7 +190,7 @@ class LocalEngine(CompactingEngine):
         held = decide.held_jobs(machine)
         for start in range(0, len(held), decide.PART_JOBS):
             ended = self._change(partial(plan, held[start : start + decide.PART_JOBS]), sync=False)
-            machine.tally_expired(ended)
+            tally_expired(machine, ended)
         self._change(lambda now_ms: ([], None))
 
     def start(self) -> None:
@@ -291,7 +293,7 @@ class LocalEngine(CompactingEngine):
         log = self._log
         with self._lock:
             segments, log_bytes = len(log.sizes), sum(log.sizes.values())
-            live_bytes = sum(self._machine.live_bytes().values())
+            live_bytes = sum(look.live_bytes(self._machine).values())
         return {
             "records": log.records,
             "fsyncs": log.syncs,

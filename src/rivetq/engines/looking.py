@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from ..engine import Operation
-from ..machine import decide
+from ..machine import decide, look
 from ..machine.entry import Entry
-from ..machine.machine import RUNS_AT_ONCE
+from ..machine.look import RUNS_AT_ONCE
 from ..machine.queue import NEVER_MS, SCHEDULED, STATES
 from ..machine.run import Run
 from ..model import Deliveries, Job, JobState, QueueConfig, QueueStats, moment
@@ -32,7 +32,7 @@ class LookingEngine(Clockwork):
 
     def get(self, job_id: int) -> Job | None:
         def read(now_ms: int) -> list[tuple[Entry, dict[str, Any]]]:
-            entry = self._machine.look(job_id)
+            entry = look.job(self._machine, job_id)
             return [] if entry is None else [(entry, _view(entry))]
 
         found = self._with_payloads(self._look(read))
@@ -54,7 +54,7 @@ class LookingEngine(Clockwork):
             count = min(left, decide.PART_JOBS)
 
             def read(now_ms: int, after: int = first, count: int = count) -> list[_Told]:
-                entries = machine.listing(queue, number, after, count, by_due=not apart)
+                entries = look.listing(machine, queue, number, after, count, by_due=not apart)
                 return [(entry, _view(entry)) for entry in entries]
 
             part = self._look(read)
@@ -79,7 +79,7 @@ class LookingEngine(Clockwork):
                 def read(
                     now_ms: int, run: Run | None = place, part: Sequence[int] = ids[start:][: decide.PART_JOBS]
                 ) -> list[_Told]:
-                    entries = machine.listed(name, run, part)
+                    entries = look.listed(machine, name, run, part)
                     return [(entry, _view(entry)) for entry in entries if entry.state == SCHEDULED]
 
                 found.update((entry.id, (entry, view)) for entry, view in self._look(read))
@@ -107,7 +107,7 @@ class LookingEngine(Clockwork):
                 found = heapq.nsmallest(limit, found, key=_first)
                 below = found[-1][0] if found else 0
             part = runs[start : start + RUNS_AT_ONCE]
-            found += self._look(partial(timeless, partial(machine.ids_in, part, after, below)))
+            found += self._look(partial(timeless, partial(look.ids_in, part, after, below)))
         return heapq.nsmallest(limit, found, key=_first)
 
     def _with_payloads(self, found: list[tuple[Entry, dict[str, Any]]]) -> list[Job]:
@@ -115,7 +115,7 @@ class LookingEngine(Clockwork):
         return [Job(payload=p, **view) for p, (_, view) in zip(payloads, found, strict=True) if p is not None]
 
     def find(self, queue: str, key: str) -> int | None:
-        job_id: int | None = self._look(lambda now_ms: self._machine.find(queue, key, now_ms))
+        job_id: int | None = self._look(lambda now_ms: look.find(self._machine, queue, key, now_ms))
         return job_id
 
     def queues(self) -> list[str]:
@@ -123,11 +123,11 @@ class LookingEngine(Clockwork):
         return names
 
     def stats(self, queue: str | None) -> QueueStats:
-        stats: QueueStats = self._look(lambda now_ms: self._machine.stats(queue, now_ms))
+        stats: QueueStats = self._look(lambda now_ms: look.stats(self._machine, queue, now_ms))
         return stats
 
     def deliveries(self, queue: str | None) -> Deliveries:
-        deliveries: Deliveries = self._look(lambda now_ms: self._machine.deliveries(queue))
+        deliveries: Deliveries = self._look(lambda now_ms: look.deliveries(self._machine, queue))
         return deliveries
 
     def config(self, queue: str) -> QueueConfig:

@@ -14,6 +14,8 @@ import attrs
 from ..engine import Ack, Enqueue, Extend, KeyStands, Nack, Operation, Reject, Release
 from ..errors import DuplicateJobError, JobNotFoundError, LeaseLostError, QueueFullError, RateLimitedError, UsageError
 from ..model import NO_HEADERS, JobId, QueueConfig, RetryPolicy, quoted
+from . import look
+from .advance import ended_leases
 from .backoff import retry_delay_ms
 from .entry import Entry
 from .events import (
@@ -173,11 +175,11 @@ def _settled_twice(operation: Ack | Nack | Release | Reject | Extend) -> LeaseLo
 def check(machine: Machine, operation: Operation, now_ms: int) -> list[int | None]:
     """The fence or the keys of one operation, as they stand now."""
     if isinstance(operation, KeyStands):
-        return [machine.find(operation.queue, operation.key, now_ms)]
+        return [look.find(machine, operation.queue, operation.key, now_ms)]
     if not isinstance(operation, Enqueue):
         held(machine, operation.id, operation.token, now_ms)
         return []
-    return [(key and machine.find(operation.queue, key, now_ms)) or None for key in operation.keys or ()]
+    return [(key and look.find(machine, operation.queue, key, now_ms)) or None for key in operation.keys or ()]
 
 
 def held(machine: Machine, job_id: int, token: int, now_ms: int) -> Entry:
@@ -237,7 +239,7 @@ def lease(
                 continue
             wanted = room
             if max_bytes is not None:
-                wanted, size = machine.within(window, room, max_bytes)
+                wanted, size = look.within(machine, window, room, max_bytes)
                 if not wanted and not ids:
                     wanted, size = 1, max_bytes
                 if wanted < min(room, window.count):
@@ -246,7 +248,7 @@ def lease(
                 max_bytes -= size
             if not wanted:
                 break
-            here, before, visibilities = machine.head(window, wanted)
+            here, before, visibilities = look.head(machine, window, wanted)
             count = len(here)
             room -= count
             ids += here
@@ -266,7 +268,7 @@ def lease(
 
 def expiry(machine: Machine, now_ms: int) -> list[Event]:
     """The ends of up to EXPIRY_BATCH leases whose deadline has come, each as a nack at its deadline."""
-    ended = [(at_ms, machine.jobs[i]) for at_ms, i in machine.ended_leases(now_ms, EXPIRY_BATCH)]
+    ended = [(at_ms, machine.jobs[i]) for at_ms, i in ended_leases(machine, now_ms, EXPIRY_BATCH)]
     return [_unbegun(machine, entry, now_ms) or failed(entry, LEASE_EXPIRED, at_ms) for at_ms, entry in ended]
 
 
@@ -326,12 +328,12 @@ def purge(machine: Machine, name: str, state: int | None, below_id: int | None =
     if queue is None:
         return None
     wanted = (READY, SCHEDULED, DEAD) if state is None else (state,)
-    ids = machine.some_ids(queue, wanted, machine.next_id if below_id is None else below_id, PART_JOBS)
+    ids = look.some_ids(machine, queue, wanted, machine.next_id if below_id is None else below_id, PART_JOBS)
     return Purged(queue.number, ids) if ids else None
 
 
 def cancel(machine: Machine, job_id: int) -> Cancelled | None:
-    entry = machine.look(job_id)
+    entry = look.job(machine, job_id)
     return None if entry is None or entry.state == LEASED else Cancelled(entry.queue.number, job_id)
 
 
@@ -341,9 +343,9 @@ def redrive_some(machine: Machine, name: str, job_ids: Sequence[int] | None, mos
     if queue is None:
         return None
     if job_ids is None:
-        ids = machine.some_ids(queue, (DEAD,), machine.next_id, min(most, PART_JOBS))
+        ids = look.some_ids(machine, queue, (DEAD,), machine.next_id, min(most, PART_JOBS))
     else:
-        found = (machine.look(job_id, queue.number) for job_id in job_ids)
+        found = (look.job(machine, job_id, queue.number) for job_id in job_ids)
         ids = [entry.id for entry in found if entry is not None and entry.state == DEAD]
     return Redriven(ids) if ids else None
 
@@ -356,7 +358,7 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
     else:
         ids = sorted(set(job_ids))
         for job_id in ids:
-            entry = None if queue is None else machine.look(job_id, queue.number)
+            entry = None if queue is None else look.job(machine, job_id, queue.number)
             if entry is None or entry.queue is not queue or entry.state != DEAD:
                 raise JobNotFoundError(
                     f"redrive: job {quoted(job_id)} is no dead letter of queue {name!r}; nothing was changed",
@@ -537,7 +539,7 @@ class _Plan:
             self._promised.add(first_id)
             return True
         queue = machine.queues.get(operation.queue)
-        if queue is not None and all(machine.look(first_id + i, queue.number) for i in range(count)):
+        if queue is not None and all(look.job(machine, first_id + i, queue.number) for i in range(count)):
             return False
         raise UsageError(
             f"queue {operation.queue!r}: ids from {first_id} on were never promised to {count} jobs, or not any more; "
@@ -559,7 +561,7 @@ class _Plan:
             if key is not None:
                 known = self._keys.get((name, key)) or self._standing(name, key)
                 if known is not None and (operation.raise_on_duplicate or operation.promised is not None):
-                    entry = self._machine.look(known)
+                    entry = look.job(self._machine, known)
                     raise DuplicateJobError(
                         f"queue {name!r}: idempotency key {key!r} stands for job {known}; nothing was enqueued",
                         job_id=known,
@@ -584,7 +586,7 @@ class _Plan:
 
     def _standing(self, name: str, key: str) -> int | None:
         """The job that a key stands for when the acks before it in this commit have happened."""
-        known = self._machine.find(name, key, self._now_ms)
+        known = look.find(self._machine, name, key, self._now_ms)
         return None if known in self._freed else known
 
     def _number(self, name: str) -> int:

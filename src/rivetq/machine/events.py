@@ -1,6 +1,6 @@
 """What happened, in absolute values: the vocabulary of the log and the only way to change the machine.
 
-Log outcomes, not commands: replay is ``for event in log: machine.apply(event)``, the same function that the live path
+Log outcomes, not commands: replay is ``for event in log: apply(machine, event)``, the same function that the live path
 used, so that a later change to a rule cannot reinterpret an old log. What the clock will say again (a delay that falls
 due, a key's window that ends) is not an event.
 

@@ -21,6 +21,8 @@ from .run import Run
 
 OPEN_RUNS = 2
 """Runs that still grow: new jobs have the highest ids, but copies of old jobs come in ascending order as well."""
+FEW_JOBS = 64
+"""Batches below this size that come out of order are not worth a run of their own."""
 
 
 class Window:

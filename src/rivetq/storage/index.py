@@ -28,6 +28,7 @@ import lmdb
 from crc32c import crc32c
 
 from ..errors import StorageError
+from ..machine import saving
 from ..machine.keys import Key
 from ..machine.machine import Machine
 from ..machine.run import Columns
@@ -97,12 +98,12 @@ class Index:
                 sealed = txn.get(_SNAPSHOT_KEY)
                 if sealed is None:
                     raise ValueError("the index has no snapshot")
-                machine.load(decode_snapshot(unseal(_SNAPSHOT_KEY, bytes(sealed))))
+                saving.load(machine, decode_snapshot(unseal(_SNAPSHOT_KEY, bytes(sealed))))
                 queues = machine.numbers
                 for key, value in _items(env, txn, b"jobs"):
-                    machine.load_entry(*decode_entry(bytes(key), bytes(value), queues))
+                    saving.load_entry(machine, *decode_entry(bytes(key), bytes(value), queues))
                 for key, value in _items(env, txn, b"runs"):
-                    machine.load_run(*decode_run(bytes(key), value, queues, self))
+                    saving.load_run(machine, *decode_run(bytes(key), value, queues, self))
                 counts = unseal(_COUNTS_KEY, bytes(txn.get(_COUNTS_KEY) or b""))
                 machine.keys.load_counts(json.loads(counts))
             self._dbs = _handles(env)

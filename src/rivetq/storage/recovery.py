@@ -23,6 +23,9 @@ import lmdb
 
 from ..clock import Clock, read_together
 from ..errors import CorruptLogError, StorageError
+from ..machine import saving
+from ..machine.advance import advance
+from ..machine.apply import apply
 from ..machine.events import Event, SegmentsDropped
 from ..machine.machine import Machine
 from ..machine.snapshot import Place
@@ -280,7 +283,7 @@ class _Reader:
 
     def _load_snapshot(self, machine: Machine) -> None:
         try:
-            machine.load(decode_snapshot(self.headers[0].snapshot))
+            saving.load(machine, decode_snapshot(self.headers[0].snapshot))
         except ValueError as error:
             raise corrupt(self.path(0), 0, f"the snapshot in the header cannot be read: {error}") from error
 
@@ -311,9 +314,9 @@ def apply_record(machine: Machine, path: str, record: Record, segment: int) -> N
 def replay(machine: Machine, body: bytes, place: Place) -> None:
     """Apply the events of one record, as the call that wrote it did. Raises ValueError or LookupError if it is none."""
     now_ms, events = decode_record(body)
-    machine.advance(max(machine.now_ms, now_ms))
+    advance(machine, max(machine.now_ms, now_ms))
     for event in events:
-        machine.apply(event, now_ms, place)
+        apply(machine, event, now_ms, place)
 
 
 def _decoded(path: str, record: Record) -> tuple[int, list[Event]]:

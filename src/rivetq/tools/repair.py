@@ -22,8 +22,11 @@ from ..clock import SystemClock
 from ..engine import Backup
 from ..engines.view import MovedError, ViewEngine, copy_index, served
 from ..errors import BrokerLockedError, CorruptLogError, StorageError
+from ..machine.advance import advance
+from ..machine.check import facts
 from ..machine.events import Copied, Enqueued, Event
-from ..machine.machine import Machine, facts
+from ..machine.look import everything, job
+from ..machine.machine import Machine
 from ..model import Job, JobState, QueueConfig, QueueStats, checked_int, moment
 from ..storage.backup import copy_log, take
 from ..storage.codec import decode_record
@@ -404,7 +407,7 @@ def _compare(directory: str, whole: Machine) -> Problem | None:
         machine = served(found)
         now_ms = max(machine.now_ms, whole.now_ms)
         for each in (machine, whole):
-            each.advance(now_ms)
+            advance(each, now_ms)
         what = _difference(whole, machine)
     except StorageError as error:
         what = str(error)
@@ -422,9 +425,9 @@ def _difference(whole: Machine, machine: Machine) -> str | None:
             other.name, other.config, other.counts, other.enqueued, other.acked, other.cancelled, other.purged
         ):  # fmt: skip
             return f"queue {queue.name!r} has other totals or another configuration than the log says"
-    for entry in whole.everything():
-        job = machine.look(entry.id, entry.queue.number, entry.spec.priority)
-        if job is None or facts(job) != facts(entry):
+    for entry in everything(whole):
+        found = job(machine, entry.id, entry.queue.number, entry.spec.priority)
+        if found is None or facts(found) != facts(entry):
             return f"job {entry.id} is not what the log says"
     keys = [{name: (key.job_id, key.expires_ms) for name, key in each.keys.all().items()} for each in (whole, machine)]
     for name in {*keys[0], *keys[1]}:

@@ -20,6 +20,9 @@ from ..clock import Clock
 from ..engines.compaction import copied
 from ..engines.local import LocalEngine
 from ..errors import CorruptLogError, StorageError
+from ..machine import look, saving
+from ..machine.advance import advance
+from ..machine.apply import apply
 from ..machine.entry import Entry
 from ..machine.events import (
     Acked,
@@ -268,10 +271,10 @@ class _Wreck:
         machine.next_id = max(machine.next_id, snapshot.next_id)
         machine.reserved_id = max(machine.reserved_id, snapshot.reserved_id)
         machine.oldest_segment = max(machine.oldest_segment, snapshot.oldest_segment)
-        machine.advance(max(machine.now_ms, snapshot.now_ms))
+        advance(machine, max(machine.now_ms, snapshot.now_ms))
         for saved in snapshot.queues:
-            machine.apply(QueueCreated(saved.number, saved.name), machine.now_ms, Place())
-            machine.apply(QueueConfigured(saved.number, saved.config), machine.now_ms, Place())
+            apply(machine, QueueCreated(saved.number, saved.name), machine.now_ms, Place())
+            apply(machine, QueueConfigured(saved.number, saved.config), machine.now_ms, Place())
             queue = machine.numbers[saved.number]
             queue.acked, queue.cancelled, queue.purged = saved.acked, saved.cancelled, saved.purged
 
@@ -284,15 +287,15 @@ class _Wreck:
         self.report.records += 1
         machine = self.machine
         now_ms = max(machine.now_ms, now_ms)
-        machine.advance(now_ms)
+        advance(machine, now_ms)
         place = Place(part.number, at + HEADER_BYTES, frame.lsn)
         for event in events:
             for number in _queues_of(event):
                 if number not in machine.numbers:
-                    machine.apply(QueueCreated(number, self._name(number)), now_ms, place)
+                    apply(machine, QueueCreated(number, self._name(number)), now_ms, place)
             for job_id in _delivered(event):
                 self._deliver(job_id, now_ms, place)
-            machine.apply(event, now_ms, place)
+            apply(machine, event, now_ms, place)
 
     def _name(self, number: int) -> str:
         """Of a queue whose creation cannot be read."""
@@ -304,9 +307,9 @@ class _Wreck:
     def _deliver(self, job_id: int, now_ms: int, place: Place) -> None:
         """A delivery of the job is about to end; if the record of its beginning is missing, that is made up for."""
         machine = self.machine
-        if job_id not in machine.jobs and (entry := machine.look(job_id)) is not None:
+        if job_id not in machine.jobs and (entry := look.job(machine, job_id)) is not None:
             leased = Leased([job_id], [machine.next_token], [entry.attempts + 1], [now_ms])
-            machine.apply(leased, now_ms, place)
+            apply(machine, leased, now_ms, place)
 
 
 def _queues_of(event: Event) -> Sequence[int]:
@@ -385,7 +388,7 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
     try:
         batch: list[Event] = []
         size = 0
-        for entry in sorted(machine.everything(), key=lambda entry: entry.id):
+        for entry in sorted(look.everything(machine), key=lambda entry: entry.id):
             payload = wreck.payload(entry)
             batch.append(copied(entry, payload))
             size += len(payload)
@@ -408,7 +411,7 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
 
 def _totals(machine: Machine, report: Salvage) -> Snapshot:
     """What the new log begins with. Of each queue as many jobs came in as are there or have ended, by what is known."""
-    snapshot = machine.snapshot()
+    snapshot = saving.snapshot(machine)
     snapshot.oldest_segment = 1
     snapshot.next_id = max(snapshot.next_id, snapshot.reserved_id) + (0 if report.is_whole else SKIPPED_IDS)
     for queue in snapshot.queues:

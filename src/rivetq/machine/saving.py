@@ -1,0 +1,99 @@
+"""The state to the index and back, and packing loose jobs into runs for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .advance import next_wakeup_ms
+from .entry import Entry
+from .machine import Machine
+from .queue import READY, Queue
+from .run import RUN_JOBS, Columns, Run
+from .snapshot import QueueSnapshot, Snapshot
+from .window import FEW_JOBS, Window
+
+
+def snapshot(machine: Machine) -> Snapshot:
+    """What a segment's header and the index carry besides the jobs."""
+    queues = [
+        QueueSnapshot(q.number, q.name, q.config, q.enqueued, q.acked, q.cancelled, q.purged)
+        for q in machine.numbers.values()
+    ]
+    return Snapshot(machine.next_id, machine.reserved_id, machine.oldest_segment, machine.now_ms, queues)
+
+
+def load(machine: Machine, snapshot: Snapshot) -> None:
+    """Start from a snapshot; the machine is empty."""
+    assert not machine.queues, "a snapshot is loaded into an empty machine"
+    machine.next_id = snapshot.next_id
+    machine.reserved_id = snapshot.reserved_id
+    machine.oldest_segment = snapshot.oldest_segment
+    machine.now_ms = snapshot.now_ms
+    for saved in snapshot.queues:
+        queue = Queue(saved.number, saved.name)
+        queue.configure(saved.config, snapshot.now_ms)
+        queue.enqueued, queue.acked = saved.enqueued, saved.acked
+        queue.cancelled, queue.purged = saved.cancelled, saved.purged
+        machine.add_queue(queue)
+
+
+def load_entry(machine: Machine, entry: Entry, state: int) -> None:
+    """A loose job of the index."""
+    entry.indexed = True
+    machine.next_token = max(machine.next_token, entry.token + 1)
+    machine.insert(entry, state, machine.now_ms)
+    if machine.changes is not None:
+        machine.changes.jobs.discard(entry.id)
+
+
+def load_run(machine: Machine, run: Run, live: Iterable[tuple[int, int]]) -> None:
+    """A run of the index, its columns still there; `live`: bytes per segment."""
+    machine.next_run = max(machine.next_run, run.number + 1)
+    run.queue.counts[run.state] += run.left
+    window = machine.waiting[run.queue.number].window(run.state, run.priority)
+    window.insert(run)
+    if window.by_due:
+        machine.expect_due(window, run.head, run.queue, run.priority)
+    for segment, size in live:
+        machine.live[segment] = machine.live.get(segment, 0) + size
+    if run.state == READY:
+        machine.wake(run.queue)
+
+
+def crowded(machine: Machine, limit: int) -> list[tuple[int, Window]]:
+    """Windows with loose jobs to put into runs, each with its state, if there are more than `limit` in all."""
+    if len(machine.jobs) - machine.leased_count <= limit:
+        return []
+    return [
+        (state, window)
+        for queue in machine.queues.values()
+        for state, window in machine.waiting[queue.number].each()
+        if len(window.loose) > FEW_JOBS
+    ]
+
+
+def pack(machine: Machine, state: int, window: Window, count: int) -> bool:
+    """Put the last `count` loose jobs of a window into a run, all but the head; False if there are no more."""
+    count = min(count, RUN_JOBS, len(window.loose) - FEW_JOBS)
+    if count <= 0:
+        return False
+    columns, changes = Columns(), machine.changes
+    for key in window.loose[-count:]:
+        entry = machine.jobs.pop(key[1] if window.by_due else key)
+        columns.add(entry)
+        if changes is not None:
+            if entry.indexed:
+                changes.packed.add(entry.id)
+            (changes.jobs.add if entry.id in changes.packed else changes.jobs.discard)(entry.id)
+    del window.loose[-count:]
+    window.count -= count
+    run = Run(entry.queue, entry.spec.priority, columns, state)
+    window.insert(run)
+    machine.touch(run, count)
+    return True
+
+
+def thaw_keys(machine: Machine) -> None:
+    """See `Keys.thaw`."""
+    machine.keys.thaw()
+    next_wakeup_ms(machine)

@@ -45,7 +45,11 @@ ENGINE = (
     "engines/live", "engines/durable", "engines/checkpoint",
     "engines/notifier", "storage/ahead", "storage/group_commit",
 )  # fmt: skip
-RUNTIME = ("schedules/scheduler", "storage/ahead", "worker/children", "worker/order", "worker/pools", "worker/worker")
+RUNTIME = (
+    "schedules/scheduler", "storage/ahead", "worker/children", "worker/fetcher", "worker/held", "worker/limits",
+    "worker/order", "worker/parts", "worker/pools", "worker/queues", "worker/renewer", "worker/settler",
+    "worker/worker",
+)  # fmt: skip
 PATIENCE_S = 15.0
 """For what must come true by itself; far longer than it takes."""
 STEP_S = 0.01

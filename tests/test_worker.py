@@ -41,8 +41,11 @@ from rivetq import (
 from rivetq.tasks import App, CurrentJob, Outcome, Reject, Retry, Snooze, current_job, every, running
 from rivetq.worker import Concurrency, Settled, Worker, pools
 from rivetq.worker.children import ProcessPool, _Child
+from rivetq.worker.fetcher import Fetcher
+from rivetq.worker.held import Held
 from rivetq.worker.order import Order, Room
-from rivetq.worker.worker import _ending, _margin
+from rivetq.worker.settler import Settler, _ending
+from rivetq.worker.worker import _margin
 
 
 def drained(app: App) -> Callable[[], bool]:
@@ -321,15 +324,15 @@ def test_a_job_that_comes_again_before_its_answer_is_noted_is_answered_again(
         raise Retry(0)
 
     worker = Worker(app, concurrency=2)
-    commit = worker._commit
+    commit = worker._settler._commit
 
     def slow(held: Any) -> None:
         commit(held)
         number = next(iter(held)).lease.attempt
         if number < 4:  # the fetcher has it again before this returns
-            until(lambda: any(each.lease.attempt == number + 1 for each in list(worker._held.values())))
+            until(lambda: any(each.lease.attempt == number + 1 for each in list(worker._held.deliveries.values())))
 
-    monkeypatch.setattr(worker, "_commit", slow)
+    monkeypatch.setattr(worker._settler, "_commit", slow)
     job_id = task.enqueue()
     with worker:
         until(lambda: job_of(app, job_id).state == "dead")
@@ -682,26 +685,26 @@ def test_a_call_that_cancels_hears_of_a_job_that_is_answered_in_the_same_moment(
     app: App, monkeypatch: pytest.MonkeyPatch, is_removed: bool
 ) -> None:
     begun, let_go = threading.Event(), threading.Event()
-    tell, remove = Worker._tell_handler, Worker._remove_cancelled
+    tell, remove = Held.tell_handler, Settler._remove_cancelled
 
     @app.task
     async def task() -> None:
         begun.set()
         await asyncio.sleep(PATIENCE_S)
 
-    def slow_to_look(self: Worker, delivery: Any, reason: str) -> None:
+    def slow_to_look(self: Held, delivery: Any, reason: str) -> None:
         tell(self, delivery, reason)
-        until(lambda: delivery.lease.token not in self._held)
+        until(lambda: delivery.lease.token not in self.deliveries)
         if is_removed:
             until(lambda: app.broker.get(delivery.lease.id) is None)
         let_go.set()
 
-    def slow_to_remove(self: Worker, deliveries: Any) -> None:
+    def slow_to_remove(self: Settler, deliveries: Any) -> None:
         assert is_removed or let_go.wait(PATIENCE_S)
         remove(self, deliveries)
 
-    monkeypatch.setattr(Worker, "_tell_handler", slow_to_look)
-    monkeypatch.setattr(Worker, "_remove_cancelled", slow_to_remove)
+    monkeypatch.setattr(Held, "tell_handler", slow_to_look)
+    monkeypatch.setattr(Settler, "_remove_cancelled", slow_to_remove)
     with Worker(app):
         job_id = task.enqueue()
         assert begun.wait(PATIENCE_S)
@@ -713,7 +716,7 @@ def test_a_call_that_cancels_hears_of_a_job_whose_lease_was_lost_in_the_same_mom
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, asked = threading.Event(), threading.Event()
-    tell, remove, wait = Worker._tell_handler, Worker._remove_cancelled, Worker._wait_for_fetcher
+    tell, remove, wait = Held.tell_handler, Settler._remove_cancelled, Held.wait_for_fetcher
     this = threading.current_thread()
 
     @app.task
@@ -722,24 +725,24 @@ def test_a_call_that_cancels_hears_of_a_job_whose_lease_was_lost_in_the_same_mom
         current_job().wait_cancelled(PATIENCE_S)
         raise ValueError
 
-    def lost(self: Worker, delivery: Any, reason: str) -> None:
+    def lost(self: Held, delivery: Any, reason: str) -> None:
         app.broker.release(LeaseRef(delivery.lease.id, delivery.lease.token), delay=100)
         tell(self, delivery, reason)
-        until(lambda: delivery.lease.token not in self._held)
+        until(lambda: delivery.lease.token not in self.deliveries)
 
-    def slow_to_remove(self: Worker, deliveries: Any) -> None:
+    def slow_to_remove(self: Settler, deliveries: Any) -> None:
         asked.wait(0.2)  # the call that cancels waits for this, or has gone on
         remove(self, deliveries)
 
-    def slow_to_ask(self: Worker) -> None:
+    def slow_to_ask(self: Held) -> None:
         if threading.current_thread() is this:
             asked.set()
             until(lambda: app.broker.get(job_id) is None)
         wait(self)
 
-    monkeypatch.setattr(Worker, "_tell_handler", lost)
-    monkeypatch.setattr(Worker, "_remove_cancelled", slow_to_remove)
-    monkeypatch.setattr(Worker, "_wait_for_fetcher", slow_to_ask)
+    monkeypatch.setattr(Held, "tell_handler", lost)
+    monkeypatch.setattr(Settler, "_remove_cancelled", slow_to_remove)
+    monkeypatch.setattr(Held, "wait_for_fetcher", slow_to_ask)
     with Worker(app):
         job_id = task.enqueue()
         assert begun.wait(PATIENCE_S)
@@ -786,7 +789,7 @@ def test_a_lease_lost_at_the_answer_leaves_the_other_answers_alone(app: App) -> 
         first.enqueue()
         assert settling.wait(PATIENCE_S)
         task.enqueue_many([(0,), (1,), (2,)])
-        until(lambda: len(worker._endings) == 3)
+        until(lambda: len(worker._held.endings) == 3)
         app.broker.reject(LeaseRef(refs[0].id, refs[0].lease.token), error="by somebody else")
         go.set()
         until(lambda: len(told) == 4)
@@ -986,7 +989,7 @@ def test_time_limits_of_jobs_that_ended_take_no_memory(app: App) -> None:
         for _ in range(5):
             task.enqueue_many([()] * 400)
             until(drained(app))
-        assert len(worker._limits) < 2000
+        assert len(worker._fetcher._limits._heap) < 2000
 
 
 def test_a_lease_outlives_a_child_that_holds_its_interpreter_for_three_visibility_timeouts(children: App) -> None:
@@ -1173,7 +1176,7 @@ def test_a_job_that_ends_while_it_is_given_back_is_answered_once(app: App) -> No
     def note(settled: Settled) -> None:
         if not settling.is_set():
             settling.set()
-            until(lambda: len(worker._endings) == 2)  # the same job, twice, in one batch
+            until(lambda: len(worker._held.endings) == 2)  # the same job, twice, in one batch
 
     worker = Worker(app, concurrency=2, on_settled=note)
     worker.start()
@@ -1183,7 +1186,7 @@ def test_a_job_that_ends_while_it_is_given_back_is_answered_once(app: App) -> No
     assert settling.wait(PATIENCE_S)
     stopping = threading.Thread(target=worker.stop, args=(0,))
     stopping.start()
-    until(lambda: len(worker._endings) == 1)
+    until(lambda: len(worker._held.endings) == 1)
     go.set()
     stopping.join(PATIENCE_S)
     assert app.broker.stats().leased == 0
@@ -1261,7 +1264,8 @@ def test_a_failed_sync_ends_the_worker_with_its_reason(tmp_path: Path, monkeypat
 
 
 def test_a_full_disk_is_waited_out_and_holds_up_no_stop(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.worker.RETRY_S", 0.01)
+    for part in ("fetcher", "settler"):
+        monkeypatch.setattr(f"rivetq.worker.{part}.RETRY_S", 0.01)
     broker, refusals = app.broker, iter(range(6))
     lease_soon, ack_many = broker.lease_soon, broker.ack_many
     full = DiskFullError("no space", path="data")
@@ -1641,7 +1645,7 @@ def test_a_worker_without_queues_takes_all_in_which_calls_of_its_tasks_are(app: 
         late_too.enqueue()
         until(lambda: sorted(ran) == [1, 2, 3, 4])
     assert app.broker.stats("somebody's").ready == 1
-    assert str(kept._order) == "kept"
+    assert str(kept._queues.order) == "kept"
 
 
 def test_a_queue_of_calls_is_known_as_one_behind_an_old_dead_letter(app: App) -> None:
@@ -1667,11 +1671,11 @@ def test_many_queues_are_told_in_few_words() -> None:
 
 def test_tasks_of_new_kinds_may_come_after_the_start(children: App) -> None:
     with Worker(children, ["default", "x", "y"], concurrency=1) as worker:
-        until(lambda: len(worker._rooms) == 2)
-        for room in list(worker._rooms):  # as if no task of these had been there
+        until(lambda: len(worker._held.rooms) == 2)
+        for room in list(worker._held.rooms):  # as if no task of these had been there
             if room != "thread":
-                del worker._rooms[room]
-        worker._grouped = None
+                del worker._held.rooms[room]
+        worker._queues._grouped = None
         worker_tasks.tell_pid.options(queue="x").enqueue()
         until(lambda: worker_tasks.ends)
     assert worker.failure is None
@@ -1823,17 +1827,17 @@ def test_an_answer_for_a_lost_lease_leaves_the_next_delivery_of_the_job_alone(ap
             assert lease is not None
             delivery = running.Delivery(lease, app.tasks["task"], [], {})
             delivery.ending = running.ACK
-            worker._held[lease.token] = delivery
+            worker._held.deliveries[lease.token] = delivery
             deliveries.append(delivery)
-        worker._rooms["thread"].jobs += 2
+        worker._held.rooms["thread"].jobs += 2
         for delivery in deliveries:
-            worker._done(delivery)
-        until(lambda: not worker._held)
+            worker._held.done(delivery)
+        until(lambda: not worker._held.deliveries)
         assert app.broker.get(job_id) is None
 
 
 def test_a_disk_that_is_full_when_a_job_is_rejected_ends_no_worker(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.worker.RETRY_S", 0.01)
+    monkeypatch.setattr("rivetq.worker.fetcher.RETRY_S", 0.01)
     reject, tries = Broker.reject, iter(range(10**6))
 
     def full(self: Broker, *args: Any, **kwargs: Any) -> None:
@@ -1869,7 +1873,7 @@ def test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_don
     app: App, monkeypatch: pytest.MonkeyPatch, is_under_way: bool
 ) -> None:
     begun, give_up, finished, told = threading.Event(), threading.Event(), threading.Event(), threading.Event()
-    transact, commit = Transaction.__exit__, Worker._commit
+    transact, commit = Transaction.__exit__, Settler._commit
     settled: list[str] = []
     too_early: list[bool] = []
 
@@ -1888,7 +1892,7 @@ def test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_don
         with current_job().finish():
             pass
 
-    def late(self: Worker, *args: Any) -> None:
+    def late(self: Settler, *args: Any) -> None:
         give_up.set()
         assert finished.wait(PATIENCE_S)
         commit(self, *args)
@@ -1897,7 +1901,7 @@ def test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_don
         settled.append(event.ending)
         told.set()
 
-    monkeypatch.setattr(Worker, "_commit", late)
+    monkeypatch.setattr(Settler, "_commit", late)
     worker = Worker(app, grace=0, on_settled=note)
     worker.start()
     task.enqueue()
@@ -1929,7 +1933,7 @@ def test_a_job_that_is_finished_when_its_answer_is_decided_is_told_as_done(
         assert finished.wait(PATIENCE_S)
         return found
 
-    monkeypatch.setattr("rivetq.worker.worker._ending", slow)
+    monkeypatch.setattr("rivetq.worker.settler._ending", slow)
     worker = Worker(app, grace=0, on_settled=lambda event: settled.append(event.ending))
     worker.start()
     task.enqueue()
@@ -1945,7 +1949,7 @@ def test_a_finish_that_fails_while_its_job_is_given_back_leaves_it_ready(
     begun, may_fail, failed, told = threading.Event(), threading.Event(), threading.Event(), threading.Event()
     settled: list[str] = []
     jobs: list[CurrentJob] = []
-    answer, exit_ = Worker._answer, Transaction.__exit__
+    answer, exit_ = Settler._answer, Transaction.__exit__
 
     @app.task
     def task() -> None:
@@ -1965,12 +1969,12 @@ def test_a_finish_that_fails_while_its_job_is_given_back_leaves_it_ready(
             raise DiskFullError("full", path="d")
         exit_(self, *args)
 
-    def beside(self: Worker, batch: Any) -> None:
+    def beside(self: Settler, batch: Any) -> None:
         may_fail.set()
         until(lambda: jobs[0].finishing or failed.is_set())
         answer(self, batch)
 
-    monkeypatch.setattr(Worker, "_answer", beside)
+    monkeypatch.setattr(Settler, "_answer", beside)
     worker = Worker(app, grace=0, on_settled=lambda event: settled.append(event.ending))
     worker.start()
     task.enqueue()
@@ -2028,14 +2032,14 @@ def test_a_worker_that_failed_waits_for_no_handler(app: App) -> None:
 
 
 def test_a_start_that_fails_leaves_its_schedules_to_others(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(self: Worker, kind: str) -> None:
+    def none(self: Fetcher, kind: str) -> None:
         raise RuntimeError("no threads")
 
     apps = [app, App(app.broker)]
     for each in apps:
         each.periodic(every(60), name="tick")(each.task(lambda: None))
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "_add_room", none)
+        patch.setattr(Fetcher, "add_room", none)
         with pytest.raises(RuntimeError):
             Worker(apps[0]).start()
     assert not app.workers

@@ -181,7 +181,7 @@ def test_a_second_signal_ends_the_grace_time(app: App) -> None:
         worker._signalled(signal.SIGTERM, None)
         stopping = threading.Thread(target=worker.stop)
         stopping.start()
-        until(lambda: [each.job.stopping for each in list(worker._held.values())] == [True])
+        until(lambda: [each.job.stopping for each in list(worker._held.deliveries.values())] == [True])
         assert stopping.is_alive()
         worker._signalled(signal.SIGTERM, None)
         stopping.join(PATIENCE_S)
@@ -202,7 +202,7 @@ def test_a_handler_left_behind_that_ends_before_its_settler_is_told_of_once(app:
         told.append(settled.ending)
         if len(told) == 1:
             go.set()
-            until(lambda: worker._endings)
+            until(lambda: worker._held.endings)
 
     worker = Worker(app, on_settled=note)
     worker.start()
@@ -210,8 +210,8 @@ def test_a_handler_left_behind_that_ends_before_its_settler_is_told_of_once(app:
     assert begun.wait(PATIENCE_S)
     worker.stop(0)
     assert told == ["release"]
-    assert worker._jobs == 1
-    assert worker._rooms["thread"].jobs == 0
+    assert worker._settler.jobs == 1
+    assert worker._held.rooms["thread"].jobs == 0
 
 
 # -- Ended at every step
@@ -349,7 +349,8 @@ def test_a_worker_that_is_ended_at_any_call_of_its_broker_ends(
     closing, step = Closing(tmp_path / "data", "thread"), Step()
     broker = closing.app.broker
     closing.blocks = verb == "extend_many"
-    monkeypatch.setattr("rivetq.worker.worker.RENEWALS", 100)  # soon, of a lease that is long
+    for part in ("fetcher", "renewer"):
+        monkeypatch.setattr(f"rivetq.worker.{part}.RENEWALS", 100)  # soon, of a lease that is long
     closing.enqueue()
     monkeypatch.setattr(broker, verb, step.around(getattr(broker, verb), where))
     failed: list[BaseException] = []
@@ -365,7 +366,7 @@ def test_a_worker_that_is_ended_at_any_call_of_its_broker_ends(
     assert step.reached.wait(PATIENCE_S)
     ends = closing.close(way)
     if verb != "queues":  # there `stop` waits for the start
-        until(lambda: closing.worker._stopping or broker.health().state != "open")
+        until(lambda: closing.worker._held.is_stopping or broker.health().state != "open")
     step.go_on.set()
     if verb == "extend_many":
         closing.end.set()
@@ -390,13 +391,13 @@ def test_a_worker_that_is_ended_at_any_step_of_a_handler_ends(
         for module in (pools, children):
             monkeypatch.setattr(module, "may_begin", step.around(pools.may_begin, "before"))
     elif where == "when it has ended":
-        monkeypatch.setattr(worker, "_done", step.around(worker._done, "before"))
+        monkeypatch.setattr(worker._held, "done", step.around(worker._held.done, "before"))
     elif kind == "process":
         monkeypatch.setattr(children._Child, "run", step_in_child(step))
     worker.start()
     assert (closing.running if where == "while it runs" and kind != "process" else step.reached).wait(PATIENCE_S)
     ends = closing.close(way)
-    until(lambda: worker._stopping or broker.health().state != "open")
+    until(lambda: worker._held.is_stopping or broker.health().state != "open")
     step.go_on.set()
     for each in ends:
         each.join(PATIENCE_S)
@@ -481,4 +482,4 @@ def test_the_first_failure_of_a_worker_is_the_one_that_is_told(app: App) -> None
 
         worker._guarded(fail)
     assert isinstance(worker.failure, BrokerFailedError)
-    assert worker._wanted.is_set()
+    assert worker._held.wanted.is_set()

@@ -24,8 +24,8 @@ from rivetq.tasks.running import Delivery
 from rivetq.testing import ManualClock
 from rivetq.worker import Settled, Worker
 from rivetq.worker.order import PREFETCH_JOBS, Room
+from rivetq.worker.parts import in_parts
 from rivetq.worker.pools import ThreadPool
-from rivetq.worker.worker import _in_parts
 
 
 def test_looking_for_calls_in_other_queues_reads_no_payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +44,8 @@ def test_looking_for_calls_in_other_queues_reads_no_payload(tmp_path: Path, monk
         monkeypatch.setattr(LocalEngine, "_payloads", reading)
         worker = Worker(app, concurrency=1)
         with worker:
-            until(lambda: "calls" in worker._order)
-    assert "elsewhere" not in worker._order
+            until(lambda: "calls" in worker._queues.order)
+    assert "elsewhere" not in worker._queues.order
     assert read == []
 
 
@@ -129,8 +129,8 @@ def test_a_job_in_its_last_attempt_is_not_leased_in_advance(app: App) -> None:
         # They are known as such when the first batch is there; what is too much of it goes back.
         assert app.broker.deliveries().leased <= 2100 + 2 * PREFETCH_JOBS
         gate.task.options(max_attempts=2).enqueue("quick")
-        until(lambda: not worker._careful)  # the queue had no more
-        assert not any(room.careful for room in worker._rooms.values())
+        until(lambda: not worker._fetcher._careful)  # the queue had no more
+        assert not any(room.careful for room in worker._held.rooms.values())
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_when_pause_has_returned_no_job_of_the_queue_begins(
     app: App, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rivetq.worker.worker.PREFETCH_S", PATIENCE_S)  # they stay in the pool
+    monkeypatch.setattr("rivetq.worker.renewer.PREFETCH_S", PATIENCE_S)  # they stay in the pool
     gate = Gate(app, kind)
     gate.fill(0, 150)
     with Worker(app, concurrency=2) as worker:
@@ -161,14 +161,14 @@ def test_when_pause_has_returned_no_job_of_the_queue_begins(
         gate.open.set()
         until(lambda: app.broker.stats().leased == 0)
         assert len(gate.begun) == 2
-        until(lambda: not any(room.jobs for room in worker._rooms.values()))
+        until(lambda: not any(room.jobs for room in worker._held.rooms.values()))
         app.broker.resume("default")
         until(lambda: app.broker.stats().acked == 150)
 
 
 @pytest.mark.usefixtures("ahead")
 def test_what_is_leased_in_advance_has_a_limit_of_bytes(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.worker.PREFETCH_S", PATIENCE_S)
+    monkeypatch.setattr("rivetq.worker.renewer.PREFETCH_S", PATIENCE_S)
     monkeypatch.setattr("rivetq.worker.order.PREFETCH_BYTES", 40_000)
     gate = Gate(app)
     gate.task.enqueue_many([("slow " + "x" * 9000,)] * 150)
@@ -225,7 +225,7 @@ def test_jobs_that_were_given_back_do_not_count_against_max_jobs(app: App) -> No
         until(gate.is_shut(2, 150))
         assert app.broker.deliveries().released == 100
         gate.open.set()
-        until(worker._wanted.is_set)
+        until(worker._held.wanted.is_set)
     assert app.broker.stats().acked == 140
 
 
@@ -235,7 +235,7 @@ def test_the_share_of_a_queue_is_refunded_what_did_not_begin(app: App, monkeypat
     gate.fill(0, 150)
     refunded: Counter[str] = Counter()
     worker = Worker(app, concurrency=2)
-    monkeypatch.setattr(worker._order, "took_back", lambda name, count, pools: refunded.update({name: count}))
+    monkeypatch.setattr(worker._queues.order, "took_back", lambda name, count, pools: refunded.update({name: count}))
     with worker:
         until(gate.is_shut(2, 150))
         gate.open.set()
@@ -249,7 +249,7 @@ def test_jobs_with_attempts_left_are_leased_in_advance_again(app: App) -> None:
     gate.fill(1000, 0)
     with Worker(app, concurrency=2) as worker:
         until(lambda: app.broker.stats().acked == 1050)
-        assert not worker._careful
+        assert not worker._fetcher._careful
 
 
 KILLED = """
@@ -258,7 +258,7 @@ import rivetq.worker
 from rivetq.tasks import App
 from rivetq.worker import Worker
 
-rivetq.worker.worker.PREFETCH_S = 60.0  # what is leased in advance stays so until the process is killed
+rivetq.worker.renewer.PREFETCH_S = 60.0  # what is leased in advance stays so until the process is killed
 app = App(sys.argv[1], fsync="never")
 
 def sync(n):
@@ -326,7 +326,7 @@ def test_a_job_that_is_cancelled_while_it_is_being_leased_does_not_begin(
         until(leased.is_set)
         canceller = threading.Thread(target=lambda: answers.append(app.cancel(job_id)))
         canceller.start()
-        until(lambda: worker._asked)
+        until(lambda: worker._held.asked)
         assert not answers
         go_on.set()
         canceller.join(PATIENCE_S)
@@ -343,14 +343,14 @@ def test_a_job_that_is_cancelled_while_it_is_given_back_does_not_begin(
     victim = gate.fill(0, 150)[101]  # the last one of those that are leased in advance
     answers: list[bool] = []
     worker = Worker(app, concurrency=2)
-    commit = worker._commit
+    commit = worker._settler._commit
 
     def commit_behind_a_cancel(endings: Any) -> None:
         if any(delivery.is_untouched and delivery.lease.id == victim for delivery in endings):
             answers.append(app.cancel(victim))
         commit(endings)
 
-    monkeypatch.setattr(worker, "_commit", commit_behind_a_cancel)
+    monkeypatch.setattr(worker._settler, "_commit", commit_behind_a_cancel)
     with worker:
         until(lambda: app.broker.get(victim) is None)
         gate.open.set()
@@ -368,7 +368,7 @@ def test_a_cancel_of_what_is_leased_elsewhere_or_gone_says_false(app: App) -> No
         assert not app.cancel(job_id)
         lease.ack()
         assert not app.cancel(job_id)
-        assert not worker._cancels
+        assert not worker._held.cancels
         done = gate.task.enqueue("quick")
         until(lambda: app.broker.stats("default").acked)
         assert not app.cancel(done)
@@ -396,8 +396,8 @@ def test_a_queue_of_its_own_waits_for_no_pool_that_its_tasks_do_not_use(app: App
         assert ran.wait(PATIENCE_S)
         # Nor if its tasks are known by its jobs alone: one waits for both pools only until its first job came.
         ran.clear()
-        with worker._changed:
-            worker._grouped = None
+        with worker._held.changed:
+            worker._queues._grouped = None
             app.queues.clear()
         fetch.options(queue="tenant-7").enqueue()
         assert ran.wait(PATIENCE_S)
@@ -424,7 +424,7 @@ def test_a_job_that_came_for_a_full_pool_unawaited_is_given_back(app: App) -> No
         surprise = app.broker.enqueue("shared", {"args": ["surprise"]}, headers=headers)
         until(lambda: app.broker.deliveries("shared").released == 1)
         until(lambda: app.broker.stats("shared").ready == 1)
-        assert worker._pools_of("shared") == {"loop", "thread"}
+        assert worker._queues.pools_of("shared") == {"loop", "thread"}
         end.set()
         until(lambda: app.broker.get(surprise) is None)
     assert ran == ["first", "surprise"]
@@ -449,8 +449,8 @@ def test_shares_are_equal_whatever_queues_are_idle(app: App, idle: int) -> None:
 
 @pytest.fixture
 def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rivetq.worker.worker.LOOK_S", 0.05)
-    monkeypatch.setattr("rivetq.worker.worker.LOOK_SHARE", 0.5)
+    monkeypatch.setattr("rivetq.worker.queues.LOOK_S", 0.05)
+    monkeypatch.setattr("rivetq.worker.queues.LOOK_SHARE", 0.5)
 
 
 @pytest.mark.usefixtures("quick_looks")
@@ -477,13 +477,13 @@ def test_calls_in_further_queues_are_found_however_they_came_there(
     broker.enqueue_many("foreign", [b""] * 50)
     with Worker(app) as worker:
         if how == "redriven":
-            until(lambda: worker._looked_at)
+            until(lambda: worker._queues._looked_at)
             assert broker.redrive("tenant") == 1
         elif how == "by another program":
-            until(lambda: worker._looked_at)
+            until(lambda: worker._queues._looked_at)
             broker.enqueue("tenant", {"args": [1]}, headers=headers)
         until(lambda: ran == [1])
-        assert str(worker._order) == "own, tenant"
+        assert str(worker._queues.order) == "own, tenant"
     assert broker.stats("foreign").ready == 50
     assert worker.failure is None
 
@@ -497,7 +497,7 @@ def test_a_worker_that_was_given_its_queues_looks_for_no_others(app: App) -> Non
     with Worker(app, ["own"]) as worker:
         task.enqueue()
         until(lambda: app.broker.stats("own").acked)
-        assert not worker._looked_at
+        assert not worker._queues._looked_at
     assert app.broker.stats("tenant").ready == 1
 
 
@@ -528,7 +528,7 @@ def test_lost_leases_are_found_at_a_cost_in_proportion_to_their_number(held: lis
         done.extend(delivery.lease.token for delivery in part)
 
     lost: list[Delivery] = []
-    _in_parts(deliveries, call, lost)
+    in_parts(deliveries, call, lost)
     assert [delivery.lease.token for delivery in lost] == [token for token, is_held in enumerate(held) if not is_held]
     assert done == [token for token, is_held in enumerate(held) if is_held]
     assert len(called) <= 1 + 4 * len(lost) + len(held).bit_length()
@@ -571,12 +571,12 @@ def test_leases_that_will_soon_be_due_are_renewed_with_those_that_are(app: App) 
         for n in range(4):
             wait.enqueue()
             until(lambda n=n: worker.running == n + 1)  # type: ignore[misc]  # bound now
-        deliveries = list(worker._held.values())
+        deliveries = list(worker._held.deliveries.values())
         now = time.monotonic()
         for delivery, seconds in zip(deliveries, (-1, 4, 9, 2), strict=True):
             delivery.visibility, delivery.renew_at = 30.0, now + seconds
         deliveries[3].visibility = 12.0  # another group, in which none is due
-        worker._renew_due(now)
+        worker._renewer._renew_due(now)
         later = time.monotonic() + 10
         assert deliveries[0].renew_at == deliveries[1].renew_at
         assert later - 1 < deliveries[0].renew_at <= later

@@ -52,7 +52,7 @@ from .logs import configure
 from .settings import FIELDS, Settings, load
 from .tasks.app import App
 from .texts import escaped, shown
-from .worker.worker import Concurrency
+from .worker.options import Concurrency
 
 try:
     import click

@@ -33,7 +33,8 @@ from rivetq import Broker, Deliveries, Health, Histogram, JobState, QueueStats, 
 
 from .tasks.app import App
 from .texts import quoted
-from .worker.worker import Settled, Worker
+from .worker.options import Settled
+from .worker.worker import Worker
 
 OTHER = "other"
 """The label of all queues that have none of their own."""

@@ -27,7 +27,8 @@ from rivetq import Broker, UsageError
 
 from .tasks.app import App
 from .texts import quoted
-from .worker.worker import Concurrency, Worker
+from .worker.options import Concurrency
+from .worker.worker import Worker
 
 PREFIX = "RIVETQ_"
 FILE_VARIABLE = "RIVETQ_CONFIG"

@@ -19,7 +19,7 @@ from ..clock import Clock
 from ..machine import saving
 from ..machine.machine import Machine
 from ..machine.run import Columns, Run
-from ..machine.snapshot import Changes
+from ..machine.snapshot import Changes, Snapshot
 from ..storage.index import Index
 from ..storage.index_values import encode_entry, encode_run
 from .durable import DurableEngine
@@ -135,24 +135,16 @@ class CheckpointingEngine(DurableEngine):
             self._wait_durable(last_lsn)  # the index is never ahead of the disk
             with self._or_fail():
                 self._check_files()  # once more: it took a while
-            try:
-                self._index.write(
-                    self._log.log_id,
-                    lsn,
-                    snapshot,
-                    jobs=self._paced(jobs),
-                    runs=chain(
-                        self._paced([(number.to_bytes(8, "big"), None) for number in sorted(taken.gone)]),
-                        map(_encode_run, self._paced(runs)),
-                    ),
-                    keys=self._paced(list(keys.items())),
-                    key_counts=key_counts,
-                )
-                self._checkpoints += 1
-            except (lmdb.Error, OSError, ValueError) as error:
-                # The transaction did not happen; what the index holds is as it was, and still needed.
-                logger.warning("rivetq: %s: the index could not be written, it is tried again: %s", self._path, error)
-                self._not_before_s = time.monotonic() + CHECKPOINT_S
+            gone = [(number.to_bytes(8, "big"), None) for number in sorted(taken.gone)]
+            is_written = self._write_index(
+                lsn,
+                snapshot,
+                jobs=self._paced(jobs),
+                runs=chain(self._paced(gone), map(_encode_run, self._paced(runs))),
+                keys=self._paced(list(keys.items())),
+                key_counts=key_counts,
+            )
+            if not is_written:
                 self._take_back(taken, unsaved)
                 return
             with self._lock:
@@ -161,6 +153,17 @@ class CheckpointingEngine(DurableEngine):
             self._take_back(taken, unsaved)
             raise
         self._put_away_all()
+
+    def _write_index(self, lsn: int, snapshot: Snapshot, **changes: Any) -> bool:
+        """False: the transaction did not happen; what the index holds is as it was, and still needed."""
+        try:
+            self._index.write(self._log.log_id, lsn, snapshot, **changes)
+        except (lmdb.Error, OSError, ValueError) as error:
+            logger.warning("rivetq: %s: the index could not be written, it is tried again: %s", self._path, error)
+            self._not_before_s = time.monotonic() + CHECKPOINT_S
+            return False
+        self._checkpoints += 1
+        return True
 
     def _tidy(self) -> None:
         """Before a checkpoint: ended keys go, and what lies about loose is put into runs."""

@@ -83,10 +83,7 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
                 machine.add_queue(Queue(event.number, event.name))
                 machine.numbers[event.number].keyed = False
         case QueueRemoved():
-            gone = machine.numbers.get(event.number)
-            if gone is not None and not any(gone.counts):  # in a salvaged log it may still hold something
-                del machine.numbers[event.number], machine.waiting[event.number], machine.queues[gone.name]
-                machine.woken.discard(gone.name)
+            _apply_queue_removed(machine, event.number)
         case QueueConfigured():
             queue = machine.numbers[event.queue]
             queue.configure(event.config, now_ms)
@@ -98,10 +95,7 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
         case KeyCopied():
             machine.hold_key(event.queue, event.key, Key(event.job_id, place.segment, event.expires_ms))
         case SegmentsDropped():
-            machine.oldest_segment = max(machine.oldest_segment, event.upto + 1)
-            for segment in [s for s in machine.live if s <= event.upto]:
-                del machine.live[segment]
-            machine.keys.drop_segments(event.upto)
+            _apply_segments_dropped(machine, event.upto)
         case _:
             assert_never(event)
 
@@ -120,12 +114,7 @@ def _apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place
     offset, segment = place.body_offset + event.payload_at, place.segment
     keep = machine.keep_payloads or (machine.cache.most > 0 and bool(event.payloads))
     if first_id < machine.next_id:
-        machine.promised.pop(first_id, None)
-        for job_id in range(first_id, first_id + count):
-            if (known := machine.known(job_id)) is not None:  # a checkpoint took the job while the log went on
-                if known.indexed and machine.changes is not None:
-                    machine.changes.packed.add(job_id)
-                machine.drop(known)
+        _drop_known(machine, first_id, count)
     if event.keys is not None:
         for job_id, text in enumerate(event.keys, first_id):
             if text is not None:
@@ -171,6 +160,10 @@ def _apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place
         machine.live[segment] = machine.live.get(segment, 0) + size
     if not machine.keep_payloads and machine.cache.size > machine.cache.most:
         machine.cache.trim()
+    _count_enqueued(machine, queue, state, first_id, count, now_ms)
+
+
+def _count_enqueued(machine: Machine, queue: Queue, state: int, first_id: int, count: int, now_ms: int) -> None:
     queue.counts[state] += count
     if state == READY:
         machine.wake(queue)
@@ -179,6 +172,16 @@ def _apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place
     queue.enqueued += count
     if first_id + count > machine.next_id:
         machine.next_id = first_id + count
+
+
+def _drop_known(machine: Machine, first_id: int, count: int) -> None:
+    """Ids that were told in advance, or jobs that a checkpoint took while the log went on."""
+    machine.promised.pop(first_id, None)
+    for job_id in range(first_id, first_id + count):
+        if (known := machine.known(job_id)) is not None:
+            if known.indexed and machine.changes is not None:
+                machine.changes.packed.add(job_id)
+            machine.drop(known)
 
 
 def _enqueue_next(
@@ -376,6 +379,20 @@ def _apply_redriven(machine: Machine, ids: Sequence[int], now_ms: int) -> None:
                 queue.counts[DEAD] -= again.left
                 queue.counts[READY] += again.left
         machine.wake(queue)
+
+
+def _apply_queue_removed(machine: Machine, number: int) -> None:
+    gone = machine.numbers.get(number)
+    if gone is not None and not any(gone.counts):  # in a salvaged log it may still hold something
+        del machine.numbers[number], machine.waiting[number], machine.queues[gone.name]
+        machine.woken.discard(gone.name)
+
+
+def _apply_segments_dropped(machine: Machine, upto: int) -> None:
+    machine.oldest_segment = max(machine.oldest_segment, upto + 1)
+    for segment in [s for s in machine.live if s <= upto]:
+        del machine.live[segment]
+    machine.keys.drop_segments(upto)
 
 
 def _revive(machine: Machine, entry: Entry, now_ms: int) -> None:

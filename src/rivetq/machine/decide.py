@@ -254,9 +254,8 @@ def lease(
             ids += here
             attempts += [n + 1 for n in before]
             if visibility_ms is not None:
-                deadlines += [now_ms + visibility_ms] * count
-            else:
-                deadlines += [default_ms if own is None else now_ms + own for own in visibilities]
+                visibilities = [visibility_ms] * count
+            deadlines += [default_ms if own is None else now_ms + own for own in visibilities]
             places.append((queue.number, priority, count))
         if len(ids) == max_jobs:
             break

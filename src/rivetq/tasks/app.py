@@ -203,24 +203,7 @@ class App:
             raise UsageError(f"name: a str expected, got {quoted(name)}")
 
         def register(function: Callable[..., Any]) -> Task[..., Any]:
-            if isinstance(function, Task):
-                raise UsageError(f"task: {function.name!r} is one already; app.periodic stands above app.task")
-            if not inspect.isroutine(function) or isinstance(function, staticmethod | classmethod):
-                raise UsageError(
-                    f"task: a function expected, got {quoted(function)}; options are given by name, queue=..."
-                )
-            try:
-                inspect.signature(function)
-            except (TypeError, ValueError) as error:
-                raise UsageError(f"task: {function!r} does not tell its arguments: {error}") from error
-            if _is_method(function):
-                raise UsageError(f"task: {function.__qualname__} is a method; jobs are for functions, without a self")
-            if inspect.iscoroutinefunction(function) and checked.pool == "process":
-                raise UsageError("pool: 'process' is for sync functions")
-            if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-                raise UsageError("task: a generator function is never run by a call of it")
-            if checked.pool == "process" and "<" in function.__qualname__:  # <locals>, <lambda>
-                raise UsageError("pool: 'process' is for functions of a module, which a child process can import")
+            _check_function(function, checked.pool)
             task = Task(self, name or function.__name__, function, checked)
             known = self.tasks.setdefault(task.name, task)
             if known is not task:
@@ -429,3 +412,23 @@ def _is_method(function: Callable[..., Any]) -> bool:
     place = function.__qualname__.rpartition(".")[0]
     first = next(iter(inspect.signature(function).parameters), "")
     return bool(place) and not place.endswith("<locals>") and first in ("self", "cls")
+
+
+def _check_function(function: Callable[..., Any], pool: Pool) -> None:
+    """Raises UsageError if it cannot be a task."""
+    if isinstance(function, Task):
+        raise UsageError(f"task: {function.name!r} is one already; app.periodic stands above app.task")
+    if not inspect.isroutine(function) or isinstance(function, staticmethod | classmethod):
+        raise UsageError(f"task: a function expected, got {quoted(function)}; options are given by name, queue=...")
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"task: {function!r} does not tell its arguments: {error}") from error
+    if _is_method(function):
+        raise UsageError(f"task: {function.__qualname__} is a method; jobs are for functions, without a self")
+    if inspect.iscoroutinefunction(function) and pool == "process":
+        raise UsageError("pool: 'process' is for sync functions")
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise UsageError("task: a generator function is never run by a call of it")
+    if pool == "process" and "<" in function.__qualname__:  # <locals>, <lambda>
+        raise UsageError("pool: 'process' is for functions of a module, which a child process can import")

@@ -4,6 +4,7 @@ What a handler needs (`Retry`, `Snooze`, `Reject`, `current_job`) can be importe
 """
 
 from ..tasks import Reject, Retry, Snooze, current_job
-from .worker import Concurrency, Settled, Worker
+from .options import Concurrency, Settled
+from .worker import Worker
 
 __all__ = ["Concurrency", "Reject", "Retry", "Settled", "Snooze", "Worker", "current_job"]

@@ -241,19 +241,22 @@ class _Child:
                     raise RuntimeError("the child told the end of another job: did a handler fork and return twice?")
                 return ending
         except (EOFError, OSError) as trouble:
-            end = time.monotonic() + END_S
-            while self._process.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
-                time.sleep(0.005)
-            if job.reason == TIME_LIMIT:
-                error = f"TimeLimitError: {TIME_LIMIT} ({allowed:g} s), its process was killed"
-                logger.warning("job %s: %s", delivery.lease.id, error, extra=fields(delivery))
-                return Ending("nack", error)
-            if job.reason is not None:
-                return stopped(delivery)
             # The job is still in the pipe if it cannot be sent, or, so Linux says, if the connection is "reset".
-            if is_sent and not is_taken and isinstance(trouble, BrokenPipeError | ConnectionResetError):
-                return None
-            return self.died(delivery)
+            in_pipe = is_sent and not is_taken and isinstance(trouble, BrokenPipeError | ConnectionResetError)
+            return self._cut_short(delivery, allowed, in_pipe=in_pipe)
+
+    def _cut_short(self, delivery: Delivery, allowed: float | None, *, in_pipe: bool) -> Ending | None:
+        """How a job ended whose child ends or was killed, within so many seconds if its time was limited."""
+        end = time.monotonic() + END_S
+        while self._process.is_alive() and time.monotonic() < end:  # join would wait for what it forked, too
+            time.sleep(0.005)
+        if delivery.job.reason == TIME_LIMIT:
+            error = f"TimeLimitError: {TIME_LIMIT} ({allowed:g} s), its process was killed"
+            logger.warning("job %s: %s", delivery.lease.id, error, extra=fields(delivery))
+            return Ending("nack", error)
+        if delivery.job.reason is not None:
+            return stopped(delivery)
+        return None if in_pipe else self.died(delivery)
 
     def died(self, delivery: Delivery) -> Ending:
         """Of a job whose child ended without a word."""

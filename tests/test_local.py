@@ -26,7 +26,7 @@ from rivetq.machine.queue import LEASED, READY
 from rivetq.machine.run import RUN_JOBS
 from rivetq.storage import index_values as values
 from rivetq.storage.index import Index
-from rivetq.storage.log import Log
+from rivetq.storage.space import Space
 from rivetq.testing import ManualClock
 from rivetq.testing.disk import SimulatedDisk
 
@@ -944,7 +944,7 @@ def test_what_is_read_while_runs_are_put_away_is_put_away_the_next_time(
 def test_the_time_line_shows_the_wall_clock_however_long_openings_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, read, make_room = ManualClock(), rivetq.engines.local.recover, Log.make_room
+    clock, read, make_room = ManualClock(), rivetq.engines.local.recover, Space.make_room
 
     def slow_to_read(*args: Any) -> Any:
         found = read(*args)
@@ -956,7 +956,7 @@ def test_the_time_line_shows_the_wall_clock_however_long_openings_take(
         make_room(*args, **kwargs)
 
     monkeypatch.setattr(rivetq.engines.local, "recover", slow_to_read)
-    monkeypatch.setattr(Log, "make_room", slow_to_make_room)
+    monkeypatch.setattr(Space, "make_room", slow_to_make_room)
     for _ in range(3):
         with Broker(tmp_path / "q", clock=clock) as broker:
             job = broker.get(broker.enqueue("q", b""))

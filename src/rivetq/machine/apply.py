@@ -58,11 +58,7 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
                 machine.wait(entry, event.due_ms, now_ms)
         case Buried():
             if (entry := machine.known(event.id)) is not None:
-                machine.leave(entry)
-                entry.queue.buried += 1
-                entry.last_error = event.error
-                entry.died_at_ms = event.died_at_ms
-                machine.enter(entry, DEAD)
+                _apply_buried(machine, entry, event)
         case Extended():
             if (entry := machine.known(event.id)) is not None and entry.state == LEASED:
                 entry.deadline_ms = event.deadline_ms
@@ -115,10 +111,9 @@ def _apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place
     keep = machine.keep_payloads or (machine.cache.most > 0 and bool(event.payloads))
     if first_id < machine.next_id:
         _drop_known(machine, first_id, count)
-    if event.keys is not None:
-        for job_id, text in enumerate(event.keys, first_id):
-            if text is not None:
-                machine.hold_key(event.queue, text, Key(job_id, segment))
+    for job_id, text in enumerate(event.keys or (), first_id):
+        if text is not None:
+            machine.hold_key(event.queue, text, Key(job_id, segment))
     at = 0
     while at < count:
         job_id = first_id + at
@@ -379,6 +374,14 @@ def _apply_redriven(machine: Machine, ids: Sequence[int], now_ms: int) -> None:
                 queue.counts[DEAD] -= again.left
                 queue.counts[READY] += again.left
         machine.wake(queue)
+
+
+def _apply_buried(machine: Machine, entry: Entry, event: Buried) -> None:
+    machine.leave(entry)
+    entry.queue.buried += 1
+    entry.last_error = event.error
+    entry.died_at_ms = event.died_at_ms
+    machine.enter(entry, DEAD)
 
 
 def _apply_queue_removed(machine: Machine, number: int) -> None:

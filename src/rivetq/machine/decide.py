@@ -249,8 +249,7 @@ def lease(
             if not wanted:
                 break
             here, before, visibilities = look.head(machine, window, wanted)
-            count = len(here)
-            room -= count
+            room -= (count := len(here))
             ids += here
             attempts += [n + 1 for n in before]
             if visibility_ms is not None:

@@ -68,7 +68,14 @@ WINGS: dict[str, list[str]] = {
 }
 """Who runs and shows: they import the wings before them, the public names of `rivetq`, `aio`, `tools` and `testing`."""
 PUBLIC = {"__init__", "aio", "tools.__init__", "testing.__init__"}
-TESTING = {"__init__", "clock", "disk", "plugin", "conformance", "tasks"}
+SUITE = [
+    "answers", "closing", "enqueue", "expiry", "keys", "lease", "limits", "looking", "queues", "retries",
+    "transactions", "values", "waiting",
+]  # fmt: skip
+TESTING = [
+    "clock", "disk", "__init__", "plugin", "tasks",
+    "conformance.shared", *(f"conformance.{part}" for part in SUITE), "conformance.__init__",
+]  # fmt: skip
 TOP = {"words", "face", "commands"}
 PURE = {"machine"} | {f"storage.{name}" for name in ("fields", "codec", "index_values", "record", "header")}
 DEPENDENCIES = {"attrs", "crc32c", "lmdb", "sortedcontainers"}

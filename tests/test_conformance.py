@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -13,7 +15,10 @@ from rivetq.testing.conformance import *
 
 
 def test_all_tests_of_the_suite_are_handed_out() -> None:
-    assert {name for name in dir(conformance) if name.startswith("test_")} == set(conformance.__all__)
+    names = [f"{conformance.__name__}.{part.name}" for part in iter_modules(conformance.__path__)]
+    parts = map(vars, map(importlib.import_module, names))
+    tests = [name for part in parts for name, value in part.items() if name.startswith("test_") and callable(value)]
+    assert sorted(tests) == sorted(conformance.__all__)
 
 
 @pytest.fixture(params=["memory", "local", "local-real-clock"])

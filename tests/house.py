@@ -64,7 +64,17 @@ WINGS: dict[str, list[str]] = {
     "metrics": [],
     "otel": [],
     "settings": [],
-    "cli": [],
+    "cli": [
+        "showing",
+        "command",
+        "looking",
+        "changing",
+        "repairing",
+        "working",
+        "measuring",
+        "__init__",
+        "__main__",
+    ],
 }
 """Who runs and shows: they import the wings before them, the public names of `rivetq`, `aio`, `tools` and `testing`."""
 PUBLIC = {"__init__", "aio", "tools.__init__", "testing.__init__"}

@@ -27,6 +27,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from rivetq import cli, tools
+from rivetq.cli import looking, showing, working
 from rivetq.engines import view
 from rivetq.settings import Settings
 
@@ -97,7 +98,7 @@ def test_a_job_that_was_ready_in_the_moment_of_the_last_record_has_grown_older(f
         stats = attrs.evolve(found.stats("mail"), oldest_age=0.0)
         found.stats = lambda queue=None: stats  # type: ignore[method-assign]  # a fixed answer
         found.as_of = datetime.now(UTC) - timedelta(seconds=5)
-        assert 5 <= (cli._now(found, "mail").oldest_age or 0) < 60
+        assert 5 <= (looking._now(found, "mail").oldest_age or 0) < 60
 
 
 def test_a_reader_that_goes_away_ends_a_command_without_a_word(filled: Run) -> None:
@@ -235,7 +236,7 @@ def test_jobs_reads_no_payload_for_a_table_and_one_at_a_time_for_json(
         return lambda *args: (calls.append(name), call(*args))[1]
 
     monkeypatch.setattr(view, "read_payload", noted("read", view.read_payload))
-    monkeypatch.setattr(cli, "_listed_json", noted("listed", cli._listed_json))
+    monkeypatch.setattr(looking, "_listed_json", noted("listed", looking._listed_json))
     filled("jobs", "mail")
     assert calls == []
     filled.json("jobs", "mail")
@@ -371,8 +372,8 @@ def test_salvage_of_a_log_with_a_hole_is_status_1(filled: Run, tmp_path: Path) -
 
 def test_what_takes_long_shows_on_a_terminal_how_far_it_is(filled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
-    monkeypatch.setattr(cli, "errors", Console(file=terminal, force_terminal=True, width=80))
-    monkeypatch.setattr(cli, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(showing, "errors", Console(file=terminal, force_terminal=True, width=80))
+    monkeypatch.setattr(showing, "PATIENCE_S", 0.01)
     verify = tools.verify
 
     def slow(path: str, progress: tools.Progress) -> tools.Verification:
@@ -599,7 +600,7 @@ def test_what_nobody_set_is_as_the_app_has_it(
         raise UsageError("seen")
 
     monkeypatch.setattr(Settings, "worker", worker)
-    monkeypatch.setattr(cli, "configure", lambda **options: None)  # it would be that of all tests
+    monkeypatch.setattr(working, "configure", lambda **options: None)  # it would be that of all tests
     (tmp_path / "shop.py").write_text(APP.replace('App("unused")', 'App("jobs", fsync="interval")'))
     monkeypatch.syspath_prepend(tmp_path)
     for name, value in given.items():
@@ -624,7 +625,7 @@ def test_a_worker_whose_broker_failed_is_status_1_and_leaves_no_server(
 
     monkeypatch.setattr("rivetq.worker.Worker.run", lambda self: 1)
     monkeypatch.setattr("rivetq.metrics.serve", lambda broker, port, workers: Server())
-    monkeypatch.setattr(cli, "configure", lambda **options: None)  # it would be that of all tests
+    monkeypatch.setattr(working, "configure", lambda **options: None)  # it would be that of all tests
     (tmp_path / "shop.py").write_text(APP.replace('"unused"', '":memory:"'))
     monkeypatch.syspath_prepend(tmp_path)
     assert CliRunner().invoke(cli.main, ["worker", "shop:app", *port]).exit_code == 1
@@ -642,7 +643,7 @@ def test_a_number_of_handlers_is_for_each_kind_unless_one_is_given(
         raise UsageError("seen")
 
     monkeypatch.setattr(Settings, "worker", worker)
-    monkeypatch.setattr(cli, "configure", lambda **options: None)  # it would be that of all tests
+    monkeypatch.setattr(working, "configure", lambda **options: None)  # it would be that of all tests
     (tmp_path / "shop.py").write_text(APP)
     monkeypatch.syspath_prepend(tmp_path)
     run("worker", "shop:app", "-c", "3", "--tasks", "50", status=2)

@@ -1,0 +1,19 @@
+"""The command line ``rivetq``: `pip install rivetq[cli]`.
+
+Commands that look work on a directory whatever process has it open, and say as of when. Commands that change something
+open it themselves, and say who has it if somebody does.
+
+What the exit statuses mean stands in `command`.
+"""
+
+try:
+    import click  # noqa: F401
+    import rich  # noqa: F401
+except ImportError as error:  # pragma: no cover  # the tests run where both are installed
+    raise SystemExit(f"rivetq: the command line needs click and rich ({error}): pip install rivetq[cli]") from None
+
+from . import changing, looking, measuring, repairing, working  # noqa: F401
+from .command import main
+from .working import load_app
+
+__all__ = ["load_app", "main"]

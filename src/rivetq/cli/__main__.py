@@ -1,0 +1,5 @@
+"""``python -m rivetq.cli``."""
+
+from . import main
+
+main()

@@ -21,7 +21,7 @@ ROOMS: dict[str, list[str]] = {
     "machine": [
         "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
         "cache", "machine", "apply", "advance", "look",
-        "decide", "saving", "check",
+        "decide", "commit", "saving", "check",
     ],
     "storage": [
         "__init__", "disk", "layout", "lock", "fields", "codec", "index_values", "record", "header", "segment", "space",

@@ -25,6 +25,7 @@ from rivetq.machine import decide, look
 from rivetq.machine.advance import advance, expect_token, next_wakeup_ms
 from rivetq.machine.apply import apply
 from rivetq.machine.check import check, dump
+from rivetq.machine.commit import decide_commit
 from rivetq.machine.entry import Entry
 from rivetq.machine.events import (
     Acked,
@@ -89,7 +90,7 @@ class Bench:
         self.apply([])
 
     def plan(self, *operations: Operation) -> tuple[list[Event], list[Any]]:
-        events, answers = self.ask(decide.commit, operations, self.now)
+        events, answers = self.ask(decide_commit, operations, self.now)
         return events, answers
 
     def commit(self, *operations: Operation) -> list[Any]:
@@ -156,10 +157,10 @@ def test_what_is_written_is_absolute_and_complete() -> None:
 
 def test_no_payloads_make_no_event_whether_the_queue_exists_or_not() -> None:
     machine = Machine()
-    assert decide.commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
-    for event in decide.commit(machine, [Enqueue("mail", [b""])], 5)[0]:
+    assert decide_commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
+    for event in decide_commit(machine, [Enqueue("mail", [b""])], 5)[0]:
         apply(machine, event, 5, Place())
-    assert decide.commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
+    assert decide_commit(machine, [Enqueue("mail", [])], 5) == ([], [[]])
 
 
 def test_without_a_delay_there_is_no_due_moment() -> None:
@@ -497,7 +498,7 @@ def lost(bench: Bench, job_id: int, token: int) -> str:
         Ack(job_id, token), Nack(job_id, token), Release(job_id, token), Reject(job_id, token),
         Extend(job_id, token, 1),
     ):  # fmt: skip
-        for question in (lambda m, o, now: decide.commit(m, [o], now), decide.check):
+        for question in (lambda m, o, now: decide_commit(m, [o], now), decide.check):
             with pytest.raises(LeaseLostError) as caught:
                 bench.ask(question, operation, bench.now)
             assert (caught.value.job_id, caught.value.token) == (job_id, token)

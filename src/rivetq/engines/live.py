@@ -13,6 +13,7 @@ from ..engine import Backup, Capabilities, Done, Enqueue, Operation
 from ..errors import RivetQError, UsageError
 from ..histogram import Histogram
 from ..machine import decide
+from ..machine.commit import decide_commit
 from ..machine.events import Event, Purged, Redriven
 from ..machine.queue import DEAD
 from ..model import JobState, QueueConfig
@@ -39,7 +40,7 @@ class LiveEngine(LeasingEngine):
             self._check()  # before the lock, as in _change
             with self._lock:
                 self._lessees.wake_early(self._machine, operations)
-        answers: list[Any] = self._change(partial(decide.commit, self._machine, operations), keep_reserve=enqueues)
+        answers: list[Any] = self._change(partial(decide_commit, self._machine, operations), keep_reserve=enqueues)
         return answers
 
     def commit_soon(self, operations: Sequence[Operation], done: Done) -> None:
@@ -58,7 +59,7 @@ class LiveEngine(LeasingEngine):
         with self._lock:
             now_ms = self._tick()
             try:
-                events, answers = self._planned(partial(decide.commit, self._machine, operations), now_ms)
+                events, answers = self._planned(partial(decide_commit, self._machine, operations), now_ms)
                 lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()
             except NeedRoomError:
                 self._notifier.call(commit)  # room is made by the disk

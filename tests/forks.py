@@ -54,7 +54,8 @@ TRACED = {
         "storage/ahead", "storage/codec", "storage/disk", "storage/group_commit", "storage/index",
         "storage/index_values", "storage/lock", "storage/log", "storage/segment", "storage/space",
         "machine/advance", "machine/apply", "machine/cache", "machine/commit", "machine/decide", "machine/keys",
-        "machine/look", "machine/machine", "machine/ratelimit", "machine/run", "machine/saving", "machine/snapshot", "machine/window",
+        "machine/look", "machine/machine", "machine/ratelimit", "machine/run", "machine/saving", "machine/snapshot",
+        "machine/window",
     )
 }  # fmt: skip
 VISITS = 2

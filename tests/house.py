@@ -17,7 +17,7 @@ import rivetq
 
 PACKAGE = Path(rivetq.__file__).parent
 ROOMS: dict[str, list[str]] = {
-    "words": ["errors", "model", "clock", "histogram", "engine"],
+    "words": ["errors", "units", "model", "clock", "histogram", "engine"],
     "machine": [
         "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
         "cache", "machine", "apply", "advance", "look",
@@ -33,7 +33,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "broker": ["__init__", "arguments", "broker"],
     "face": ["aio", "__init__"],
-    "tools": ["salvage", "repair", "__init__"],
+    "tools": ["directory", "salvage", "dumping", "looking", "verifying", "repair", "__init__"],
     "commands": ["__main__"],
 }  # fmt: skip
 """The spine, from the ground up: a file imports from the rooms before its own, and from the files before it in its own.
@@ -43,7 +43,7 @@ A room is a folder; "words", "face" and "commands" are files beside the folders.
 WINGS: dict[str, list[str]] = {
     "texts": [],
     "typedjson": [],
-    "schedules": ["scheduler", "__init__"],
+    "schedules": ["when", "scheduler", "__init__"],
     "tasks": ["outcomes", "current", "task", "running", "under_test", "app", "pickling", "__init__"],
     "logs": [],
     "worker": [

@@ -216,7 +216,7 @@ BUGS = (
     ),
     Bug(
         "ticks without end",
-        "schedules/scheduler.py",
+        "schedules/when.py",
         "if tick > now or len(ticks) == TICKS:",
         "if tick > now:",
         "test_schedules.py::test_one_transaction_has_a_hundred_ticks_at_most_and_waits_for_the_next",
@@ -401,7 +401,7 @@ BUGS = (
     ),
     Bug(
         "grace without its end",
-        "schedules/scheduler.py",
+        "schedules/when.py",
         ".total_seconds() > self.grace:",
         ".total_seconds() >= self.grace:",
         "test_schedules.py::test_a_tick_is_in_time_up_to_the_very_end_of_its_grace",

@@ -41,8 +41,10 @@ class Disk(SystemDisk):
         most = max(most, sum(name.endswith(".log") or "spare-" in name for name in names))
         return fd
 
-import rivetq.engines.local, rivetq.tools.repair
-rivetq.engines.local.SystemDisk = rivetq.tools.repair.SystemDisk = Disk
+import rivetq.engines.local, rivetq.tools
+for module in ("engines.local", "tools.directory", "tools.dumping", "tools.looking", "tools.repair", "tools.verifying"):
+    assert sys.modules[f"rivetq.{module}"].SystemDisk
+    sys.modules[f"rivetq.{module}"].SystemDisk = Disk
 directory = sys.argv[1]
 """
 

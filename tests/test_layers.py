@@ -48,7 +48,7 @@ def test_a_wing_imports_public_names_and_the_wings_before_it() -> None:
 
 
 def test_the_testing_kit_imports_public_files_only() -> None:
-    allowed = {*PUBLIC, *wings(), *(f"testing.{name}" for name in TESTING), "broker.broker", "model", "clock"}
+    allowed = {*PUBLIC, *wings(), *(f"testing.{name}" for name in TESTING), "broker.broker", "clock", "model", "units"}
     for file in TESTING:
         for found, name in imports(f"testing.{file}"):
             assert found in allowed, f"testing.{file} imports {name} from {found}"

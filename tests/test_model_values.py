@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 
 from rivetq.errors import LeaseLostError, RivetQError, UsageError
 from rivetq.model import (
-    MAX_DURATION_MS,
     NO_HEADERS,
-    Duration,
     Job,
     JobState,
     Lease,
@@ -29,13 +27,10 @@ from rivetq.model import (
     QueueStats,
     RateLimit,
     RetryPolicy,
-    checked_int,
     decode_json,
-    duration_ms,
-    moment,
-    moment_ms,
     read_only,
 )
+from rivetq.units import MAX_DURATION_MS, Duration, checked_int, duration_ms, moment, moment_ms
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 CENTURY_S = MAX_DURATION_MS // 1000

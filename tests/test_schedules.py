@@ -22,7 +22,7 @@ from cronsim import CronSim
 
 from rivetq import Broker, DiskFullError, RateLimit, UsageError
 from rivetq.schedules import SCHEDULES, TICK_HEADER, Cron, Scheduler, every
-from rivetq.schedules.scheduler import TICKS, spec_of
+from rivetq.schedules.when import TICKS, spec_of
 from rivetq.tasks import App, current_job
 from rivetq.testing import ManualClock
 from rivetq.worker import Worker

@@ -30,7 +30,7 @@ from rivetq.storage.header import decode_header
 from rivetq.storage.index import Index
 from rivetq.storage.segment import Record, Scan
 from rivetq.storage.space import Space
-from rivetq.tools import repair
+from rivetq.tools import directory, looking, verifying
 
 SEGMENT_BYTES = 65_536
 NO_WAIT = RetryPolicy(base=0, max_attempts=3)
@@ -142,14 +142,14 @@ def test_verify_does_not_go_on_without_the_lock_because_descriptors_are_used_up(
     def no_descriptor(directory: str, wall_ms: int) -> Any:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(repair, "DirectoryLock", no_descriptor)
+    monkeypatch.setattr(directory, "DirectoryLock", no_descriptor)
     with pytest.raises(StorageError, match="cannot be locked"):
         tools.verify(closed)
 
 
 @pytest.mark.parametrize(("key", "has_ended"), [(None, False), ((1, 0), False), ((1, 99), True), ((1, 101), False)])
 def test_a_key_that_an_index_may_lack_is_one_whose_window_is_over(key: tuple[int, int] | None, has_ended: bool) -> None:
-    assert repair._has_ended(key, 100) == has_ended
+    assert verifying._has_ended(key, 100) == has_ended
 
 
 def test_verify_counts_what_a_crash_left_unsynced(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_verify_sees_an_index_that_does_not_match(closed: Path) -> None:
 @pytest.mark.parametrize("what", ["a job", "a total", "a key", "nothing"])
 def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """An index with right checksums that says something else: a bug would make one."""
-    honest = repair.served
+    honest = verifying.served
     seen: list[object] = []
 
     def serving(found: Any) -> Any:
@@ -202,7 +202,7 @@ def test_verify_compares_an_intact_index_with_the_log(closed: Path, monkeypatch:
                 machine.keys.forget(machine.queues["mail"].number, "k30")
         return machine
 
-    monkeypatch.setattr(repair, "served", serving)
+    monkeypatch.setattr(verifying, "served", serving)
     found = tools.verify(closed)
     assert len(seen) == 2
     assert (found.index is None) == (what == "nothing")
@@ -261,9 +261,9 @@ def test_a_look_begins_anew_a_few_times_and_then_says_so(closed: Path, monkeypat
     with tools.look(closed) as found:
         [job] = found.jobs("last")
         monkeypatch.setattr(rivetq.engines.view.ViewEngine, "_segment", moved)
-        with pytest.raises(StorageError, match=f"job {job.id}: its payload was moved {repair.LOOKS + 1} times"):
+        with pytest.raises(StorageError, match=f"job {job.id}: its payload was moved {looking.LOOKS + 1} times"):
             found.get(job.id)
-    assert len({id(each) for each in looks}) == len(looks) == repair.LOOKS + 1
+    assert len({id(each) for each in looks}) == len(looks) == looking.LOOKS + 1
     assert [name for name in os.listdir(tempfile.gettempdir()) if name == os.path.basename(looks[0]._copy)] == []
 
 
@@ -368,7 +368,7 @@ def test_verify_of_an_open_directory_reads_a_copy_of_one_moment(busy: Broker, tm
 def test_verify_of_an_open_directory_sees_damage_to_its_log_and_its_index(
     busy: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repair, "VERIFY_PATIENCE_S", 0)
+    monkeypatch.setattr(verifying, "VERIFY_PATIENCE_S", 0)
     busy.checkpoint()
     index = Path(busy.path) / "index" / "data.mdb"
     rot(index, 5000)
@@ -397,7 +397,7 @@ def test_verify_looks_again_while_a_checkpoint_is_under_way(busy: Broker, monkey
             manifest.write_bytes(whole)
         rivetq.engines.view.copy_index(path, out)
 
-    monkeypatch.setattr("rivetq.tools.repair.copy_index", copied)
+    monkeypatch.setattr("rivetq.tools.verifying.copy_index", copied)
     assert tools.verify(busy.path).is_whole
     assert looks == 4
 
@@ -413,7 +413,7 @@ def test_verify_of_an_open_directory_whose_parent_cannot_be_written_copies_elsew
         made.append(make(prefix=prefix))
         return made[-1]
 
-    monkeypatch.setattr("rivetq.tools.repair.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("rivetq.tools.verifying.tempfile.mkdtemp", refuse)
     assert tools.verify(busy.path).is_whole
     assert len(made) == 1
     assert not os.path.exists(made[0])

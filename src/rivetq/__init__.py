@@ -35,7 +35,6 @@ from .errors import (
 from .histogram import Histogram
 from .model import (
     Deliveries,
-    Duration,
     Health,
     Job,
     JobId,
@@ -48,6 +47,7 @@ from .model import (
     RateLimit,
     RetryPolicy,
 )
+from .units import Duration
 
 __version__ = "0.1.0"
 

@@ -48,7 +48,6 @@ from .errors import LeaseLostError, RivetQError, UsageError
 from .histogram import Histogram
 from .model import (
     Deliveries,
-    Duration,
     Health,
     Job,
     JobState,
@@ -58,11 +57,9 @@ from .model import (
     QueueStats,
     RateLimit,
     RetryPolicy,
-    checked_int,
-    duration_ms,
-    moment,
     text_of,
 )
+from .units import Duration, checked_int, duration_ms, moment
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,9 +7,8 @@ no part in equality and is not pickled.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -17,13 +16,10 @@ from typing import Any, Literal, Protocol, Self
 import attrs
 
 from .errors import LeaseLostError, RivetQError, UsageError
-
-MAX_DURATION_MS = 100 * 366 * 86_400_000
-"""100 years, the longest duration a call accepts (leap days rounded up)."""
+from .units import Duration, checked_int, checked_number, checked_seconds, shown_value
 
 Jitter = Literal["full", "equal", "none"]
 LimitOn = Literal["lease", "enqueue"]
-Duration = int | float | timedelta
 
 
 class JobState(StrEnum):
@@ -35,107 +31,16 @@ class JobState(StrEnum):
     DEAD = "dead"
 
 
-def duration_ms(value: object, name: str) -> int:
-    """Milliseconds of a caller's duration: seconds (int, float) or timedelta, 0 to 100 years, rounded up.
-
-    Rounded up, so that a delay is never shorter than was asked for.
-    """
-    if type(value) is int and 0 <= value <= 86_400:
-        return value * 1000
-    if isinstance(value, timedelta):
-        seconds: float = value.total_seconds()
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = value
-    else:
-        raise UsageError(f"{name}: seconds (int, float) or a timedelta expected, got {_shown(value)}")
-    if not 0 <= seconds <= MAX_DURATION_MS / 1000:
-        raise UsageError(f"{name}: 0 seconds to 100 years expected, got {quoted(value)}")
-    return _whole_ms(seconds)
-
-
-def moment_ms(value: object, name: str) -> int:
-    """Epoch milliseconds of a caller's moment: an aware datetime or epoch seconds."""
-    if isinstance(value, datetime):
-        if value.tzinfo is None or value.utcoffset() is None:
-            raise UsageError(f"{name}: an aware datetime expected, got the naive {value!r}; add tzinfo")
-        return math.ceil((value - _EPOCH) / _MILLISECOND)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not 0 <= value <= _LAST_MOMENT_S:
-            raise UsageError(f"{name}: epoch seconds from 0 to {_LAST_MOMENT_S} expected, got {quoted(value)}")
-        return _whole_ms(value)
-    raise UsageError(f"{name}: an aware datetime or epoch seconds expected, got {_shown(value)}")
-
-
-def _whole_ms(seconds: float) -> int:
-    """Milliseconds, rounded up; but a float that means a whole one, as 8528207.31 does, is that one."""
-    ms = seconds * 1000
-    near = round(ms)
-    return near if abs(ms - near) <= 1e-6 + ms * 4e-16 else math.ceil(ms)
-
-
-def moment(at_ms: int) -> datetime:
-    """The aware UTC datetime of epoch milliseconds."""
-    if at_ms < _EXACT_MS:
-        return datetime.fromtimestamp(at_ms / 1000, UTC)
-    try:
-        return _EPOCH + timedelta(milliseconds=at_ms)
-    except OverflowError:  # an eta in the year 9999, postponed: shown as the last moment there is
-        return datetime.max.replace(tzinfo=UTC)
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
-_EXACT_MS = 2**41
-"""Below this (the year 2039) a float of seconds is closer to its millisecond than half a microsecond."""
-_LAST_MOMENT_S = 253_402_300_799  # 9999-12-31T23:59:59Z, the last second that a datetime can show
-
-
-def quoted(value: object) -> str:
-    """A value in the message of an error. Any value: it may be the very reason of the error."""
-    try:
-        text = repr(value)
-    except Exception as trouble:  # an int of more digits than Python prints, say
-        text = "very many digits" if isinstance(value, int) else f"(its text cannot be made: {type(trouble).__name__})"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _shown(value: object) -> str:
-    return f"{type(value).__name__} {quoted(value)}"
-
-
-def checked_int(value: object, name: str, low: int, high: int | None = None) -> int:
-    """A true int (no bool, no float) of at least `low` and at most `high`."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UsageError(f"{name}: an int expected, got {_shown(value)}")
-    if value < low or (high is not None and value > high):
-        span = f"at least {low}" if high is None else f"{low} to {high}"
-        raise UsageError(f"{name}: {span} expected, got {quoted(value)}")
-    return int(value)
-
-
-def _number(value: object, name: str, low: float) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise UsageError(f"{name}: a number expected, got {_shown(value)}")
-    if not low <= value <= 1e15:  # nan fails as well
-        raise UsageError(f"{name}: a number of at least {low:g} expected, got {quoted(value)}")
-    return float(value)
-
-
-def _seconds(value: Duration, name: str) -> float:
-    duration_ms(value, name)
-    return value.total_seconds() if isinstance(value, timedelta) else float(value)
-
-
 def _base(value: Duration) -> float:
-    return _seconds(value, "base")
+    return checked_seconds(value, "base")
 
 
 def _max_delay(value: Duration) -> float:
-    return _seconds(value, "max_delay")
+    return checked_seconds(value, "max_delay")
 
 
 def _factor(value: float) -> float:
-    return _number(value, "factor", 1)
+    return checked_number(value, "factor", 1)
 
 
 def _max_attempts(value: int | None) -> int | None:
@@ -144,12 +49,12 @@ def _max_attempts(value: int | None) -> int | None:
 
 def _jitter(value: Jitter) -> Jitter:
     if not isinstance(value, str) or value not in ("full", "equal", "none"):
-        raise UsageError(f"jitter: 'full', 'equal' or 'none' expected, got {_shown(value)}")
+        raise UsageError(f"jitter: 'full', 'equal' or 'none' expected, got {shown_value(value)}")
     return value
 
 
 def _per_second(value: float) -> float:
-    rate = _number(value, "per_second", 0)
+    rate = checked_number(value, "per_second", 0)
     if not rate:
         raise UsageError("per_second: above 0 expected; to stop a queue use pause()")
     return rate
@@ -161,7 +66,7 @@ def _burst(value: int) -> int:
 
 def _limit_on(value: LimitOn) -> LimitOn:
     if not isinstance(value, str) or value not in ("lease", "enqueue"):
-        raise UsageError(f"on: 'lease' or 'enqueue' expected, got {_shown(value)}")
+        raise UsageError(f"on: 'lease' or 'enqueue' expected, got {shown_value(value)}")
     return value
 
 

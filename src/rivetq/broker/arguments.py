@@ -12,7 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 from ..errors import UsageError
-from ..model import JobState, duration_ms, quoted, read_only
+from ..model import JobState, read_only
+from ..units import duration_ms, quoted
 
 MAX_ERROR_BYTES = 4096
 MAX_HEADERS_BYTES = 64 * 1024

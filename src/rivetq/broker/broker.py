@@ -31,7 +31,6 @@ from ..errors import DuplicateJobError, LeaseLostError, UsageError
 from ..histogram import Histogram
 from ..model import (
     Deliveries,
-    Duration,
     Health,
     Job,
     JobId,
@@ -42,12 +41,8 @@ from ..model import (
     QueueStats,
     RateLimit,
     RetryPolicy,
-    checked_int,
-    duration_ms,
-    moment,
-    moment_ms,
-    quoted,
 )
+from ..units import Duration, checked_int, duration_ms, moment, moment_ms, quoted
 from .arguments import (
     MAX_KEY_BYTES,
     MAX_QUEUE_BYTES,

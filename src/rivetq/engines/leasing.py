@@ -12,7 +12,8 @@ from ..errors import RivetQError
 from ..machine import decide
 from ..machine.entry import Entry
 from ..machine.events import Leased
-from ..model import Lease, Settler, moment
+from ..model import Lease, Settler
+from ..units import moment
 from .clockwork import NeedRoomError
 from .lessees import Lessee, SleepingLessee
 from .looking import LookingEngine

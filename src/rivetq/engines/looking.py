@@ -13,7 +13,8 @@ from ..machine.entry import Entry
 from ..machine.look import RUNS_AT_ONCE
 from ..machine.queue import NEVER_MS, SCHEDULED, STATES
 from ..machine.run import Run
-from ..model import Deliveries, Job, JobState, QueueConfig, QueueStats, moment
+from ..model import Deliveries, Job, JobState, QueueConfig, QueueStats
+from ..units import moment
 from .clockwork import Clockwork, timeless
 
 FEW_SCHEDULED = 8000

@@ -19,13 +19,13 @@ from ..errors import StorageError, UsageError
 from ..machine.entry import Entry
 from ..machine.machine import Machine
 from ..machine.snapshot import Place
-from ..model import moment
 from ..storage.disk import Disk
 from ..storage.index import Index
 from ..storage.layout import DATA, INDEX, LOG, MANIFEST, segment_name
 from ..storage.log import read_payload
 from ..storage.recovery import Recovered, beside_its_owner, recover, replay
 from ..storage.segment import OPEN_SEGMENTS, SegmentFile
+from ..units import moment
 from .live import LiveEngine
 
 

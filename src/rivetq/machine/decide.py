@@ -13,7 +13,8 @@ import attrs
 
 from ..engine import Enqueue, KeyStands, Operation
 from ..errors import JobNotFoundError, LeaseLostError, UsageError
-from ..model import QueueConfig, quoted
+from ..model import QueueConfig
+from ..units import quoted
 from . import look
 from .advance import ended_leases
 from .backoff import retry_delay_ms

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from ..model import MAX_DURATION_MS, RateLimit
+from ..model import RateLimit
+from ..units import MAX_DURATION_MS
 
 _EPSILON = 1e-6  # refills are sums of floats: ten tenths of a token are a token
 

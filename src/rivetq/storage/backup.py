@@ -19,7 +19,7 @@ from ..clock import Clock
 from ..engine import Backup
 from ..errors import CorruptLogError, StorageError
 from ..machine.machine import Machine
-from ..model import moment
+from ..units import moment
 from .disk import DIRECTORY_MODE, Disk, read_file, replace_file, write_all, write_file
 from .header import corrupt
 from .layout import LOG, MARK, encode_mark, list_segments, read_mark, segment_name

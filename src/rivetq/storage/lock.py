@@ -17,7 +17,7 @@ import weakref
 from datetime import datetime
 
 from ..errors import BrokerLockedError, StorageError
-from ..model import moment
+from ..units import moment
 from .disk import FILE_MODE, OwnFile, SystemDisk
 from .layout import INDEX, LOCK, LOG
 

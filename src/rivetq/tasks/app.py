@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar, overl
 
 from rivetq import Broker, BrokerClosedError, Duration, Lease, RetryPolicy, Transaction, UsageError
 
-from ..schedules.scheduler import TICK_HEADER, Every, Misfire, Schedule, key, spec_of
+from ..schedules.when import TICK_HEADER, Every, Misfire, Schedule, key, spec_of
 from ..texts import quoted, shown
 from ..typedjson import Codec, TypedJson, hints
 from .current import CurrentJob

@@ -14,7 +14,7 @@ import attrs
 
 from rivetq import Broker, Duration, Lease, RetryPolicy, Transaction, UsageError
 
-from ..schedules.scheduler import SCHEDULES
+from ..schedules.when import SCHEDULES
 from ..texts import quoted
 from ..typedjson import Codec
 from .current import CurrentJob

@@ -14,7 +14,8 @@ import attrs
 
 from rivetq import Broker, Duration, Job, JobState, Lease, LeaseLostError, UsageError
 
-from ..schedules.scheduler import SCHEDULES, Schedule, Scheduler
+from ..schedules.scheduler import Scheduler
+from ..schedules.when import SCHEDULES, Schedule
 from ..testing import ManualClock
 from ..typedjson import Codec
 from .outcomes import Outcome, Reject

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from datetime import datetime
 
-from ..model import Duration, duration_ms, moment, moment_ms
+from ..units import Duration, duration_ms, moment, moment_ms
 
 _START_S = 1_767_225_600  # 2026-01-01T00:00:00Z
 

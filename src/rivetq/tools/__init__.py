@@ -3,21 +3,12 @@
 They work on a directory, not on a broker. `python -m rivetq` is the same as commands.
 """
 
-from .repair import (
-    Look,
-    Path,
-    Problem,
-    Progress,
-    Verification,
-    backup,
-    check,
-    dump,
-    look,
-    rebuild_index,
-    salvage,
-    verify,
-)
+from .directory import Path, Progress, check
+from .dumping import dump
+from .looking import Look, look
+from .repair import backup, rebuild_index, salvage
 from .salvage import Salvage
+from .verifying import Problem, Verification, verify
 
 __all__ = [
     "Look",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from rivetq import UsageError
 
-from ..schedules.scheduler import SCHEDULES
+from ..schedules.when import SCHEDULES
 from ..tasks.outcomes import is_name, seconds_of
 from ..tasks.running import Delivery
 from ..texts import quoted

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..schedules.scheduler import SCHEDULES
+from ..schedules.when import SCHEDULES
 from ..tasks.app import App
 from ..tasks.task import TASK_HEADER
 from .held import Held

@@ -23,7 +23,8 @@ from typing import Self
 
 from rivetq import BrokerClosedError, Duration, UsageError
 
-from ..schedules.scheduler import SCHEDULES, Scheduler
+from ..schedules.scheduler import Scheduler
+from ..schedules.when import SCHEDULES
 from ..tasks.app import App
 from ..tasks.current import here
 from ..tasks.outcomes import seconds_of

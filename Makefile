@@ -15,7 +15,8 @@ demo: $(VENV)/ready ## the main job on real input, killed four times on the way
 
 # Half of the time of all tests goes into these: the model, and what can go wrong at every place. Two processes of pytest,
 # these and the others, use two processors.
-HUNTS := $(addprefix tests/test_,$(addsuffix .py,crash_points kill model planted recovery simulation sweeps))
+HUNTS := tests/engines/test_crash_points.py tests/storage/test_recovery.py \
+  $(addprefix tests/test_,$(addsuffix .py,kill model planted simulation sweeps))
 RUN := $(BIN)/python
 
 test: $(VENV)/ready ## all tests
@@ -91,7 +92,7 @@ crash: $(VENV)/ready ## kill -9 a writing process CYCLES times, then look at STA
 	$(BIN)/python tests/simulation.py --states $(STATES) --seed $(SEED)
 
 rot: $(VENV)/ready ## three mutations of every byte of log and index, and every cut of every file
-	$(BIN)/python -m pytest tests/test_recovery.py -k "damage or cut" --every-byte -s
+	$(BIN)/python -m pytest tests/storage/test_recovery.py -k "damage or cut" --every-byte -s
 
 SWEEPS ?=
 sweeps: $(VENV)/ready ## what can go wrong at every place: SWEEPS="errors exceptions ..." for some of them, SEED
@@ -114,7 +115,7 @@ planted: $(VENV)/ready ## plant bugs, one at a time: the test that is named besi
 	$(BIN)/python tests/planted.py $(PLANTED)
 
 workers: $(VENV)/ready ## tell a worker process under load to end, and kill one, CYCLES times each
-	$(BIN)/python -m pytest tests/test_worker_processes.py --cycles $(CYCLES) -s
+	$(BIN)/python -m pytest tests/worker/test_worker_processes.py --cycles $(CYCLES) -s
 
 clean:
 	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

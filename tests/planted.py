@@ -118,12 +118,14 @@ def hunt(bug: Bug | None, tests: Sequence[str], most: int = 1, limit_s: float | 
 
 def named(bugs: Iterable[Bug]) -> list[str]:
     """The tests that see these bugs."""
-    return list(dict.fromkeys(str(TESTS / bug.caught_by) for bug in bugs))
+    files = {path.name: path for path in TESTS.rglob("test_*.py")}
+    tests = [bug.caught_by.partition("::") for bug in bugs]
+    return list(dict.fromkeys(f"{files.get(name, name)}{colons}{test}" for name, colons, test in tests))
 
 
 def whole() -> list[str]:
     """All tests but those of the planted bugs, the long ones last."""
-    files = {path.stem: str(path) for path in sorted(TESTS.glob("test_*.py"))}
+    files = {path.stem: str(path) for path in sorted(TESTS.rglob("test_*.py"))}
     return [files[name] for name in files if name not in LAST] + [files[name] for name in LAST[:-1]]
 
 

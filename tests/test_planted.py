@@ -35,11 +35,11 @@ def test_each_can_be_planted() -> None:
 
 
 def test_each_has_a_test_that_there_is() -> None:
-    files = sorted({bug.caught_by.partition("::")[0] for bug in BUGS})
+    files = sorted({test.partition("::")[0] for test in named(BUGS)})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    cases = {line.removeprefix("tests/") for line in done.stdout.splitlines()}
+    cases = {f"{Path(line.partition('::')[0]).name}::{line.partition('::')[2]}" for line in done.stdout.splitlines()}
     tests = {case.partition("[")[0] for case in cases}
     assert [bug.name for bug in BUGS if bug.caught_by not in cases | tests] == []
 

@@ -42,7 +42,7 @@ from rivetq.testing import ManualClock
 
 SEGMENT_BYTES = 65_536
 """Bits flipped, one at a time, in each byte: 1 to 8."""
-CHILD = Path(__file__).with_name("flip_child.py")
+CHILD = Path(__file__).parent.with_name("flip_child.py")
 NO_RETRY = RetryPolicy(base=0)
 
 

@@ -2,78 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import QUEUE, SPECS, Shelf, columns_of, job, keys_of, run_of
 
-from rivetq.machine.entry import Entry, Spec
-from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED, Queue
+from rivetq.machine.entry import Entry
+from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED
 from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
-from rivetq.model import NO_HEADERS, RetryPolicy
 
-QUEUE = Queue(1, "mail")
-SPECS = [Spec(5, None, RetryPolicy(), visibility_ms, NO_HEADERS) for visibility_ms in (None, 7)]
 FIELDS = tuple(name for name in Entry.__slots__ if name != "indexed")
-
-
-def job(job_id: int, due_ms: int = 0, **fields: Any) -> Entry:
-    entry = Entry(job_id, QUEUE, SPECS[0], 1000 + job_id, due_ms, None)
-    entry.state = SCHEDULED if due_ms else READY
-    entry.segment, entry.offset, entry.length, entry.crc = 1, 100 * job_id, 10, job_id
-    entry.size, entry.lsn = 90, job_id
-    for name, value in fields.items():
-        setattr(entry, name, value)
-    return entry
-
-
-def columns_of(jobs: Sequence[Entry]) -> Columns:
-    columns = Columns()
-    for entry in jobs:
-        columns.add(entry)
-    return columns
-
-
-def run_of(*keys: int | tuple[int, int]) -> Run:
-    """A run of jobs with these ids, or with these due moments and ids."""
-    jobs = [job(key) if isinstance(key, int) else job(key[1], key[0]) for key in keys]
-    run = Run(QUEUE, 5, columns_of(jobs), jobs[0].state)
-    run.check()
-    return run
 
 
 def fields(entry: Entry) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in FIELDS}
-
-
-def keys_of(run: Run) -> list[Any]:
-    columns, at = run.peek()
-    ids = columns.ids[at:]
-    return list(zip(columns.dues[at:], ids, strict=True)) if run.by_due else list(ids)
-
-
-class Shelf:
-    """What stands for an index: columns by the number of their run."""
-
-    def __init__(self) -> None:
-        self.saved: dict[int, Columns] = {}
-        self.reads = 0
-
-    def save(self, run: Run, number: int) -> None:
-        run.number = number
-        self.saved[number] = run.load().picked(slice(run.at, None))
-
-    def columns(self, number: int) -> Columns:
-        self.reads += 1
-        return self.saved[number].picked(slice(None))
-
-    def key(self, queue: int, text: str) -> tuple[int, int, int] | None:
-        return None
-
-    def key_names(self) -> list[tuple[int, str]]:
-        return []
 
 
 def away(run: Run) -> Shelf:

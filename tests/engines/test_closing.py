@@ -57,7 +57,7 @@ def test_the_sweep_of_closings_sees(tmp_path: Path, name: str) -> None:
 import logging, os, sys
 from multiprocessing import resource_tracker
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import closing
 from rivetq.engines.live import LiveEngine
 from rivetq.worker.pools import ThreadPool

@@ -18,7 +18,7 @@ import pytest
 
 from rivetq import Broker
 
-CHILD = Path(__file__).with_name("worker_child.py")
+CHILD = Path(__file__).parent.with_name("worker_child.py")
 GRACE_S = 2.0
 START_S = 30.0
 SLICE = 2

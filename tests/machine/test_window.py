@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_run import Shelf, job, keys_of, run_of
+from runs import Shelf, job, keys_of, run_of
 
 from rivetq.machine.run import Run
 from rivetq.machine.window import OPEN_RUNS, Window

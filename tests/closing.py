@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 PACKAGE = os.path.dirname(rivetq.__file__)
 ENGINE = (
-    "aio", "broker/broker", "engines/lessees", "engines/clockwork", "engines/leasing",
+    "aio", "broker/broker", "broker/requests", "engines/lessees", "engines/clockwork", "engines/leasing",
     "engines/live", "engines/durable", "engines/checkpoint",
     "engines/notifier", "storage/ahead", "storage/group_commit",
 )  # fmt: skip

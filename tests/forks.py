@@ -47,7 +47,7 @@ PACKAGE = os.path.dirname(rivetq.__file__)
 TRACED = {
     os.path.join(PACKAGE, f"{name}.py")
     for name in (
-        "aio", "broker/broker",
+        "aio", "broker/broker", "broker/requests", "broker/transaction",
         "engines/lessees", "engines/clockwork", "engines/looking", "engines/leasing", "engines/live",
         "engines/durable", "engines/checkpoint", "engines/compaction", "engines/local",
         "engines/memory", "engines/notifier", "engines/view",

@@ -31,7 +31,7 @@ ROOMS: dict[str, list[str]] = {
         "__init__", "notifier", "lessees", "clockwork", "looking", "leasing", "live", "memory", "durable",
         "checkpoint", "compaction", "local", "view",
     ],
-    "broker": ["__init__", "arguments", "broker"],
+    "broker": ["__init__", "arguments", "requests", "transaction", "broker"],
     "face": ["aio", "__init__"],
     "tools": ["directory", "salvage", "dumping", "looking", "verifying", "repair", "__init__"],
     "commands": ["__main__"],

@@ -139,7 +139,7 @@ BUGS = (
     Bug(
         "reservation not looked at again",
         "engines/live.py",
-        "                if decide.ids(self._machine, count, 0) is None:\n                    first_id",
+        "                if decide.ids(self._machine, request.count, 0) is None:\n                    first_id",
         "                if True:\n                    first_id",
         "test_threads.py::test_two_transactions_that_meet_in_one_reservation_get_ids_of_their_own",
     ),
@@ -923,7 +923,7 @@ BUGS = (
     Bug(
         "cancelled lessee keeps its wake-up",
         "engines/leasing.py",
-        "            engine._wake_lessees(self._arguments[0])"
+        "            engine._wake_lessees(self._request.queues)"
         "  # it may have been woken for a job that another can have\n        return True",
         "        return True",
         "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[cancelled]",
@@ -931,7 +931,7 @@ BUGS = (
     Bug(
         "failed lessee stays in the line",
         "engines/leasing.py",
-        "            self.over = True\n            engine._lessees.remove(self, self._arguments[0])\n"
+        "            self.over = True\n            engine._lessees.remove(self, self._request.queues)\n"
         "            if engine._ended",
         "            self.over = True\n            if engine._ended",
         "test_aio.py::test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line[failed]",
@@ -946,15 +946,15 @@ BUGS = (
     Bug(
         "lease of what is not on disk",
         "engines/leasing.py",
-        "        self._settle(max([entry.lsn for entry in entries]))\n        return leases",
-        "        return leases",
+        "        self._settle(max([entry.lsn for entry in entries]))\n        now_ms",
+        "        now_ms",
         "test_aio.py::test_a_lease_waits_for_the_records_of_its_jobs",
     ),
     Bug(
         "awaited enqueue uses the reserve",
         "engines/live.py",
-        "self._record(events, now_ms, enqueues) if events",
-        "self._record(events, now_ms) if events",
+        "self._record(events, now_ms, Enqueue in map(type, request.operations))",
+        "self._record(events, now_ms)",
         "test_aio.py::test_an_enqueue_leaves_the_reserve_of_space_to_answers[awaited]",
     ),
     Bug(

@@ -535,7 +535,7 @@ def test_who_ends_just_as_it_was_woken_leaves_the_job_to_the_next_in_line(ends: 
             job_id = broker.enqueue("q", b"")  # the first will look when the thread is free
             assert first.cancel()
         else:  # it met a full disk, say
-            first._end(UsageError("the disk is full"))
+            first._call._end(UsageError("the disk is full"))
             job_id = broker.enqueue("q", b"")
         go.set()
         until = time.monotonic() + PATIENCE_S

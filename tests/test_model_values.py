@@ -418,10 +418,10 @@ class Desk:
         self.calls.append(("extend", lease.id, lease.token, seconds))
         return make_lease(deadline=NOON + timedelta(minutes=1))
 
-    def watch_lease(self, token: int) -> None:
+    def _watch_lease(self, token: int) -> None:
         self.watched[token] = False
 
-    def unwatch_lease(self, token: int) -> bool:
+    def _unwatch_lease(self, token: int) -> bool:
         return self.watched.pop(token)
 
 

@@ -10,9 +10,10 @@
 >>> broker.close()
 """
 
-from .broker.broker import Broker, Transaction
+from .broker.broker import Broker, Waiting
+from .broker.transaction import Transaction
 from .clock import Clock, SystemClock
-from .engine import Backup, Capabilities, Waiting
+from .engine import Backup, Capabilities
 from .errors import (
     BrokerClosedError,
     BrokerFailedError,

@@ -23,48 +23,45 @@ import asyncio
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
-from types import EllipsisType, TracebackType
+from functools import partial, wraps
+from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import attrs
 
-from .broker.arguments import (
-    checked_bool,
-    checked_error,
-    checked_lease,
-    checked_leases,
-    checked_payloads,
-    checked_queues,
-    checked_visibility,
-)
-from .broker.broker import Broker, Moment, OnDuplicate, Transaction
-from .engine import Ack, Backup, Extend, Nack, Operation, Reject, Release
+from .broker import requests
+from .broker.arguments import checked_payloads
+from .broker.broker import Broker
+from .broker.requests import Moment, OnDuplicate
+from .broker.transaction import Block, Steps
+from .engine import Answer, Commit, Deadline, Engine, Grant, Lost, Operation, Release, Request
 from .errors import LeaseLostError, RivetQError, UsageError
-from .histogram import Histogram
-from .model import (
-    Deliveries,
-    Health,
-    Job,
-    JobState,
-    Lease,
-    LeaseLike,
-    QueueConfig,
-    QueueStats,
-    RateLimit,
-    RetryPolicy,
-    text_of,
-)
-from .units import Duration, checked_int, duration_ms, moment
+from .model import Health, Lease, LeaseLike, RetryPolicy, text_of
+from .units import Duration
 
+A = TypeVar("A")
 P = ParamSpec("P")
 T = TypeVar("T")
 THREADS = 4
 """For what is rare; the hot verbs need none."""
+
+
+def _in_a_thread(
+    verb: Callable[Concatenate[Broker, P], T],
+) -> Callable[Concatenate[AsyncBroker, P], Coroutine[Any, Any, T]]:
+    """A verb of `Broker` that is awaited, and runs in one of a few threads: it is rare and may read the disk."""
+
+    @wraps(verb)
+    async def method(self: AsyncBroker, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._call(verb, *args, **kwargs)
+
+    method.__qualname__ = f"AsyncBroker.{verb.__name__}"
+    method.__doc__ = f"See `Broker.{verb.__name__}`."
+    return method
 
 
 class AsyncBroker:
@@ -89,6 +86,13 @@ class AsyncBroker:
         self._mailbox: _Mailbox | None = None
         self._pool: ThreadPoolExecutor | None = None
         self._pool_pid = 0  # in a forked child its threads are not there
+
+    @classmethod
+    def over(cls, engine: Engine, **options: Any) -> Self:
+        """A broker over an engine of your own: see `Broker.over`. It closes the engine."""
+        broker = cls("", **options)
+        broker._opened = Broker.over(engine, **options)
+        return broker
 
     @classmethod
     async def open(cls, path: str | os.PathLike[str] | Broker, **options: Any) -> Self:
@@ -168,10 +172,22 @@ class AsyncBroker:
     ) -> int:
         """See `Broker.enqueue`."""
         keys = None if idempotency_key is None else [idempotency_key]
-        operation = self.broker._enqueue_operation(
-            queue, [payload], priority, delay, eta, headers, max_attempts, retry, visibility_timeout, keys, on_duplicate
+        operation = requests.enqueue(
+            self.broker._max_payload_bytes,
+            queue,
+            [payload],
+            priority,
+            delay,
+            eta,
+            headers,
+            max_attempts,
+            retry,
+            visibility_timeout,
+            keys,
+            on_duplicate,
         )
-        ids: list[int] = (await self._commit([operation]))[0]
+        answers: list[Any] = await self._soon(Commit([operation]))
+        ids: list[int] = answers[0]
         return ids[0]
 
     async def enqueue_many(
@@ -191,11 +207,11 @@ class AsyncBroker:
     ) -> Sequence[int]:
         """See `Broker.enqueue_many`."""
         checked = checked_payloads(payloads, idempotency_keys)
-        operation = self.broker._enqueue_operation(
-            queue, checked, priority, delay, eta, headers, max_attempts, retry, visibility_timeout,
-            idempotency_keys, on_duplicate,
+        operation = requests.enqueue(
+            self.broker._max_payload_bytes, queue, checked, priority, delay, eta, headers, max_attempts, retry,
+            visibility_timeout, idempotency_keys, on_duplicate,
         )  # fmt: skip
-        answers = await self._commit([operation] if operation.payloads else [])
+        answers: list[Any] = await self._soon(Commit([operation] if operation.payloads else []))
         ids: Sequence[int] = answers[0] if answers else []
         return ids
 
@@ -219,28 +235,19 @@ class AsyncBroker:
         max_bytes: int | None = None,
     ) -> list[AsyncLease]:
         """See `Broker.lease_many`. No thread waits, and a cancelled call loses no job."""
-        queues = checked_queues(queue)
-        visibility_ms = None if visibility_timeout is None else checked_visibility(visibility_timeout)
-        wait_s = None if wait is None else duration_ms(wait, "wait") / 1000
-        checked_int(max_jobs, "max_jobs", 1)
-        if max_bytes is not None:
-            checked_int(max_bytes, "max_bytes", 1)
+        request = requests.take(queue, max_jobs, visibility_timeout, wait, begun, max_bytes)
+        wait_s, request.wait_ms = None if request.wait_ms is None else request.wait_ms / 1000, None
         mailbox = self._box()
         answer = _Answer(mailbox, self._give_back)
         future, broker = answer.future, self.broker
-        waiting = broker._engine.lease_soon(
-            queues,
-            max_jobs,
-            visibility_ms,
-            broker,
-            answer.tell,
-            begun=checked_bool(begun, "begun"),
-            max_bytes=max_bytes,
-        )
+        waiting = broker._engine.call_soon(request, answer.tell)
+
+        def ended(gone: bool) -> None:
+            if gone and not future.done():
+                future.set_result([])
 
         def end() -> None:
-            if waiting.cancel() and not future.done():
-                future.set_result([])
+            waiting.cancel(_in_loop(mailbox, ended))
 
         timer: asyncio.TimerHandle | None = None
         if not future.done() and wait_s is not None:
@@ -249,18 +256,17 @@ class AsyncBroker:
             else:
                 timer = mailbox.loop.call_later(wait_s, end)
         try:
-            leases: list[Lease] = await future
+            grants: list[Grant] = await future
         except GeneratorExit:  # the loop was closed, and the coroutine is collected: in the middle of any call
             waiting.abandon(answer.drop)
             raise
         except BaseException:
-            if not waiting.cancel():  # something was taken: it is here unseen, or on its way
-                answer.drop()
+            waiting.cancel(lambda gone: None if gone else answer.drop())  # it is here unseen, or on its way
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-        return [AsyncLease(lease, self) for lease in leases]
+        return [AsyncLease(lease, self) for lease in requests.leases_of(grants, broker, broker._wall_ms)]
 
     async def leases(
         self, queue: str | Sequence[str], *, visibility_timeout: Duration | None = None
@@ -281,24 +287,23 @@ class AsyncBroker:
 
     async def ack(self, lease: LeaseLike) -> None:
         """See `Broker.ack`."""
-        await self._answer([Ack(*checked_lease(lease))])
+        await self.commit([requests.ack(lease)])
 
     async def ack_many(self, leases: Iterable[LeaseLike]) -> None:
         """See `Broker.ack_many`."""
-        await self._answer([Ack(*checked_lease(lease)) for lease in checked_leases(leases)])
+        await self.commit(requests.acks(leases))
 
     async def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
         """See `Broker.nack`."""
-        delay_ms = None if delay is None else duration_ms(delay, "delay")
-        await self._answer([Nack(*checked_lease(lease), checked_error(error), delay_ms)])
+        await self.commit([requests.nack(lease, error, delay)])
 
     async def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
         """See `Broker.release`."""
-        await self._answer([Release(*checked_lease(lease), duration_ms(delay, "delay"))])
+        await self.commit([requests.release(lease, delay)])
 
     async def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
         """See `Broker.reject`."""
-        await self._answer([Reject(*checked_lease(lease), checked_error(error))])
+        await self.commit([requests.reject(lease, error)])
 
     async def extend(self, lease: LeaseLike, seconds: Duration) -> AsyncLease:
         """See `Broker.extend`."""
@@ -306,154 +311,72 @@ class AsyncBroker:
         if not isinstance(value, Lease):
             return AsyncLease(await self._call(Broker.extend, value, seconds), self)
         (deadline,) = await self.extend_many([value], seconds)
-        granted = duration_ms(seconds, "seconds") / 1000
-        return AsyncLease(attrs.evolve(value, deadline=deadline, granted=granted, broker=self.broker), self)
+        return AsyncLease(requests.extended(value, deadline, seconds, self.broker), self)
 
     async def extend_many(self, leases: Iterable[LeaseLike], seconds: Duration) -> list[datetime]:
         """See `Broker.extend_many`."""
-        extra_ms = duration_ms(seconds, "seconds")
-        operations = [Extend(*checked_lease(lease), extra_ms) for lease in checked_leases(leases)]
-        return [moment(deadline_ms) for deadline_ms in await self._commit(operations)]
+        answers = await self.commit(requests.extends(leases, seconds))
+        wall_ms = self.broker._wall_ms
+        return [requests.deadline_of(answer, wall_ms) for answer in answers if isinstance(answer, Deadline)]
+
+    async def settle_many(self, answers: Sequence[Operation]) -> list[Lost | None]:
+        """See `Broker.settle_many`."""
+        told = await self._soon(Commit(answers, partial=True))
+        self.broker._note_settled(answers)
+        return [answer if isinstance(answer, Lost) else None for answer in told]
+
+    async def commit(self, operations: Sequence[Operation]) -> list[Answer]:
+        """See `Broker.commit`."""
+        answers = await self._soon(Commit(operations))
+        self.broker._note_settled(operations)
+        return answers
 
     def transaction(self) -> AsyncTransaction:
         """All or nothing: ``async with broker.transaction() as tx``. See `Transaction`."""
-        return AsyncTransaction(self, self.broker.transaction())
+        return AsyncTransaction(self)
 
-    # Queues
+    # What is rare
 
-    async def configure_queue(
-        self,
-        queue: str,
-        *,
-        retry: RetryPolicy | EllipsisType = ...,
-        rate_limit: RateLimit | EllipsisType | None = ...,
-        visibility_timeout: Duration | EllipsisType = ...,
-        max_jobs: int | EllipsisType | None = ...,
-        idempotency_ttl: Duration | EllipsisType = ...,
-    ) -> QueueConfig:
-        """See `Broker.configure_queue`."""
-        return await self._call(
-            Broker.configure_queue, queue, retry=retry, rate_limit=rate_limit, visibility_timeout=visibility_timeout,
-            max_jobs=max_jobs, idempotency_ttl=idempotency_ttl,
-        )  # fmt: skip
-
-    async def pause(self, queue: str) -> None:
-        """See `Broker.pause`."""
-        await self._call(Broker.pause, queue)
-
-    async def resume(self, queue: str) -> None:
-        """See `Broker.resume`."""
-        await self._call(Broker.resume, queue)
-
-    async def is_paused(self, queue: str) -> bool:
-        """See `Broker.is_paused`."""
-        return await self._call(Broker.is_paused, queue)
-
-    async def purge(self, queue: str, *, state: JobState | str | None = None) -> int:
-        """See `Broker.purge`."""
-        return await self._call(Broker.purge, queue, state=state)
-
-    async def cancel(self, job_id: int) -> bool:
-        """See `Broker.cancel`."""
-        return await self._call(Broker.cancel, job_id)
-
-    async def redrive(self, queue: str, *, job_ids: Iterable[int] | None = None, limit: int | None = None) -> int:
-        """See `Broker.redrive`."""
-        return await self._call(Broker.redrive, queue, job_ids=job_ids, limit=limit)
-
-    async def remove_queue(self, queue: str) -> bool:
-        """See `Broker.remove_queue`."""
-        return await self._call(Broker.remove_queue, queue)
-
-    # Looking
-
-    async def find(self, queue: str, idempotency_key: str) -> int | None:
-        """See `Broker.find`."""
-        return await self._call(Broker.find, queue, idempotency_key)
-
-    async def get(self, job_id: int) -> Job | None:
-        """See `Broker.get`."""
-        return await self._call(Broker.get, job_id)
-
-    async def jobs(
-        self,
-        queue: str,
-        *,
-        state: JobState | str | None = None,
-        after: int = 0,
-        limit: int = 100,
-        payloads: bool = True,
-    ) -> list[Job]:
-        """See `Broker.jobs`."""
-        return await self._call(Broker.jobs, queue, state=state, after=after, limit=limit, payloads=payloads)
-
-    async def dead_letters(self, queue: str, *, after: int = 0, limit: int = 100) -> list[Job]:
-        """See `Broker.dead_letters`."""
-        return await self._call(Broker.dead_letters, queue, after=after, limit=limit)
-
-    async def queues(self) -> list[str]:
-        """See `Broker.queues`."""
-        return await self._call(Broker.queues)
-
-    async def stats(self, queue: str | None = None) -> QueueStats:
-        """See `Broker.stats`."""
-        return await self._call(Broker.stats, queue)
-
-    async def deliveries(self, queue: str | None = None) -> Deliveries:
-        """See `Broker.deliveries`."""
-        return await self._call(Broker.deliveries, queue)
+    configure_queue = _in_a_thread(Broker.configure_queue)
+    pause = _in_a_thread(Broker.pause)
+    resume = _in_a_thread(Broker.resume)
+    is_paused = _in_a_thread(Broker.is_paused)
+    purge = _in_a_thread(Broker.purge)
+    cancel = _in_a_thread(Broker.cancel)
+    redrive = _in_a_thread(Broker.redrive)
+    remove_queue = _in_a_thread(Broker.remove_queue)
+    find = _in_a_thread(Broker.find)
+    get = _in_a_thread(Broker.get)
+    jobs = _in_a_thread(Broker.jobs)
+    dead_letters = _in_a_thread(Broker.dead_letters)
+    queues = _in_a_thread(Broker.queues)
+    stats = _in_a_thread(Broker.stats)
+    deliveries = _in_a_thread(Broker.deliveries)
+    sync = _in_a_thread(Broker.sync)
+    backup = _in_a_thread(Broker.backup)
+    checkpoint = _in_a_thread(Broker.checkpoint)
+    compact = _in_a_thread(Broker.compact)
+    rotate = _in_a_thread(Broker.rotate)
+    metrics = _in_a_thread(Broker.metrics)
+    histograms = _in_a_thread(Broker.histograms)
 
     async def health(self) -> Health:
         """See `Broker.health`. In the event loop itself: it works when all threads are busy."""
         return self.broker.health()
 
-    # Housekeeping
-
-    async def sync(self) -> None:
-        """See `Broker.sync`."""
-        await self._call(Broker.sync)
-
-    async def backup(self, out: str | os.PathLike[str], *, link: bool = True) -> Backup:
-        """See `Broker.backup`."""
-        return await self._call(Broker.backup, out, link=link)
-
-    async def checkpoint(self) -> None:
-        """See `Broker.checkpoint`."""
-        await self._call(Broker.checkpoint)
-
-    async def compact(self) -> None:
-        """See `Broker.compact`."""
-        await self._call(Broker.compact)
-
-    async def rotate(self) -> None:
-        """See `Broker.rotate`."""
-        await self._call(Broker.rotate)
-
-    async def metrics(self) -> dict[str, int]:
-        """See `Broker.metrics`."""
-        return await self._call(Broker.metrics)
-
-    async def histograms(self) -> dict[str, Histogram]:
-        """See `Broker.histograms`."""
-        return await self._call(Broker.histograms)
-
     # How
 
-    async def _answer(self, operations: Sequence[Operation]) -> None:
-        await self._commit(operations)
-        self.broker._note_settled(operations)
-
-    async def _commit(self, operations: Sequence[Operation]) -> list[Any]:
+    async def _soon(self, request: Request[A]) -> A:
         answer = _Answer(self._box())
-        self.broker._engine.commit_soon(operations, answer.tell)
-        answers: list[Any] = await answer.future
-        return answers
+        self.broker._engine.call_soon(request, answer.tell)
+        told: A = await answer.future
+        return told
 
-    def _give_back(self, leases: list[Lease]) -> None:
+    def _give_back(self, grants: list[Grant]) -> None:
         """Nobody waits for these any more."""
-        operations = [Release(lease.id, lease.token) for lease in leases]
+        operations = [Release(grant.id, grant.token) for grant in grants]
         with suppress(RivetQError):  # lost or closed: then they come again by themselves
-            self.broker._engine.commit_soon(operations, _ignore)
+            self.broker._engine.call_soon(Commit(operations), _ignore)
 
     def _box(self) -> _Mailbox:
         loop = asyncio.get_running_loop()
@@ -463,7 +386,8 @@ class AsyncBroker:
 
     async def _call(self, verb: Callable[Concatenate[Broker, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         self.broker._engine.check_open()  # no thread begins for what raises
-        return await self._in_thread(partial(verb, self.broker, *args, **kwargs))
+        call = getattr(self.broker, verb.__name__)  # by its name: a broker of a subclass may do it otherwise
+        return await self._in_thread(partial(call, *args, **kwargs))
 
     def _in_thread(self, call: Callable[[], T]) -> asyncio.Future[T]:
         if self._pool is None or self._pool_pid != os.getpid():
@@ -554,13 +478,13 @@ class AsyncLease:
         return await self._broker.extend(self, seconds)
 
     async def __aenter__(self) -> Self:
-        self._broker.broker.watch_lease(self.token)
+        self._broker.broker._watch_lease(self.token)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._broker.broker.unwatch_lease(self.token):
+        if self._broker.broker._unwatch_lease(self.token):
             return
         if error is None:
             await self.ack()
@@ -576,23 +500,40 @@ class AsyncLease:
 class AsyncTransaction:
     """`Transaction` with methods that are awaited; see there."""
 
-    def __init__(self, broker: AsyncBroker, transaction: Transaction) -> None:
+    def __init__(self, broker: AsyncBroker) -> None:
         self._broker = broker
-        self._tx = transaction
+        self._block = Block()
 
     async def __aenter__(self) -> Self:
-        self._tx.__enter__()
+        self._block.begin()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if operations := self._tx._end(error):
-            try:
-                await self._broker._answer(operations)
-            except Exception:
-                self._tx._give_up()
-                raise
+        operations = self._block.end(error)
+        try:
+            if operations:
+                await self._broker.commit(operations)
+        except Exception:
+            self._give_up()
+            raise
+        if error is not None:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        for request in self._block.unwanted():
+            self._broker.broker._engine.call_soon(request, _ignore)
+
+    async def _do(self, steps: Steps[T]) -> T:
+        """In the loop: to tell an id in advance takes a sync once in a thousand ids, and is awaited then."""
+        try:
+            request = next(steps)
+            while True:
+                request = steps.send(await self._broker._soon(request))
+        except StopIteration as end:
+            value: T = end.value
+            return value
 
     async def enqueue(
         self,
@@ -610,11 +551,12 @@ class AsyncTransaction:
         on_duplicate: OnDuplicate = "return",
     ) -> int:
         """See `Broker.enqueue`; the id is told now, the job exists when the block ends."""
-        return await self._call(
-            self._tx.enqueue, queue, payload, priority=priority, delay=delay, eta=eta, headers=headers,
-            max_attempts=max_attempts, retry=retry, visibility_timeout=visibility_timeout,
-            idempotency_key=idempotency_key, on_duplicate=on_duplicate,
+        keys = None if idempotency_key is None else [idempotency_key]
+        operation = requests.enqueue(
+            self._broker.broker._max_payload_bytes, queue, [payload], priority, delay, eta, headers, max_attempts,
+            retry, visibility_timeout, keys, on_duplicate,
         )  # fmt: skip
+        return (await self._do(self._block.enqueue(operation)))[0]
 
     async def enqueue_many(
         self,
@@ -632,35 +574,32 @@ class AsyncTransaction:
         on_duplicate: OnDuplicate = "return",
     ) -> Sequence[int]:
         """See `Broker.enqueue_many`."""
-        return await self._call(
-            self._tx.enqueue_many, queue, payloads, priority=priority, delay=delay, eta=eta, headers=headers,
-            max_attempts=max_attempts, retry=retry, visibility_timeout=visibility_timeout,
-            idempotency_keys=idempotency_keys, on_duplicate=on_duplicate,
+        checked = checked_payloads(payloads, idempotency_keys)
+        operation = requests.enqueue(
+            self._broker.broker._max_payload_bytes, queue, checked, priority, delay, eta, headers, max_attempts,
+            retry, visibility_timeout, idempotency_keys, on_duplicate,
         )  # fmt: skip
+        return await self._do(self._block.enqueue(operation))
 
     async def ack(self, lease: LeaseLike) -> None:
         """See `Broker.ack`."""
-        await self._call(self._tx.ack, lease)
+        await self._do(self._block.settle([requests.ack(lease)]))
 
     async def ack_many(self, leases: Iterable[LeaseLike]) -> None:
         """See `Broker.ack_many`."""
-        await self._call(self._tx.ack_many, leases)
+        await self._do(self._block.settle(requests.acks(leases)))
 
     async def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
         """See `Broker.nack`."""
-        await self._call(self._tx.nack, lease, error=error, delay=delay)
+        await self._do(self._block.settle([requests.nack(lease, error, delay)]))
 
     async def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
         """See `Broker.release`."""
-        await self._call(self._tx.release, lease, delay=delay)
+        await self._do(self._block.settle([requests.release(lease, delay)]))
 
     async def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
         """See `Broker.reject`."""
-        await self._call(self._tx.reject, lease, error=error)
-
-    async def _call(self, verb: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        # To tell an id in advance may take a sync, once in a thousand ids.
-        return await self._broker._in_thread(partial(verb, *args, **kwargs))
+        await self._do(self._block.settle([requests.reject(lease, error)]))
 
 
 class _Answer:
@@ -725,10 +664,14 @@ class _Mailbox:
         self._told: deque[_Answer] = deque()
         self._is_woken = False  # the loop will look; set back by it before it does
 
+    def is_here(self) -> bool:
+        """Whether this is the thread of the loop."""
+        return threading.get_ident() == self._thread
+
     def put(self, answer: _Answer) -> None:
         """In any thread."""
         self._told.append(answer)
-        if threading.get_ident() == self._thread:
+        if self.is_here():
             self._deliver()
         elif not self._is_woken:
             try:
@@ -759,3 +702,16 @@ class _Mailbox:
 
 def _ignore(answer: Any, error: BaseException | None) -> None:
     """Nobody asks what became of it."""
+
+
+def _in_loop(mailbox: _Mailbox, tell: Callable[[bool], None]) -> Callable[[bool], None]:
+    """Told in the loop, at once if it is told there."""
+
+    def told(gone: bool) -> None:
+        if mailbox.is_here():
+            tell(gone)
+        else:
+            with suppress(RuntimeError):  # the loop is closed
+                mailbox.loop.call_soon_threadsafe(tell, gone)
+
+    return told

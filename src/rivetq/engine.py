@@ -1,22 +1,26 @@
-"""The seam between the facade and what stands behind it: operations in, answers out.
+"""The seam between the facade and what stands behind it: requests in, answers out.
 
-Batch-native, so that one round trip carries a whole exchange on engines that are far away. Durations cross it, never
-moments: a remote engine has its own clock. Differences between engines are told by `Capabilities`, never by isinstance.
+A request is a value, so it can be sent, recorded and repeated; its class says what the answer is. It is batch-native:
+one round trip carries a whole exchange on engines that are far away. What is still to come crosses the seam as a
+duration, never as a moment, since an engine elsewhere has its own clock; past moments are told by the engine's clock.
+Differences between engines are told by `Capabilities`, never by isinstance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, Protocol
+from enum import Enum
+from typing import Any, Final, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import attrs
 
 from .clock import Clock
 from .histogram import Histogram
-from .model import Deliveries, Health, Job, JobState, Lease, QueueConfig, QueueStats, RetryPolicy, Settler
+from .model import Deliveries, Health, Job, JobState, QueueConfig, QueueStats, RateLimit, RetryPolicy
 
 FsyncMode = Literal["always", "interval", "never"]
+A = TypeVar("A")
 
 
 @attrs.frozen
@@ -29,6 +33,25 @@ class Capabilities:
     """Several processes may use it at once."""
     strict_order: bool
     """Priority, then id, over all consumers."""
+    atomic: Literal["all", "shard"] = "all"
+    """A commit may span all queues, or those of one shard."""
+    promised_ids: bool = True
+    """`Reserve` tells ids in advance."""
+    keeping: bool = True
+    """There are files to keep: `Engine.keeping` is not None."""
+    clock: Literal["here", "elsewhere"] = "here"
+    """Whose time counts: this process's or the engine's own."""
+    wakes: Literal["push"] | int = "push"
+    """A waiting lease is woken, or looks every so many milliseconds."""
+    exact_limits: bool = True
+    """`max_jobs` and rate limits hold exactly, not about."""
+    exact_stats: bool = True
+    max_payload_bytes: int = 2**29
+    max_record_bytes: int = 2**30
+    """Of what one commit holds."""
+
+
+# Operations: what a commit does
 
 
 @attrs.define
@@ -50,7 +73,7 @@ class Enqueue:
     keys: Sequence[str | None] | None = None
     raise_on_duplicate: bool = False
     promised: int | None = None
-    """First of the ids told in advance by one `reserve`, for just as many payloads: the commit gives these or raises.
+    """First of the ids told in advance by one `Reserve`, for just as many payloads: the commit gives these or raises.
     Made once more while the jobs are there it changes nothing."""
 
 
@@ -93,7 +116,7 @@ class Reject:
 
 @attrs.define
 class Extend:
-    """Heartbeat. Answer: the deadline now in force, in epoch milliseconds."""
+    """Heartbeat. Answer: the `Deadline`."""
 
     id: int
     token: int
@@ -110,6 +133,214 @@ class KeyStands:
 
 
 Operation = Enqueue | Ack | Nack | Release | Reject | Extend | KeyStands
+
+
+class Deadline(NamedTuple):
+    """Of a lease, as it is in force now."""
+
+    at_ms: int
+    """As a moment of the engine's clock."""
+    remaining_ms: int
+    """As of the decision."""
+
+
+class Lost(NamedTuple):
+    """An answer that found no lease, in a commit whose answers stand alone."""
+
+    token: int
+    why: str
+
+
+Answer = list[int] | Deadline | Lost | None
+"""Of one operation: the ids of an `Enqueue`, the deadline of an `Extend`, None for the others."""
+
+
+# Requests
+
+
+class Request(Generic[A]):
+    """What is asked of an engine; `A` is the type of the answer."""
+
+    __slots__ = ()
+
+
+@attrs.define
+class Commit(Request[list[Answer]]):
+    """All of the operations or none, durably; one answer each."""
+
+    operations: Sequence[Operation]
+    partial: bool = False
+    """Each operation stands alone, in one record: the answer of one whose lease was lost is `Lost`. For answers to
+    leases only."""
+
+
+@attrs.define
+class Reserve(Request[int]):
+    """The first of `count` ids for a queue, which no other call is ever given: one `Enqueue` may ask for them."""
+
+    queue: str
+    count: int
+
+
+@attrs.define
+class Unreserve(Request[None]):
+    """What `Reserve` told is not wanted any more; no call is ever given these ids."""
+
+    first_id: int
+
+
+@attrs.define
+class Check(Request[list[list[int | None]]]):
+    """The fences and keys of some operations of an open transaction, as they stand now; changes nothing.
+
+    Answer: for an `Enqueue`, per key the id that it stands for, else None; an empty list for the others. Advisory: all
+    of it is looked at again by the commit.
+    """
+
+    operations: Sequence[Operation]
+
+
+class Grant(NamedTuple):
+    """A job that was leased."""
+
+    id: int
+    queue: str
+    payload: bytes
+    headers: Mapping[str, str]
+    priority: int
+    attempt: int
+    token: int
+    deadline_ms: int
+    """As a moment of the engine's clock: for a facade that lives by the same one."""
+    remaining_ms: int
+    """Until the deadline, as of the answer: for any other."""
+    granted_ms: int
+    """From the lease to the deadline."""
+    enqueued_at_ms: int
+    max_attempts: int | None
+    last_error: str | None
+
+
+@attrs.define
+class Take(Request[list[Grant]]):
+    """Lease up to `max_jobs` jobs of the first of these queues that have any, most urgent first."""
+
+    queues: Sequence[str]
+    max_jobs: int
+    visibility_ms: int | None = None
+    """None: the job's own, else the queue's."""
+    wait_ms: int | None = 0
+    """For a first job; None: until there is one, or the call is cancelled."""
+    begun: bool = True
+    """False: `Engine.begin` will tell of each."""
+    max_bytes: int | None = None
+    """Of their payloads together, if it is not one job alone."""
+
+
+@attrs.define
+class Get(Request[Job | None]):
+    job_id: int
+
+
+@attrs.define
+class Jobs(Request[list[Job]]):
+    """Jobs of a queue by id."""
+
+    queue: str
+    state: JobState | None = None
+    after: int = 0
+    """Ids above this one; with `newest` below it, 0: from the newest."""
+    limit: int = 100
+    payloads: bool = True
+    """False: none is read, and b"" stands in place of each."""
+    newest: bool = False
+    """Descending, from the newest."""
+    max_bytes: int | None = None
+    """Of their payloads together: the answer is shorter then, but has one job at least."""
+
+
+@attrs.define
+class Find(Request[int | None]):
+    """The id that a key stands for."""
+
+    queue: str
+    key: str
+
+
+@attrs.define
+class Queues(Request[list[str]]):
+    """All names, sorted."""
+
+
+@attrs.define
+class Stats(Request[QueueStats]):
+    queue: str | None = None
+    """None: of all together."""
+
+
+@attrs.define
+class Outcomes(Request[Deliveries]):
+    """What became of deliveries since the engine was opened."""
+
+    queue: str | None = None
+
+
+class Unset(Enum):
+    """In place of what is not changed."""
+
+    UNSET = "unset"
+
+
+UNSET: Final = Unset.UNSET
+
+
+@attrs.define(kw_only=True)
+class QueueChanges:
+    """What of a queue's configuration is to change."""
+
+    retry: RetryPolicy | Unset = UNSET
+    rate_limit: RateLimit | Unset | None = UNSET
+    visibility_timeout: float | Unset = UNSET
+    max_jobs: int | Unset | None = UNSET
+    idempotency_ttl: float | Unset = UNSET
+    paused: bool | Unset = UNSET
+
+
+@attrs.define
+class Configure(Request[QueueConfig]):
+    """Change a queue's configuration, and answer the one in force. Without changes it only answers."""
+
+    queue: str
+    changes: QueueChanges = attrs.Factory(QueueChanges)
+
+
+@attrs.define
+class Purge(Request[int]):
+    """Remove jobs that wait; how many."""
+
+    queue: str
+    state: JobState | None = None
+
+
+@attrs.define
+class Cancel(Request[bool]):
+    """Remove a job that waits; False: there is none of this id."""
+
+    job_id: int
+
+
+@attrs.define
+class Redrive(Request[int]):
+    """Bring dead letters back; how many."""
+
+    queue: str
+    job_ids: Sequence[int] | None = None
+    limit: int | None = None
+
+
+@attrs.define
+class RemoveQueue(Request[bool]):
+    queue: str
 
 
 @attrs.frozen(kw_only=True)
@@ -129,11 +360,11 @@ class Backup:
     bytes: int
 
 
-class Waiting(Protocol):
-    """A lease that is waited for without a thread."""
+class Call(Protocol):
+    """A request that was left with an engine."""
 
-    def cancel(self) -> bool:
-        """Wait no more. True: nothing was taken and nobody will be told; False: it is over already."""
+    def cancel(self, done: Callable[[bool], None]) -> None:
+        """Want no answer any more. `done` gets True: nothing was done, and none comes; False: one came, or will."""
         ...
 
     def abandon(self, unwanted: Callable[[], None]) -> None:
@@ -150,6 +381,25 @@ Done = Callable[[Any, BaseException | None], None]
 must not raise and must not wait."""
 
 
+class Keeping(Protocol):
+    """The files of an engine, which it keeps in order by itself; here that is asked for."""
+
+    def sync(self) -> None:
+        """Return once everything so far is on disk."""
+        ...
+
+    def checkpoint(self) -> None: ...
+    def compact(self) -> None: ...
+    def rotate(self) -> None: ...
+
+    def backup(self, out: str, *, link: bool) -> Backup:
+        """A copy of all at a new path, as it is at one moment."""
+        ...
+
+    def metrics(self) -> dict[str, int]: ...
+    def histograms(self) -> dict[str, Histogram]: ...
+
+
 class Engine(Protocol):
     """What `Broker` delegates to. Every method may raise any error of the tree; all are thread-safe.
 
@@ -160,98 +410,24 @@ class Engine(Protocol):
     def capabilities(self) -> Capabilities: ...
     @property
     def clock(self) -> Clock: ...
+    @property
+    def keeping(self) -> Keeping | None: ...
 
-    def commit(self, operations: Sequence[Operation]) -> list[Any]:
-        """All of the operations or none, durably; one answer each."""
+    def call(self, request: Request[A]) -> A:
+        """Do it, and return the answer when it is as durable as promised."""
         ...
 
-    def commit_soon(self, operations: Sequence[Operation], done: Done) -> None:
-        """`commit` without waiting for the disk: `done` gets the answers. What it raises was not done."""
-        ...
-
-    def check(self, operation: Operation) -> list[int | None]:
-        """The fence or the keys of one operation of an open transaction, as they stand now; changes nothing.
-
-        For an `Enqueue` the answer is, per payload, the id that its key stands for, else None.
-        """
-        ...
-
-    def reserve(self, count: int) -> int:
-        """The first of `count` ids that no other call is ever given: one `Enqueue` may ask for them."""
-        ...
-
-    def unreserve(self, first_id: int) -> None:
-        """What `reserve` told is not wanted any more; no call is ever given these ids."""
-        ...
-
-    def lease(
-        self,
-        queues: Sequence[str],
-        max_jobs: int,
-        visibility_ms: int | None,
-        wait_s: float | None,
-        settler: Settler,
-        *,
-        begun: bool = True,
-        max_bytes: int | None = None,
-    ) -> list[Lease]:
-        """Up to `max_jobs` leases that call back `settler`; not `begun`: `begin` will tell of each.
-
-        `max_bytes`: of their payloads together, if it is not one job alone.
-        """
-        ...
-
-    def lease_soon(
-        self,
-        queues: Sequence[str],
-        max_jobs: int,
-        visibility_ms: int | None,
-        settler: Settler,
-        done: Done,
-        *,
-        begun: bool = True,
-        max_bytes: int | None = None,
-    ) -> Waiting:
-        """`lease` without a limit of time and without blocking: `done` gets the leases."""
+    def call_soon(self, request: Request[A], done: Done) -> Call:
+        """`call` without blocking: `done` gets the answer. What this raises was not done."""
         ...
 
     def begin(self, token: int) -> None:
         """Work on a lease that was taken in advance begins. Cheap; nothing happens for any other token."""
         ...
 
-    # Looking
-    def get(self, job_id: int) -> Job | None: ...
-    def jobs(
-        self, queue: str, state: JobState | None, after: int, limit: int, *, payloads: bool = True
-    ) -> list[Job]: ...
-    def find(self, queue: str, key: str) -> int | None: ...
-    def queues(self) -> list[str]: ...
-    def stats(self, queue: str | None) -> QueueStats: ...
-    def deliveries(self, queue: str | None) -> Deliveries: ...
-    def config(self, queue: str) -> QueueConfig: ...
-
     def is_paused(self, queue: str) -> bool | None:
-        """As of the last change that returned; None: there is no such queue. Takes no lock."""
+        """As of the last change that returned; None: there is no such queue. Cheap: takes no lock."""
         ...
-
-    # Changing queues
-    def configure(self, queue: str, changes: Mapping[str, Any]) -> QueueConfig: ...
-    def purge(self, queue: str, state: JobState | None) -> int: ...
-    def cancel(self, job_id: int) -> bool: ...
-    def redrive(self, queue: str, job_ids: Sequence[int] | None, limit: int | None) -> int: ...
-    def remove_queue(self, queue: str) -> bool: ...
-
-    # Housekeeping
-    def maintain(self, verb: str) -> None:
-        """ "sync", "checkpoint", "compact" or "rotate"; an engine without files has nothing to do."""
-        ...
-
-    def backup(self, out: str, *, link: bool) -> Backup:
-        """A copy of all at a new path, as it is at one moment. Raises UsageError if there are no files."""
-        ...
-
-    def metrics(self) -> dict[str, int]: ...
-    def histograms(self) -> dict[str, Histogram]: ...
 
     def check_open(self) -> None:
         """Raises what every call would raise now."""

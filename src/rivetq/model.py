@@ -245,8 +245,8 @@ class Settler(Protocol):
     def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None: ...
     def reject(self, lease: LeaseLike, *, error: str | None = None) -> None: ...
     def extend(self, lease: LeaseLike, seconds: Duration) -> Lease: ...
-    def watch_lease(self, token: int) -> None: ...
-    def unwatch_lease(self, token: int) -> bool: ...
+    def _watch_lease(self, token: int) -> None: ...
+    def _unwatch_lease(self, token: int) -> bool: ...
 
 
 @attrs.frozen(kw_only=True, slots=False)  # without slots a frozen instance is made in less than half the time
@@ -305,14 +305,14 @@ class Lease:
         return self._broker
 
     def __enter__(self) -> Self:
-        self._settler().watch_lease(self.token)
+        self._settler()._watch_lease(self.token)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         broker = self._settler()
-        if broker.unwatch_lease(self.token):
+        if broker._unwatch_lease(self.token):
             return
         if error is None:
             broker.ack(self)

@@ -19,10 +19,10 @@ def a_wait_that_stays(self: SoonLease) -> bool:
     return cancel(self)
 
 
-cancel = SoonLease.cancel
+cancel = SoonLease._cancel
 
 
 def test_a_lessee_that_stays_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SoonLease, "cancel", a_wait_that_stays)
+    monkeypatch.setattr(SoonLease, "_cancel", a_wait_that_stays)
     with pytest.raises(ViolationError, match="lessees"):
         leaks.run(6_000)

@@ -19,7 +19,7 @@ from inside import inside, waiting_of
 import rivetq.engines.checkpoint
 import rivetq.engines.local
 from rivetq import Broker, LeaseLostError, LeaseRef, QueueFullError, RateLimit, RetryPolicy, UsageError
-from rivetq.engine import Enqueue
+from rivetq.engine import Commit, Enqueue, Reserve
 from rivetq.engines.local import LocalEngine
 from rivetq.machine import decide
 from rivetq.machine.queue import LEASED, READY
@@ -876,7 +876,7 @@ def test_ids_that_were_told_in_a_relaxed_mode_stay_told_whoever_reserves_next(tm
         settle(lsn, sync=sync)
 
     engine._settle = late  # type: ignore[method-assign]  # to see what passes
-    told += engine.commit([Enqueue("q", [b""] * 70_000)])[0]
+    told += engine.call(Commit([Enqueue("q", [b""] * 70_000)]))[0]  # type: ignore[arg-type]  # ids
     after = tmp_path / "after"
     after.mkdir()
     disk.crash(after, 1, "none")
@@ -970,22 +970,22 @@ def test_ids_are_given_to_whom_they_were_promised_and_once(tmp_path: Path, path:
     with Broker(path if path == ":memory:" else tmp_path / path) as broker:
         engine = inside(broker)
         mine = broker.enqueue("q", b"mine")
-        first = engine.reserve(2)
+        first = engine.call(Reserve("q", 2))
         for promised, count in ((first, 1), (first + 1, 1), (first + 2, 1), (10**6, 2)):
             with pytest.raises(UsageError, match="never promised"):
-                engine.commit([Enqueue("q", [b"yours"] * count, promised=promised)])
+                engine.call(Commit([Enqueue("q", [b"yours"] * count, promised=promised)]))
         with pytest.raises(UsageError, match="never promised"):
-            engine.commit([Enqueue("other", [b"yours"], promised=mine)])
-        assert engine.commit([Enqueue("q", [b"a", b"b"], promised=first)]) == [[first, first + 1]]
-        assert engine.commit([Enqueue("q", [b"a", b"b"], promised=first)]) == [[first, first + 1]], (
+            engine.call(Commit([Enqueue("other", [b"yours"], promised=mine)]))
+        assert engine.call(Commit([Enqueue("q", [b"a", b"b"], promised=first)])) == [[first, first + 1]]
+        assert engine.call(Commit([Enqueue("q", [b"a", b"b"], promised=first)])) == [[first, first + 1]], (
             "once more: no change"
         )
-        assert engine.commit([Enqueue("q", [b"yours"], promised=mine)]) == [[mine]]
+        assert engine.call(Commit([Enqueue("q", [b"yours"], promised=mine)])) == [[mine]]
         assert [lease.payload for lease in broker.lease_many("q", 10)] == [b"mine", b"a", b"b"]
         engine.audit()
-        twice = engine.reserve(1)
+        twice = engine.call(Reserve("q", 1))
         with pytest.raises(UsageError, match="never promised"):
-            engine.commit([Enqueue("q", [b"a"], promised=twice), Enqueue("q", [b"b"], promised=twice)])
+            engine.call(Commit([Enqueue("q", [b"a"], promised=twice), Enqueue("q", [b"b"], promised=twice)]))
 
 
 def test_a_transaction_that_ends_without_its_jobs_leaves_no_promise_behind() -> None:

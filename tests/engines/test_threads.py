@@ -37,7 +37,7 @@ from rivetq import (
     RetryPolicy,
     StorageError,
 )
-from rivetq.engine import Enqueue
+from rivetq.engine import Enqueue, Reserve
 from rivetq.machine.advance import next_wakeup_ms
 from rivetq.storage.disk import SystemDisk
 from rivetq.storage.lock import DirectoryLock
@@ -1180,7 +1180,7 @@ def test_a_told_id_waits_for_its_reservation_and_for_no_other_record(
         told: list[int] = []
 
         def reserve() -> None:
-            told.append(engine.reserve(1))
+            told.append(engine.call(Reserve("q", 1)))
 
         before_lsn = engine._last_lsn()
         disk.gate.clear()

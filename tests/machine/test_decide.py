@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rivetq.engine import Ack, Enqueue, Extend, Nack, Operation, Reject, Release
+from rivetq.engine import Ack, Deadline, Enqueue, Extend, KeyStands, Nack, Operation, Reject, Release
 from rivetq.errors import (
     DuplicateJobError,
     JobNotFoundError,
@@ -99,7 +99,7 @@ class Bench:
         return answers
 
     def configure(self, name: str, **changes: Any) -> None:
-        self.apply(self.ask(decide.configure, name, changes))
+        self.apply(self.ask(decide.configure, name, changes)[0])
 
     def enqueue(self, count: int = 1, queue: str = "q", **options: Any) -> list[int]:
         ids: list[int] = self.commit(Enqueue(queue, [b"p"] * count, **options))[0]
@@ -407,7 +407,7 @@ def test_two_extends_of_one_lease_give_the_longer() -> None:
     bench = Bench()
     job_id, token = bench.one()
     events, answers = bench.plan(Extend(job_id, token, 100_000), Extend(job_id, token, 50_000))
-    assert answers == [NOW + 100_000, NOW + 100_000]
+    assert answers == [Deadline(NOW + 100_000, 100_000)] * 2
     assert events == [Extended(job_id, NOW + 100_000)]
 
 
@@ -483,9 +483,9 @@ def test_a_reject_makes_a_dead_letter_now() -> None:
 def test_an_extension_moves_the_deadline_forward_only() -> None:
     bench = Bench()
     held = bench.one()
-    assert bench.plan(Extend(*held, extra_ms=40_000)) == ([Extended(1, NOW + 40_000)], [NOW + 40_000])
-    assert bench.plan(Extend(*held, extra_ms=30_000)) == ([], [NOW + 30_000])
-    assert bench.plan(Extend(*held, extra_ms=0)) == ([], [NOW + 30_000])
+    assert bench.plan(Extend(*held, extra_ms=40_000)) == ([Extended(1, NOW + 40_000)], [Deadline(NOW + 40_000, 40_000)])
+    assert bench.plan(Extend(*held, extra_ms=30_000)) == ([], [Deadline(NOW + 30_000, 30_000)])
+    assert bench.plan(Extend(*held, extra_ms=0)) == ([], [Deadline(NOW + 30_000, 30_000)])
 
 
 # The fence
@@ -593,8 +593,38 @@ def test_an_extension_settles_nothing() -> None:
     held = bench.one()
     assert bench.plan(Extend(*held, extra_ms=90_000), Ack(*held)) == (
         [Extended(1, NOW + 90_000), Acked(1, [1])],
-        [NOW + 90_000, None],
+        [Deadline(NOW + 90_000, 90_000), None],
     )
+
+
+def test_in_a_partial_commit_each_answer_stands_alone() -> None:
+    bench = Bench()
+    first, second, third = bench.enqueue(3)
+    tokens = dict(bench.lease(3))
+    lost = Ack(second, 99)
+    operations = [
+        Ack(first, tokens[first]), lost, Nack(third, tokens[third], "e", 0), Ack(first, tokens[first]),
+        Extend(second, tokens[second], 90_000),
+    ]  # fmt: skip
+    events, answers = bench.ask(decide_commit, operations, bench.now, partial=True)
+    assert [type(event) for event in events] == [Acked, Retried, Extended]
+    assert (answers[0], answers[2], answers[4]) == (None, None, Deadline(NOW + 90_000, 90_000))
+    assert [(answer.token, why in answer.why) for answer, why in ((answers[1], "no such"), (answers[3], "twice"))] == [
+        (99, True), (tokens[first], True),
+    ]  # fmt: skip
+    bench.apply(events)
+    acks = [Ack(second, tokens[second]), lost]
+    events, answers = bench.ask(decide_commit, acks, bench.now, partial=True)
+    assert events == [Acked(1, [second])]
+    assert (answers[0], answers[1].token) == (None, 99)
+    with pytest.raises(LeaseLostError):
+        bench.ask(decide_commit, acks, bench.now)
+
+
+@pytest.mark.parametrize("operation", [Enqueue("q", [b""]), KeyStands("q", "k", 1)])
+def test_a_partial_commit_is_of_answers_only(operation: Operation) -> None:
+    with pytest.raises(UsageError, match="answers to leases"):
+        Bench().ask(decide_commit, [operation], NOW, partial=True)
 
 
 def test_one_bad_operation_refuses_all() -> None:
@@ -837,30 +867,32 @@ def test_only_dead_letters_of_the_queue_can_be_named() -> None:
 
 def test_a_configuration_creates_its_queue_and_changes_what_is_given() -> None:
     bench = Bench()
-    assert bench.ask(decide.configure, "new", {}) == [QueueCreated(2, "new")]
-    assert bench.ask(decide.configure, "new", {"max_jobs": 5}) == [
-        QueueCreated(2, "new"),
-        QueueConfigured(2, QueueConfig(max_jobs=5)),
-    ]
+    assert bench.ask(decide.configure, "new", {}) == ([], QueueConfig())
+    assert bench.ask(decide.configure, "new", {"paused": False}) == ([], QueueConfig())
+    assert bench.ask(decide.configure, "new", {"max_jobs": None}) == ([QueueCreated(2, "new")], QueueConfig())
+    config = QueueConfig(max_jobs=5)
+    events = [QueueCreated(2, "new"), QueueConfigured(2, config)]
+    assert bench.ask(decide.configure, "new", {"max_jobs": 5}) == (events, config)
     bench.configure("q", max_jobs=5)
-    assert bench.ask(decide.configure, "q", {"visibility_timeout": 1.0}) == [
-        QueueConfigured(1, QueueConfig(retry=FLAT, max_jobs=5, visibility_timeout=1.0))
-    ]
+    config = QueueConfig(retry=FLAT, max_jobs=5, visibility_timeout=1.0)
+    assert bench.ask(decide.configure, "q", {"visibility_timeout": 1.0}) == ([QueueConfigured(1, config)], config)
 
 
 def test_a_configuration_that_changes_nothing_is_no_event() -> None:
     bench = Bench()
-    assert bench.ask(decide.configure, "q", {}) == []
-    assert bench.ask(decide.configure, "q", {"retry": attrs.evolve(FLAT), "paused": False}) == []
+    config = bench.machine.queues["q"].config
+    assert bench.ask(decide.configure, "q", {}) == ([], config)
+    assert bench.ask(decide.configure, "q", {"retry": attrs.evolve(FLAT), "paused": False}) == ([], config)
 
 
 def test_a_pause_is_a_change_of_the_configuration() -> None:
     bench = Bench()
-    (event,) = bench.ask(decide.configure, "q", {"paused": True})
+    (event,), config = bench.ask(decide.configure, "q", {"paused": True})
     assert event.config.paused
+    assert config.paused
     bench.configure("q", paused=True)
-    assert bench.ask(decide.configure, "q", {"paused": True}) == []
-    assert len(bench.ask(decide.configure, "q", {"paused": False})) == 1
+    assert bench.ask(decide.configure, "q", {"paused": True})[0] == []
+    assert len(bench.ask(decide.configure, "q", {"paused": False})[0]) == 1
 
 
 # Any calls in any order
@@ -913,6 +945,7 @@ def test_any_call_leads_to_events_that_fit_or_to_an_error_of_the_tree_and_change
                 assert all(not queue.bucket.available(bench.now) for queue in limited)
             else:
                 found = bench.ask(*call, *([bench.now] if call[0] is decide.owner_gone else []))
+                found = found[0] if call[0] is decide.configure else found
                 events = found if isinstance(found, list) else [found] if found is not None else []
         except RivetQError:
             continue

@@ -21,6 +21,7 @@ from conftest import Extent
 
 import rivetq.storage.recovery
 from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy, StorageError
+from rivetq.engine import Reserve
 from rivetq.machine import saving
 from rivetq.machine.advance import resume
 from rivetq.machine.apply import apply
@@ -130,7 +131,7 @@ def be_busy(ledger: Ledger) -> None:
         tx.ack(leases[4])
         tx.enqueue("r", b"from the transaction", delay=30, max_attempts=2, visibility_timeout=2)
         tx.enqueue("q", b"also", priority=0, retry=RetryPolicy(base=2, jitter="none"))
-    ledger.engine.reserve(70_000)  # more than is set aside at once
+    ledger.engine.call(Reserve("q", 70_000))  # more than is set aside at once
     broker.sync()
     broker.ack(held)
     clock.advance(30)

@@ -940,7 +940,7 @@ def test_segments_that_always_go_are_an_error_in_the_end(
 
 
 def test_a_queue_in_memory_has_no_backup(tmp_path: Path) -> None:
-    with Broker(":memory:") as broker, pytest.raises(UsageError, match="in memory"):
+    with Broker(":memory:") as broker, pytest.raises(UsageError, match="no files"):
         broker.backup(tmp_path / "out")
 
 

@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import atexit
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import EllipsisType, TracebackType
-from typing import Any, Literal, Self
-
-import attrs
+from typing import Any, Self
 
 from ..clock import Clock, SystemClock
 from ..engine import (
     Ack,
+    Answer,
     Backup,
+    Call,
+    Cancel,
     Capabilities,
+    Commit,
+    Configure,
+    Deadline,
     Engine,
     Enqueue,
-    Extend,
     FsyncMode,
-    KeyStands,
+    Get,
+    Grant,
+    Keeping,
+    Lost,
     Nack,
     Operation,
+    Outcomes,
+    QueueChanges,
+    Queues,
     Reject,
     Release,
-    Waiting,
+    RemoveQueue,
+    Stats,
 )
-from ..errors import DuplicateJobError, LeaseLostError, UsageError
+from ..errors import LeaseLostError, UsageError
 from ..histogram import Histogram
 from ..model import (
     Deliveries,
     Health,
     Job,
-    JobId,
     JobState,
     Lease,
     LeaseLike,
@@ -42,170 +52,39 @@ from ..model import (
     RateLimit,
     RetryPolicy,
 )
-from ..units import Duration, checked_int, duration_ms, moment, moment_ms, quoted
-from .arguments import (
-    MAX_KEY_BYTES,
-    MAX_QUEUE_BYTES,
-    checked_bool,
-    checked_error,
-    checked_headers,
-    checked_lease,
-    checked_leases,
-    checked_path,
-    checked_payloads,
-    checked_queues,
-    checked_state,
-    checked_text,
-    checked_visibility,
-    encoded,
-)
+from ..units import Duration, checked_int, duration_ms, quoted
+from . import requests
+from .arguments import checked_bool, checked_lease, checked_path, checked_payloads
+from .requests import Moment, OnDuplicate
+from .transaction import Transaction
 
 MEMORY = ":memory:"
 MIN_SEGMENT_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 2**29
 """The largest `max_payload_bytes`: half of what one record can hold."""
 
-Payload = (
-    bytes | bytearray | memoryview | str | int | float | bool | None | list[Any] | tuple[Any, ...] | dict[str, Any]
-)
-OnDuplicate = Literal["return", "raise"]
-Moment = datetime | int | float
+
+class Waiting:
+    """A lease that is waited for without a thread."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def cancel(self) -> bool:
+        """Stop waiting. True: no job was taken and `done` will never be called; False: it was, or is about to be."""
+        told: list[bool] = []
+        is_told = threading.Event()
+
+        def tell(gone: bool) -> None:
+            told.append(gone)
+            is_told.set()
+
+        self._call.cancel(tell)
+        is_told.wait()
+        return told[0]
 
 
-class _Enqueues:
-    """The enqueue verbs, shared by the broker and its transactions."""
-
-    _max_payload_bytes: int
-    _clock: Clock
-
-    def enqueue(
-        self,
-        queue: str,
-        payload: object,
-        *,
-        priority: int = 5,
-        delay: Duration = 0,
-        eta: Moment | None = None,
-        headers: Mapping[str, str] | None = None,
-        max_attempts: int | None = None,
-        retry: RetryPolicy | None = None,
-        visibility_timeout: Duration | None = None,
-        idempotency_key: str | None = None,
-        on_duplicate: OnDuplicate = "return",
-    ) -> int:
-        """Put a job into a queue; returns its id when it is durable. With an `idempotency_key` that is a `JobId`.
-
-        Args:
-            queue: 1 to 255 bytes of UTF-8; the queue is created if it is unknown.
-            payload: bytes, bytearray and memoryview go in as they are; anything else is encoded as JSON.
-            priority: 0 to 9, 9 is the most urgent.
-            delay: seconds (or a timedelta) before which it is not leased.
-            eta: the moment before which it is not leased: an aware datetime or epoch seconds. Not with `delay`.
-            headers: str to str, handed out with the lease; 64 KiB in all at most.
-            max_attempts: deliveries before it is a dead letter; None: the retry policy's.
-            retry: the job's own policy; None: the queue's, as it is now.
-            visibility_timeout: seconds that a lease lasts; None: the queue's, as it is at the lease.
-            idempotency_key: 1 to 256 bytes of UTF-8. While it is in force a second enqueue creates nothing.
-            on_duplicate: "return" the first job's id, or "raise" DuplicateJobError.
-
-        Raises:
-            UsageError: an argument is wrong.
-            DuplicateJobError, QueueFullError, RateLimitedError, DiskFullError: nothing was enqueued.
-        """
-        keys = None if idempotency_key is None else [idempotency_key]
-        operation = self._enqueue_operation(
-            queue, [payload], priority, delay, eta, headers, max_attempts, retry, visibility_timeout, keys, on_duplicate
-        )
-        return self._commit_enqueue(operation)[0]
-
-    def enqueue_many(
-        self,
-        queue: str,
-        payloads: Iterable[object],
-        *,
-        priority: int = 5,
-        delay: Duration = 0,
-        eta: Moment | None = None,
-        headers: Mapping[str, str] | None = None,
-        max_attempts: int | None = None,
-        retry: RetryPolicy | None = None,
-        visibility_timeout: Duration | None = None,
-        idempotency_keys: Sequence[str | None] | None = None,
-        on_duplicate: OnDuplicate = "return",
-    ) -> Sequence[int]:
-        """Put many jobs with the same options into a queue: all or nothing, one record of the log.
-
-        Args:
-            payloads: as in `enqueue`.
-            idempotency_keys: one, or None, for each payload. A key that comes twice makes one job.
-
-        Returns:
-            The ids, one for each payload in their order.
-        """
-        checked = checked_payloads(payloads, idempotency_keys)
-        operation = self._enqueue_operation(
-            queue, checked, priority, delay, eta, headers, max_attempts, retry, visibility_timeout,
-            idempotency_keys, on_duplicate,
-        )  # fmt: skip
-        return self._commit_enqueue(operation)
-
-    def _enqueue_operation(
-        self,
-        queue: str,
-        payloads: list[Any],
-        priority: int,
-        delay: Duration,
-        eta: Moment | None,
-        headers: Mapping[str, str] | None,
-        max_attempts: int | None,
-        retry: RetryPolicy | None,
-        visibility_timeout: Duration | None,
-        keys: Sequence[str | None] | None,
-        on_duplicate: str,
-    ) -> Enqueue:
-        if keys is not None:
-            if len(keys) != len(payloads):
-                raise UsageError(f"idempotency_keys: {len(payloads)} expected, one a payload, got {len(keys)}")
-            for key in keys:
-                if key is not None:
-                    checked_text(key, "idempotency_key", MAX_KEY_BYTES)
-        if on_duplicate not in ("return", "raise"):
-            raise UsageError(f"on_duplicate: 'return' or 'raise' expected, got {quoted(on_duplicate)}")
-        if retry is not None and not isinstance(retry, RetryPolicy):
-            raise UsageError(f"retry: a RetryPolicy expected, got {type(retry).__name__}")
-        # Most calls give neither: the hot path.
-        delay_ms, eta_ms = (
-            _delay_or_eta(delay, eta) if delay or eta is not None or type(delay) is not int else (0, None)
-        )
-        return Enqueue(
-            checked_text(queue, "queue", MAX_QUEUE_BYTES),
-            [self._encode(payload) for payload in payloads],
-            checked_int(priority, "priority", 0, 9),
-            delay_ms,
-            eta_ms,
-            None if headers is None else checked_headers(headers),
-            retry,
-            None if max_attempts is None else checked_int(max_attempts, "max_attempts", 1, 2**31 - 1),
-            None if visibility_timeout is None else checked_visibility(visibility_timeout),
-            keys,
-            on_duplicate == "raise",
-        )
-
-    def _encode(self, payload: Any) -> bytes:
-        if type(payload) is not bytes:
-            payload = encoded(payload)
-        if len(payload) > self._max_payload_bytes:
-            raise UsageError(
-                f"payload: {len(payload)} bytes, {self._max_payload_bytes} is the most; raise max_payload_bytes, or "
-                f"store it elsewhere and enqueue a reference"
-            )
-        return bytes(payload)
-
-    def _commit_enqueue(self, operation: Enqueue) -> list[int]:
-        raise NotImplementedError  # the broker does it now, a transaction at its end
-
-
-class Broker(_Enqueues):
+class Broker:
     """A durable job queue in a directory, owned by this process. Thread-safe.
 
     >>> with Broker(":memory:") as broker:
@@ -261,19 +140,18 @@ class Broker(_Enqueues):
         checked_int(cache_bytes, "cache_bytes", 0, 2**50)
         checked_int(window_jobs, "window_jobs", 1024, 2**50)
         self._max_payload_bytes = checked_int(max_payload_bytes, "max_payload_bytes", 1, MAX_PAYLOAD_BYTES)
-        self._clock = clock or SystemClock()
-        self._watched: dict[int, bool] = {}  # token of an entered lease -> it was settled
         self.path = checked_path(path)
-        self._engine: Engine
+        clock = clock or SystemClock()
+        engine: Engine
         # An engine is loaded when it is opened: importing rivetq would take three times as long.
         if self.path == MEMORY:
             from ..engines.memory import MemoryEngine
 
-            self._engine = MemoryEngine(self._clock)
+            engine = MemoryEngine(clock)
         else:
             from ..engines.local import LocalEngine
 
-            self._engine = LocalEngine(
+            engine = LocalEngine(
                 self.path,
                 fsync=fsync,
                 fsync_interval=interval_ms / 1000,
@@ -281,10 +159,32 @@ class Broker(_Enqueues):
                 release_on_open=release_on_open,
                 cache_bytes=cache_bytes,
                 window_jobs=window_jobs,
-                clock=self._clock,
+                clock=clock,
             )
+        self._take_over(engine)
+
+    @classmethod
+    def over(cls, engine: Engine, *, path: str = "", max_payload_bytes: int = 16 * 2**20) -> Self:
+        """A broker over an engine of your own, which it closes.
+
+        Args:
+            engine: see `rivetq.engine.Engine`.
+            path: what `broker.path` says.
+            max_payload_bytes: the largest payload, as stored.
+        """
+        broker = cls.__new__(cls)
+        broker.path = path
+        most = min(MAX_PAYLOAD_BYTES, engine.capabilities.max_payload_bytes)
+        broker._max_payload_bytes = checked_int(max_payload_bytes, "max_payload_bytes", 1, most)
+        broker._take_over(engine)
+        return broker
+
+    def _take_over(self, engine: Engine) -> None:
+        self._engine = engine
+        self._watched: dict[int, bool] = {}  # token of an entered lease -> it was settled
+        self._wall_ms = None if engine.capabilities.clock == "here" else engine.clock.wall_ms
         # A program that forgets to close still leaves a checkpoint behind, so that its next opening is quick.
-        atexit.register(self._engine.close)
+        atexit.register(engine.close)
 
     def __repr__(self) -> str:
         return f"Broker({self.path!r})"
@@ -301,7 +201,7 @@ class Broker(_Enqueues):
     @property
     def clock(self) -> Clock:
         """The clock that this broker lives by."""
-        return self._clock
+        return self._engine.clock
 
     @property
     def capabilities(self) -> Capabilities:
@@ -318,12 +218,95 @@ class Broker(_Enqueues):
 
     def sync(self) -> None:
         """Return once everything so far is on disk, in every fsync mode."""
-        self._engine.maintain("sync")
+        if (keeping := self._keeping()) is not None:
+            keeping.sync()
 
-    # Put work in: enqueue and enqueue_many are above
+    # Put work in
+
+    def enqueue(
+        self,
+        queue: str,
+        payload: object,
+        *,
+        priority: int = 5,
+        delay: Duration = 0,
+        eta: Moment | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int | None = None,
+        retry: RetryPolicy | None = None,
+        visibility_timeout: Duration | None = None,
+        idempotency_key: str | None = None,
+        on_duplicate: OnDuplicate = "return",
+    ) -> int:
+        """Put a job into a queue; returns its id when it is durable. With an `idempotency_key` that is a `JobId`.
+
+        Args:
+            queue: 1 to 255 bytes of UTF-8; the queue is created if it is unknown.
+            payload: bytes, bytearray and memoryview go in as they are; anything else is encoded as JSON.
+            priority: 0 to 9, 9 is the most urgent.
+            delay: seconds (or a timedelta) before which it is not leased.
+            eta: the moment before which it is not leased: an aware datetime or epoch seconds. Not with `delay`.
+            headers: str to str, handed out with the lease; 64 KiB in all at most.
+            max_attempts: deliveries before it is a dead letter; None: the retry policy's.
+            retry: the job's own policy; None: the queue's, as it is now.
+            visibility_timeout: seconds that a lease lasts; None: the queue's, as it is at the lease.
+            idempotency_key: 1 to 256 bytes of UTF-8. While it is in force a second enqueue creates nothing.
+            on_duplicate: "return" the first job's id, or "raise" DuplicateJobError.
+
+        Raises:
+            UsageError: an argument is wrong.
+            DuplicateJobError, QueueFullError, RateLimitedError, DiskFullError: nothing was enqueued.
+        """
+        keys = None if idempotency_key is None else [idempotency_key]
+        operation = requests.enqueue(
+            self._max_payload_bytes,
+            queue,
+            [payload],
+            priority,
+            delay,
+            eta,
+            headers,
+            max_attempts,
+            retry,
+            visibility_timeout,
+            keys,
+            on_duplicate,
+        )
+        return self._commit_enqueue(operation)[0]
+
+    def enqueue_many(
+        self,
+        queue: str,
+        payloads: Iterable[object],
+        *,
+        priority: int = 5,
+        delay: Duration = 0,
+        eta: Moment | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_attempts: int | None = None,
+        retry: RetryPolicy | None = None,
+        visibility_timeout: Duration | None = None,
+        idempotency_keys: Sequence[str | None] | None = None,
+        on_duplicate: OnDuplicate = "return",
+    ) -> Sequence[int]:
+        """Put many jobs with the same options into a queue: all or nothing, one record of the log.
+
+        Args:
+            payloads: as in `enqueue`.
+            idempotency_keys: one, or None, for each payload. A key that comes twice makes one job.
+
+        Returns:
+            The ids, one for each payload in their order.
+        """
+        checked = checked_payloads(payloads, idempotency_keys)
+        operation = requests.enqueue(
+            self._max_payload_bytes, queue, checked, priority, delay, eta, headers, max_attempts, retry,
+            visibility_timeout, idempotency_keys, on_duplicate,
+        )  # fmt: skip
+        return self._commit_enqueue(operation)
 
     def _commit_enqueue(self, operation: Enqueue) -> list[int]:
-        answers = self._engine.commit([operation] if operation.payloads else [])
+        answers: list[Any] = self._engine.call(Commit([operation] if operation.payloads else []))
         return answers[0] if answers else []
 
     # Take work out
@@ -359,15 +342,8 @@ class Broker(_Enqueues):
             max_bytes: of their payloads together, so that a batch has a bound in memory; one job is leased in
                 any case. None: no limit.
         """
-        return self._engine.lease(
-            checked_queues(queue),
-            checked_int(max_jobs, "max_jobs", 1),
-            None if visibility_timeout is None else checked_visibility(visibility_timeout),
-            None if wait is None else duration_ms(wait, "wait") / 1000,
-            self,
-            begun=checked_bool(begun, "begun"),
-            max_bytes=None if max_bytes is None else checked_int(max_bytes, "max_bytes", 1),
-        )
+        request = requests.take(queue, max_jobs, visibility_timeout, wait, begun, max_bytes)
+        return requests.leases_of(self._engine.call(request), self, self._wall_ms)
 
     def begin(self, lease: LeaseLike) -> None:
         """Work on a lease that was taken with ``begun=False`` begins now. For any other lease nothing happens.
@@ -399,15 +375,18 @@ class Broker(_Enqueues):
             Something to `cancel()`. True: no job was taken and `done` is never called; False: it was called, or will
             be in a moment.
         """
-        return self._engine.lease_soon(
-            checked_queues(queue),
-            checked_int(max_jobs, "max_jobs", 1),
-            None if visibility_timeout is None else checked_visibility(visibility_timeout),
-            self,
-            done,
-            begun=checked_bool(begun, "begun"),
-            max_bytes=None if max_bytes is None else checked_int(max_bytes, "max_bytes", 1),
-        )
+        request = requests.take(queue, max_jobs, visibility_timeout, None, begun, max_bytes)
+
+        def tell(grants: list[Grant] | None, error: BaseException | None) -> None:
+            leases = None
+            if grants is not None:
+                try:
+                    leases = requests.leases_of(grants, self, self._wall_ms)
+                except BaseException as trouble:  # no memory, say: whoever waits is told
+                    error = trouble
+            done(leases, error)
+
+        return Waiting(self._engine.call_soon(request, tell))
 
     def ack(self, lease: LeaseLike) -> None:
         """Done: the job is gone for good when this returns.
@@ -415,59 +394,60 @@ class Broker(_Enqueues):
         Raises:
             LeaseLostError: the lease is not the current delivery any more; nothing changed.
         """
-        self._answer([Ack(*checked_lease(lease))])
+        self.commit([requests.ack(lease)])
 
     def ack_many(self, leases: Iterable[LeaseLike]) -> None:
         """`ack` for many, all or nothing, one record of the log."""
-        self._answer([Ack(*checked_lease(lease)) for lease in checked_leases(leases)])
+        self.commit(requests.acks(leases))
 
     def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
         """Failed: ready again after the policy's backoff (or `delay` seconds), or a dead letter at max_attempts."""
-        self._answer([_nack(lease, error, delay)])
+        self.commit([requests.nack(lease, error, delay)])
 
     def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
         """Give the job back untouched, to its place in the queue; the attempt is not counted."""
-        self._answer([Release(*checked_lease(lease), duration_ms(delay, "delay"))])
+        self.commit([requests.release(lease, delay)])
 
     def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
         """Make the job a dead letter now, whatever attempts are left."""
-        self._answer([Reject(*checked_lease(lease), checked_error(error))])
+        self.commit([requests.reject(lease, error)])
 
     def extend(self, lease: LeaseLike, seconds: Duration) -> Lease:
         """Heartbeat: the lease with deadline max(old, now + seconds). The old value still answers: same token."""
-        job_id, token = checked_lease(lease)
-        extra_ms = duration_ms(seconds, "seconds")
-        deadline_ms: int = self._engine.commit([Extend(job_id, token, extra_ms)])[0]
+        (deadline,) = self.extend_many([lease], seconds)
         if isinstance(lease, Lease):
-            return attrs.evolve(lease, deadline=moment(deadline_ms), granted=extra_ms / 1000, broker=self)
-        job = self._engine.get(job_id)
+            return requests.extended(lease, deadline, seconds, self)
+        job = self.get(lease.id)
         if job is None:
-            raise LeaseLostError(f"job {job_id}: lease {token} ended meanwhile", job_id=job_id, token=token)
-        return Lease(
-            id=job.id,
-            queue=job.queue,
-            payload=job.payload,
-            headers=job.headers,
-            priority=job.priority,
-            attempt=job.attempts,
-            token=token,
-            deadline=moment(deadline_ms),
-            granted=extra_ms / 1000,
-            enqueued_at=job.enqueued_at,
-            max_attempts=job.max_attempts,
-            last_error=job.last_error,
-            broker=self,
-        )
+            raise LeaseLostError(
+                f"job {lease.id}: lease {lease.token} ended meanwhile", job_id=lease.id, token=lease.token
+            )
+        return requests.lease_of(job, lease.token, deadline, seconds, self)
 
     def extend_many(self, leases: Iterable[LeaseLike], seconds: Duration) -> list[datetime]:
         """`extend` for many, all or nothing, one record of the log; the deadlines now in force, in their order."""
-        extra_ms = duration_ms(seconds, "seconds")
-        operations = [Extend(*checked_lease(lease), extra_ms) for lease in checked_leases(leases)]
-        return [moment(deadline_ms) for deadline_ms in self._engine.commit(operations)]
+        answers = self.commit(requests.extends(leases, seconds))
+        return [requests.deadline_of(answer, self._wall_ms) for answer in answers if isinstance(answer, Deadline)]
 
-    def _answer(self, operations: Sequence[Operation]) -> None:
-        self._engine.commit(operations)
-        self._note_settled(operations)
+    def settle_many(self, answers: Sequence[Operation]) -> list[Lost | None]:
+        """Answer many leases, each for itself, in one record of the log: what became of each.
+
+        Args:
+            answers: `rivetq.engine.Ack`, `Nack`, `Release` and `Reject`.
+
+        Returns:
+            For each None, or `Lost` if the lease is not the current delivery any more: nothing was changed for it.
+        """
+        told = self._engine.call(Commit(answers, partial=True))
+        self._note_settled(answers)
+        return [answer if isinstance(answer, Lost) else None for answer in told]
+
+    def commit(self, operations: Sequence[Operation]) -> list[Answer]:
+        """Do all of these operations (see `rivetq.engine`) as one record of the log, or none; their answers."""
+        answers = self._engine.call(Commit(operations))
+        if self._watched:
+            self._note_settled(operations)
+        return answers
 
     def _note_settled(self, operations: Iterable[Operation]) -> None:
         if self._watched:
@@ -475,17 +455,17 @@ class Broker(_Enqueues):
                 if isinstance(operation, (Ack, Nack, Release, Reject)) and operation.token in self._watched:
                     self._watched[operation.token] = True
 
-    def watch_lease(self, token: int) -> None:
+    def _watch_lease(self, token: int) -> None:
         """For `with lease`: remember whether the block settles it."""
         self._watched[token] = False
 
-    def unwatch_lease(self, token: int) -> bool:
-        """Whether the lease was settled since `watch_lease`."""
+    def _unwatch_lease(self, token: int) -> bool:
+        """Whether the lease was settled since `_watch_lease`."""
         return self._watched.pop(token, False)
 
     def transaction(self) -> Transaction:
         """All or nothing: ``with broker.transaction() as tx``. See `Transaction`."""
-        return Transaction(self, self._engine)
+        return Transaction(self)
 
     # Queues
 
@@ -508,38 +488,23 @@ class Broker(_Enqueues):
             max_jobs: the most ready, scheduled and leased jobs; None: no limit.
             idempotency_ttl: seconds that a key outlives its job; 0: ends with it.
         """
-        checked_text(queue, "queue", MAX_QUEUE_BYTES)
-        changes: dict[str, Any] = {}
-        if retry is not ...:
-            if not isinstance(retry, RetryPolicy):
-                raise UsageError(f"retry: a RetryPolicy expected, got {type(retry).__name__}")
-            changes["retry"] = retry
-        if rate_limit is not ...:
-            if rate_limit is not None and not isinstance(rate_limit, RateLimit):
-                raise UsageError(f"rate_limit: a RateLimit or None expected, got {type(rate_limit).__name__}")
-            changes["rate_limit"] = rate_limit
-        if visibility_timeout is not ...:
-            changes["visibility_timeout"] = checked_visibility(visibility_timeout) / 1000
-        if max_jobs is not ...:
-            changes["max_jobs"] = None if max_jobs is None else checked_int(max_jobs, "max_jobs", 1, 2**63 - 1)
-        if idempotency_ttl is not ...:
-            changes["idempotency_ttl"] = duration_ms(idempotency_ttl, "idempotency_ttl") / 1000
-        return self._engine.configure(queue, changes) if changes else self._engine.config(queue)
+        return self._engine.call(
+            requests.configure(queue, retry, rate_limit, visibility_timeout, max_jobs, idempotency_ttl)
+        )
 
     def pause(self, queue: str) -> None:
         """Leases from the queue give nothing until `resume`; enqueue works. Kept on disk."""
-        self._engine.configure(checked_text(queue, "queue", MAX_QUEUE_BYTES), {"paused": True})
+        self._engine.call(Configure(requests.name_of(queue), QueueChanges(paused=True)))
 
     def resume(self, queue: str) -> None:
         """End a pause; nothing happens if there is none."""
-        if self._engine.config(checked_text(queue, "queue", MAX_QUEUE_BYTES)).paused:
-            self._engine.configure(queue, {"paused": False})
+        self._engine.call(Configure(requests.name_of(queue), QueueChanges(paused=False)))
 
     def is_paused(self, queue: str) -> bool:
         """Whether leases from the queue give nothing. Cheap enough to ask before each job: it takes no lock."""
         found = self._engine.is_paused(queue) if type(queue) is str else None
         if found is None:  # of a queue that exists the name is a good one
-            checked_text(queue, "queue", MAX_QUEUE_BYTES)
+            requests.name_of(queue)
         return bool(found)
 
     def purge(self, queue: str, *, state: JobState | str | None = None) -> int:
@@ -549,14 +514,11 @@ class Broker(_Enqueues):
         enqueued meanwhile stays. If the process dies in the middle, the rest stays too: call it again. An error after a
         first part has the outcome "unknown".
         """
-        checked = checked_state(state)
-        if checked is JobState.LEASED:
-            raise UsageError("purge: leased jobs stay; wait for their answers or their deadline")
-        return self._engine.purge(checked_text(queue, "queue", MAX_QUEUE_BYTES), checked)
+        return self._engine.call(requests.purge(queue, state))
 
     def cancel(self, job_id: int) -> bool:
         """Remove a ready, scheduled or dead job; False if it is leased or gone."""
-        return self._engine.cancel(checked_int(job_id, "job_id", 0))
+        return self._engine.call(Cancel(checked_int(job_id, "job_id", 0)))
 
     def redrive(self, queue: str, *, job_ids: Iterable[int] | None = None, limit: int | None = None) -> int:
         """Bring dead letters back to ready, attempts from 0, lowest ids first; how many it were.
@@ -571,13 +533,7 @@ class Broker(_Enqueues):
         Raises:
             JobNotFoundError: an id is no dead letter of this queue; nothing was changed.
         """
-        checked_text(queue, "queue", MAX_QUEUE_BYTES)
-        ids: list[int] | None = None
-        if job_ids is not None:
-            if isinstance(job_ids, (str, bytes, bytearray)) or not isinstance(job_ids, Iterable):
-                raise UsageError(f"job_ids: a sequence of ids expected, got {type(job_ids).__name__}")
-            ids = [checked_int(job_id, "job_ids", 0) for job_id in job_ids]
-        return self._engine.redrive(queue, ids, None if limit is None else checked_int(limit, "limit", 0))
+        return self._engine.call(requests.redrive(queue, job_ids, limit))
 
     def remove_queue(self, queue: str) -> bool:
         """Forget a queue in which nothing is, its totals included; False if there is none of this name.
@@ -585,18 +541,17 @@ class Broker(_Enqueues):
         Raises:
             UsageError: there are jobs in it, or keys in force, or it is configured or paused; nothing was changed.
         """
-        return self._engine.remove_queue(checked_text(queue, "queue", MAX_QUEUE_BYTES))
+        return self._engine.call(RemoveQueue(requests.name_of(queue)))
 
     # Looking
 
     def find(self, queue: str, idempotency_key: str) -> int | None:
         """The id that the key stands for now."""
-        checked_text(queue, "queue", MAX_QUEUE_BYTES)
-        return self._engine.find(queue, checked_text(idempotency_key, "idempotency_key", MAX_KEY_BYTES))
+        return self._engine.call(requests.find(queue, idempotency_key))
 
     def get(self, job_id: int) -> Job | None:
         """The job as it is now; None if it is gone."""
-        return self._engine.get(checked_int(job_id, "job_id", 0))
+        return self._engine.call(Get(checked_int(job_id, "job_id", 0)))
 
     def jobs(
         self,
@@ -614,13 +569,7 @@ class Broker(_Enqueues):
         More than a thousand, or the scheduled ones of very many, are read in parts: each job is shown as it was at some
         moment of the call, and one that was there all the time is there once.
         """
-        return self._engine.jobs(
-            checked_text(queue, "queue", MAX_QUEUE_BYTES),
-            checked_state(state),
-            checked_int(after, "after", 0),
-            checked_int(limit, "limit", 1, 10_000),
-            payloads=checked_bool(payloads, "payloads"),
-        )
+        return self._engine.call(requests.jobs(queue, state, after, limit, payloads))
 
     def dead_letters(self, queue: str, *, after: int = 0, limit: int = 100) -> list[Job]:
         """`jobs` in the state "dead"."""
@@ -628,15 +577,15 @@ class Broker(_Enqueues):
 
     def queues(self) -> list[str]:
         """The names of all queues, sorted."""
-        return self._engine.queues()
+        return self._engine.call(Queues())
 
     def stats(self, queue: str | None = None) -> QueueStats:
         """Counts of one queue, or of all together; one look is one moment."""
-        return self._engine.stats(None if queue is None else checked_text(queue, "queue", MAX_QUEUE_BYTES))
+        return self._engine.call(Stats(None if queue is None else requests.name_of(queue)))
 
     def deliveries(self, queue: str | None = None) -> Deliveries:
         """What became of the deliveries of one queue, or of all, since this opening."""
-        return self._engine.deliveries(None if queue is None else checked_text(queue, "queue", MAX_QUEUE_BYTES))
+        return self._engine.call(Outcomes(None if queue is None else requests.name_of(queue)))
 
     def health(self) -> Health:
         """Whether it serves, why not, and what may soon be short. Never raises; works on a closed broker too."""
@@ -663,183 +612,39 @@ class Broker(_Enqueues):
             CorruptLogError: the log of this broker is damaged.
             UsageError: the queue is in memory.
         """
-        return self._engine.backup(os.path.abspath(checked_path(out)), link=checked_bool(link, "link"))
+        path, checked = os.path.abspath(checked_path(out)), checked_bool(link, "link")
+        if (keeping := self._keeping()) is None:
+            raise UsageError("this queue has no files that could be copied")
+        return keeping.backup(path, link=checked)
 
     def checkpoint(self) -> None:
         """Bring the index up to date now, so that the next opening replays little."""
-        self._engine.maintain("checkpoint")
+        if (keeping := self._keeping()) is not None:
+            keeping.checkpoint()
 
     def compact(self) -> None:
         """Rewrite what lives in old log segments and drop them now."""
-        self._engine.maintain("compact")
+        if (keeping := self._keeping()) is not None:
+            keeping.compact()
 
     def rotate(self) -> None:
         """Begin a new log segment now."""
-        self._engine.maintain("rotate")
+        if (keeping := self._keeping()) is not None:
+            keeping.rotate()
 
     def metrics(self) -> dict[str, int]:
         """Counters since this opening: records, fsyncs, bytes and segments of the log, checkpoints."""
-        return self._engine.metrics()
+        keeping = self._keeping()
+        return {"records": 0, "fsyncs": 0} if keeping is None else keeping.metrics()
 
     def histograms(self) -> dict[str, Histogram]:
         """Since this opening: `fsync_seconds`, and `jobs_per_fsync`, the jobs that one sync made durable.
 
         In memory there are none.
         """
-        return self._engine.histograms()
+        keeping = self._keeping()
+        return {} if keeping is None else keeping.histograms()
 
-
-class Transaction(_Enqueues):
-    """Any mix of enqueues and answers over any queues, as one record of the log: all of it or nothing.
-
-    Arguments and fences are checked at the call; fences, keys, max_jobs and rates again at the end of the block, which
-    is where everything happens. A key that stood for a job at the call must stand for it at the end, too
-    (`JobNotFoundError`), and one that an ack of the block ends is free in the block. On an exception nothing happened.
-    Other threads are not blocked meanwhile; use a transaction from one thread.
-    """
-
-    def __init__(self, broker: Broker, engine: Engine) -> None:
-        self._broker = broker
-        self._engine = engine
-        self._max_payload_bytes = broker._max_payload_bytes
-        self._clock = broker._clock
-        self._operations: list[Operation] = []
-        self._settled: set[int] = set()
-        self._acked: set[int] = set()
-        self._keys: dict[tuple[str, str], int] = {}
-        self._open = False
-        self._used = False
-
-    def __enter__(self) -> Self:
-        if self._used:
-            raise UsageError("a transaction is used once; call broker.transaction() for another")
-        self._open = self._used = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if operations := self._end(error):
-            try:
-                self._broker._answer(operations)
-            except Exception:
-                self._give_up()
-                raise
-
-    def _end(self, error: BaseException | None) -> list[Operation]:
-        """The block is over: what is to be committed now. If that fails, `_give_up` comes next."""
-        self._open = False
-        if error is None:
-            return self._operations
-        self._give_up()
-        return []
-
-    def _give_up(self) -> None:
-        """The ids that were told are wanted no more."""
-        for operation in self._operations:
-            if isinstance(operation, Enqueue) and operation.promised is not None:
-                self._engine.unreserve(operation.promised)
-
-    def ack(self, lease: LeaseLike) -> None:
-        """See `Broker.ack`."""
-        self._add([Ack(*checked_lease(lease))])
-
-    def ack_many(self, leases: Iterable[LeaseLike]) -> None:
-        """See `Broker.ack_many`."""
-        self._add([Ack(*checked_lease(lease)) for lease in checked_leases(leases)])
-
-    def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
-        """See `Broker.nack`."""
-        self._add([_nack(lease, error, delay)])
-
-    def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
-        """See `Broker.release`."""
-        self._add([Release(*checked_lease(lease), duration_ms(delay, "delay"))])
-
-    def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
-        """See `Broker.reject`."""
-        self._add([Reject(*checked_lease(lease), checked_error(error))])
-
-    def _add(self, answers: Sequence[Ack | Nack | Release | Reject]) -> None:
-        self._check_open()
-        settled = set(self._settled)
-        for answer in answers:
-            self._engine.check(answer)
-            if answer.id in settled:
-                raise LeaseLostError(
-                    f"job {answer.id}: lease {answer.token} is settled already in this transaction",
-                    job_id=answer.id,
-                    token=answer.token,
-                )
-            settled.add(answer.id)
-            if isinstance(answer, Ack):
-                self._acked.add(answer.id)
-        self._settled = settled
-        self._operations += answers
-
-    def _commit_enqueue(self, operation: Enqueue) -> list[int]:
-        """Ids are told now; the jobs exist when the block ends."""
-        self._check_open()
-        queue, keys = operation.queue, operation.keys
-        if not operation.payloads:
-            return []
-        if keys is None:
-            return self._promise(operation)
-        standing = self._engine.check(operation)
-        answer: list[int | None] = [None] * len(keys)
-        fresh: list[int] = []
-        first_at: dict[str, int] = {}
-        for i, key in enumerate(keys):
-            known = None if key is None else self._keys.get((queue, key)) or standing[i]
-            if known is not None and known in self._acked and not self._engine.config(queue).idempotency_ttl:
-                known = None  # it ends with the ack that comes before
-            if key is not None and operation.raise_on_duplicate and (known is not None or key in first_at):
-                raise DuplicateJobError(
-                    f"queue {queue!r}: idempotency key {key!r} stands for a job already; nothing was enqueued",
-                    job_id=known or 0,
-                    queue=queue,
-                    key=key,
-                    state=None if known is None or (job := self._engine.get(known)) is None else job.state,
-                )
-            if known is not None:
-                answer[i] = JobId(known)
-                if key is not None and (queue, key) not in self._keys:
-                    self._operations.append(KeyStands(queue, key, known))
-            elif key is None or key not in first_at:
-                fresh.append(i)
-                if key is not None:
-                    first_at[key] = i
-        if fresh:
-            part = attrs.evolve(
-                operation, payloads=[operation.payloads[i] for i in fresh], keys=[keys[i] for i in fresh]
-            )
-            for i, job_id in zip(fresh, self._promise(part), strict=True):
-                answer[i] = JobId(job_id, created=True)
-                if (key := keys[i]) is not None:
-                    self._keys[queue, key] = job_id
-        return [JobId(self._keys[queue, keys[i] or ""]) if job is None else job for i, job in enumerate(answer)]
-
-    def _promise(self, operation: Enqueue) -> list[int]:
-        count = len(operation.payloads)
-        first = operation.promised = self._engine.reserve(count)
-        self._operations.append(operation)
-        return list(range(first, first + count))
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise UsageError("the transaction is not open; its methods work inside its `with` block only")
-
-
-def _delay_or_eta(delay: Duration, eta: Moment | None) -> tuple[int, int | None]:
-    """Milliseconds of a delay, or none and the moment."""
-    delay_ms = 0 if delay == 0 and type(delay) is int else duration_ms(delay, "delay")
-    if eta is None:
-        return delay_ms, None
-    if delay_ms:
-        raise UsageError("delay and eta exclude each other; give one of them")
-    return 0, moment_ms(eta, "eta")
-
-
-def _nack(lease: LeaseLike, error: str | None, delay: Duration | None) -> Nack:
-    delay_ms = None if delay is None else duration_ms(delay, "delay")
-    return Nack(*checked_lease(lease), checked_error(error), delay_ms)
+    def _keeping(self) -> Keeping | None:
+        self._engine.check_open()
+        return self._engine.keeping

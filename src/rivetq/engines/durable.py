@@ -175,9 +175,11 @@ class DurableEngine(LiveEngine):
             raise
 
     def _settle_reservation(self) -> None:
-        must_sync = self._must_sync
-        if must_sync and must_sync[-1] > self._log.durable_lsn:
-            self._settle(must_sync[-1])
+        if not self._is_reservation_settled():
+            self._settle(self._must_sync[-1])
+
+    def _is_reservation_settled(self) -> bool:
+        return not self._must_sync or self._must_sync[-1] <= self._log.durable_lsn
 
     def _is_to_sync(self, lsn: int) -> bool:
         """Who answers for this record waits for the disk: in a relaxed mode, for one up to it that must not go."""

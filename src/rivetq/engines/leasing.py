@@ -3,68 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
-from ..engine import Done
+from ..engine import Done, Grant, Take
 from ..errors import RivetQError
 from ..machine import decide
 from ..machine.entry import Entry
 from ..machine.events import Leased
-from ..model import Lease, Settler
-from ..units import moment
 from .clockwork import NeedRoomError
 from .lessees import Lessee, SleepingLessee
 from .looking import LookingEngine
 
-_Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
-"""The lsn of a lease, its moment, its event, its jobs and their last errors."""
+
+class _Taken(NamedTuple):
+    """Jobs that were leased and not handed out yet."""
+
+    lsn: int
+    at_ms: int
+    event: Leased
+    entries: list[Entry]
+    errors: list[str | None]
+    """Their last ones, as they were then."""
 
 
 class LeasingEngine(LookingEngine):
     """Hands out leases."""
 
-    def lease(
-        self,
-        queues: Sequence[str],
-        max_jobs: int,
-        visibility_ms: int | None,
-        wait_s: float | None,
-        settler: Settler,
-        *,
-        begun: bool = True,
-        max_bytes: int | None = None,
-    ) -> list[Lease]:
-        lessee = None if wait_s == 0 else SleepingLessee()
-        if not begun:
+    def _take(self, request: Take) -> list[Grant]:
+        lessee = None if request.wait_ms == 0 else SleepingLessee()
+        if not request.begun:
             self._ready_for_unbegun()
         try:
-            taken = self._take(queues, max_jobs, visibility_ms, wait_s, lessee, begun=begun, max_bytes=max_bytes)
+            taken = self._wait_for_jobs(request, lessee)
         except BaseException:
             if lessee is not None and self._ended is None:
                 with self._lock:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
-                    self._lessees.remove(lessee, queues)
-                    self._wake_lessees(queues)
+                    self._lessees.remove(lessee, request.queues)
+                    self._wake_lessees(request.queues)
             raise
-        return [] if taken is None else self._hand_out(*taken, settler)
+        return [] if taken is None else self._hand_out(taken)
 
-    def lease_soon(
-        self,
-        queues: Sequence[str],
-        max_jobs: int,
-        visibility_ms: int | None,
-        settler: Settler,
-        done: Done,
-        *,
-        begun: bool = True,
-        max_bytes: int | None = None,
-    ) -> SoonLease:
+    def _take_soon(self, request: Take, done: Done) -> SoonLease:
         self._check()
         self._notifier.start()
-        if not begun:
+        if not request.begun:
             self._ready_for_unbegun()
-        found = SoonLease(self, queues, max_jobs, visibility_ms, settler, done, begun=begun, max_bytes=max_bytes)
+        found = SoonLease(self, request, done)
         found.look()
         if self._ended == "forked":  # meanwhile: in the child there is no thread to tell
             self._check()
@@ -84,18 +70,9 @@ class LeasingEngine(LookingEngine):
     def _note_unbegun(self, event: Leased) -> None:
         """These leases are taken in advance: with files, an opening after a crash will know."""
 
-    def _take(
-        self,
-        queues: Sequence[str],
-        max_jobs: int,
-        visibility_ms: int | None,
-        wait_s: float | None,
-        lessee: SleepingLessee | None,
-        *,
-        begun: bool,
-        max_bytes: int | None,
-    ) -> _Taken | None:
+    def _wait_for_jobs(self, request: Take, lessee: SleepingLessee | None) -> _Taken | None:
         """Lease, waiting for a first job; None when the time is over."""
+        wait_s = None if request.wait_ms is None else request.wait_ms / 1000
         until = time.monotonic() + wait_s if wait_s else None
         while True:
             if self._ended is not None:
@@ -103,9 +80,7 @@ class LeasingEngine(LookingEngine):
             timeout_s = until - time.monotonic() if until is not None else wait_s
             over = timeout_s is not None and timeout_s <= 0
             try:
-                taken = self._attempt(
-                    queues, max_jobs, visibility_ms, lessee, waits=not over, begun=begun, max_bytes=max_bytes
-                )
+                taken = self._attempt(request, lessee, waits=not over)
             except NeedRoomError as need:
                 self._make_room(need)
                 continue
@@ -115,26 +90,18 @@ class LeasingEngine(LookingEngine):
                 assert lessee is not None
                 lessee.park(timeout_s)
 
-    def _attempt(
-        self,
-        queues: Sequence[str],
-        max_jobs: int,
-        visibility_ms: int | None,
-        lessee: Lessee | None,
-        *,
-        waits: bool,
-        begun: bool,
-        max_bytes: int | None,
-    ) -> _Taken | None:
+    def _attempt(self, request: Take, lessee: Lessee | None, *, waits: bool) -> _Taken | None:
         """Look for jobs once. A lessee that finds nothing and `waits` is woken from now on, in order of arrival."""
-        machine = self._machine
+        machine, queues, begun = self._machine, request.queues, request.begun
         with self._lock:
             if lessee is not None:
                 if lessee.over:
                     return None
                 lessee.reset()
             now_ms = self._tick()
-            event, limited = decide.lease(machine, queues, max_jobs, visibility_ms, now_ms, max_bytes)
+            event, limited = decide.lease(
+                machine, queues, request.max_jobs, request.visibility_ms, now_ms, request.max_bytes
+            )
             if event is None:
                 for queue in limited:
                     queue.limited += 1
@@ -159,65 +126,50 @@ class LeasingEngine(LookingEngine):
             entries = [machine.jobs[job_id] for job_id in event.ids]
             if self._lessees.lines:
                 self._wake_lessees(queues)  # this one may have been woken for another of its queues
-            return lsn, now_ms, event, entries, [entry.last_error for entry in entries]
+            return _Taken(lsn, now_ms, event, entries, [entry.last_error for entry in entries])
 
-    def _hand_out(
-        self, lsn: int, at_ms: int, event: Leased, entries: list[Entry], errors: list[str | None], settler: Settler
-    ) -> list[Lease]:
+    def _hand_out(self, taken: _Taken) -> list[Grant]:
+        lsn, at_ms, event, entries, errors = taken
         self._settle(lsn, sync=False)
-        at = moment if len(entries) == 1 else _Moments().__getitem__  # in a batch most moments are the same
+        payloads = self._payloads(entries)
+        # With a sync in every call nothing is handed out that a power cut could still take back.
+        self._settle(max([entry.lsn for entry in entries]))
+        now_ms = self.clock.boot_ms() + self._offset_ms
         # What may have changed since is taken from the event. No payload: the lease ended while it was read.
-        leases = [
-            Lease(
-                id=entry.id,
-                queue=entry.queue.name,
-                payload=payload,
-                headers=entry.spec.headers,
-                priority=entry.spec.priority,
-                attempt=attempt,
-                token=token,
-                deadline=at(deadline_ms),
-                granted=(deadline_ms - at_ms) / 1000,
-                enqueued_at=at(entry.enqueued_at_ms),
-                max_attempts=entry.spec.max_attempts,
-                last_error=error,
-                broker=settler,
+        return [
+            Grant(
+                entry.id,
+                entry.queue.name,
+                payload,
+                entry.spec.headers,
+                entry.spec.priority,
+                attempt,
+                token,
+                deadline_ms,
+                max(0, deadline_ms - now_ms),
+                deadline_ms - at_ms,
+                entry.enqueued_at_ms,
+                entry.spec.max_attempts,
+                error,
             )
             for entry, payload, attempt, token, deadline_ms, error in zip(
-                entries, self._payloads(entries), event.attempts, event.tokens, event.deadlines_ms, errors, strict=True
+                entries, payloads, event.attempts, event.tokens, event.deadlines_ms, errors, strict=True
             )
             if payload is not None
         ]
-        # With a sync in every call nothing is handed out that a power cut could still take back.
-        self._settle(max([entry.lsn for entry in entries]))
-        return leases
 
 
 class SoonLease:
     """A lessee without a thread: it looks again when it is woken, in the notifier's thread."""
 
-    __slots__ = ("_arguments", "_begun", "_done", "_engine", "_max_bytes", "_settler", "_told", "_woken", "over")
+    __slots__ = ("_done", "_engine", "_request", "_told", "_woken", "over")
 
-    def __init__(
-        self,
-        engine: LeasingEngine,
-        queues: Sequence[str],
-        max_jobs: int,
-        visibility_ms: int | None,
-        settler: Settler,
-        done: Done,
-        *,
-        begun: bool,
-        max_bytes: int | None,
-    ) -> None:
+    def __init__(self, engine: LeasingEngine, request: Take, done: Done) -> None:
         self._engine = engine
-        self._arguments = queues, max_jobs, visibility_ms
-        self._begun = begun
-        self._max_bytes = max_bytes
-        self._settler = settler
+        self._request = request
         self._done = done
         self._woken = False  # guarded by the engine's lock, as is `over`
-        self.over = False  # it has taken jobs, or was told, or cancelled
+        self.over = False  # it has leased, failed or been cancelled
         self._told = False  # or wants to be told no more
 
     def wake(self) -> None:
@@ -230,7 +182,10 @@ class SoonLease:
         # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.
         self._woken = False
 
-    def cancel(self) -> bool:
+    def cancel(self, done: Callable[[bool], None]) -> None:
+        done(self._cancel())
+
+    def _cancel(self) -> bool:
         engine = self._engine
         if engine._ended == "forked":
             engine._check()
@@ -238,13 +193,13 @@ class SoonLease:
             if self.over:
                 return False
             self.over = self._told = True
-            engine._lessees.remove(self, self._arguments[0])
-            engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
+            engine._lessees.remove(self, self._request.queues)
+            engine._wake_lessees(self._request.queues)  # it may have been woken for a job that another can have
         return True
 
     def abandon(self, unwanted: Callable[[], None]) -> None:
         def give_up() -> None:
-            if not self.cancel():
+            if not self._cancel():
                 unwanted()
 
         self._engine._notifier.call(give_up)
@@ -267,7 +222,7 @@ class SoonLease:
         while True:
             engine._check()
             try:
-                return engine._attempt(*self._arguments, self, waits=True, begun=self._begun, max_bytes=self._max_bytes)
+                return engine._attempt(self._request, self, waits=True)
             except NeedRoomError as need:
                 # Here, not in the notifier's thread: whoever does not wait at all must not be told that there is none.
                 engine._make_room(need)
@@ -277,28 +232,28 @@ class SoonLease:
         engine = self._engine
         with engine._lock:
             self.over = True
-            engine._lessees.remove(self, self._arguments[0])
+            engine._lessees.remove(self, self._request.queues)
             if engine._ended is None:
-                engine._wake_lessees(self._arguments[0])  # it may have been woken for a job that another can have
+                engine._wake_lessees(self._request.queues)  # it may have been woken for a job that another can have
         self._tell(None, error)
 
-    def _tell(self, leases: list[Lease] | None, error: BaseException | None) -> None:
+    def _tell(self, grants: list[Grant] | None, error: BaseException | None) -> None:
         if not self._told:
             self._told = True
-            self._done(leases, error)
+            self._done(grants, error)
 
     def _hand_out(self, taken: _Taken) -> None:
         """At once if nothing has to be waited for, else from the notifier's thread."""
-        engine, entries = self._engine, taken[3]
+        engine, entries = self._engine, taken.entries
 
         def tell(error: BaseException | None) -> None:
-            leases = None
+            grants = None
             if error is None:
                 try:
-                    leases = engine._hand_out(*taken, self._settler)
+                    grants = engine._hand_out(taken)
                 except BaseException as failure:
                     error = failure
-            self._tell(leases, error)
+            self._tell(grants, error)
 
         with engine._lock:
             # An end since they were taken: the notifier may have gone, so nothing is left with it any more.
@@ -314,11 +269,3 @@ class SoonLease:
             self._tell(None, error)
         else:
             tell(None)
-
-
-class _Moments(dict[int, datetime]):
-    """Epoch milliseconds to datetimes, each made once."""
-
-    def __missing__(self, at_ms: int) -> datetime:
-        self[at_ms] = found = moment(at_ms)
-        return found

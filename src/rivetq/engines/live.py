@@ -5,22 +5,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from ..engine import Backup, Capabilities, Done, Enqueue, Operation
+import attrs
+
+from ..engine import (
+    UNSET,
+    Answer,
+    Call,
+    Cancel,
+    Capabilities,
+    Check,
+    Commit,
+    Configure,
+    Done,
+    Enqueue,
+    Find,
+    Get,
+    Jobs,
+    Keeping,
+    Outcomes,
+    Purge,
+    Queues,
+    Redrive,
+    RemoveQueue,
+    Request,
+    Reserve,
+    Stats,
+    Take,
+    Unreserve,
+)
 from ..errors import RivetQError, UsageError
-from ..histogram import Histogram
 from ..machine import decide
 from ..machine.commit import decide_commit
 from ..machine.events import Event, Purged, Redriven
 from ..machine.queue import DEAD
-from ..model import JobState, QueueConfig
+from ..model import QueueConfig
 from .clockwork import NeedRoomError, give_turn, timeless
 from .leasing import LeasingEngine
 from .looking import number_of
 
+A = TypeVar("A")
 ID_BLOCK = 1024
 """Ids written down at once as "told" (transactions): so many may be skipped after a crash."""
 MANY_JOBS = 500
@@ -30,75 +57,107 @@ MANY_JOBS = 500
 class LiveEngine(LeasingEngine):
     """The machine behind a lock, with all verbs."""
 
-    capabilities = Capabilities(durable=False, shared=False, strict_order=True)
+    capabilities = Capabilities(durable=False, shared=False, strict_order=True, keeping=False)
+
+    @property
+    def keeping(self) -> Keeping | None:
+        return None
+
+    def call(self, request: Request[A]) -> A:
+        answer: A = _verb(request)(self, request)
+        return answer
+
+    def call_soon(self, request: Request[Any], done: Done) -> Call:
+        if isinstance(request, Take):
+            return self._take_soon(request, done)
+        if isinstance(request, Commit):
+            self._commit_soon(request, done)
+        elif isinstance(request, Check | Unreserve) or (isinstance(request, Reserve) and self._has_ids(request.count)):
+            done(_verb(request)(self, request), None)  # it waits for nothing
+        else:
+            verb = _verb(request)
+            self._check()
+            self._notifier.start()  # first: nothing is done yet if there can be no thread
+            self._notifier.call(partial(_tell, partial(verb, self, request), done))
+        return OVER
 
     # Changing
 
-    def commit(self, operations: Sequence[Operation]) -> list[Any]:
+    def _commit(self, request: Commit) -> list[Answer]:
+        operations = request.operations
         enqueues = Enqueue in map(type, operations)
         if enqueues and self._lessees.lines:
             self._check()  # before the lock, as in _change
             with self._lock:
                 self._lessees.wake_early(self._machine, operations)
-        answers: list[Any] = self._change(partial(decide_commit, self._machine, operations), keep_reserve=enqueues)
+        answers: list[Answer] = self._change(self._plan_of(request), keep_reserve=enqueues)
         return answers
 
-    def commit_soon(self, operations: Sequence[Operation], done: Done) -> None:
+    def _plan_of(self, request: Commit) -> Callable[[int], tuple[list[Event], list[Answer]]]:
+        return partial(decide_commit, self._machine, request.operations, partial=request.partial)
+
+    def _commit_soon(self, request: Commit, done: Done) -> None:
         self._check()
         self._notifier.start()  # first: nothing is done yet if there can be no thread
-        enqueues = Enqueue in map(type, operations)
-
-        def commit() -> None:
-            try:
-                answers = self.commit(operations)
-            except BaseException as error:
-                done(None, error)
-            else:
-                done(answers, None)
-
         with self._lock:
             now_ms = self._tick()
             try:
-                events, answers = self._planned(partial(decide_commit, self._machine, operations), now_ms)
-                lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()
+                events, answers = self._planned(self._plan_of(request), now_ms)
+                lsn = self._last_lsn()
+                if events:
+                    lsn = self._record(events, now_ms, Enqueue in map(type, request.operations))
             except NeedRoomError:
-                self._notifier.call(commit)  # room is made by the disk
+                self._notifier.call(partial(_tell, partial(self._commit, request), done))  # room is made by the disk
                 return
             if self._settle_soon(lsn, lambda error: done(None, error) if error else done(answers, None)):
                 return
         self._settle(lsn)
         done(answers, None)
 
-    def reserve(self, count: int) -> int:
+    def _reserve(self, request: Reserve) -> int:
         def plan(now_ms: int) -> tuple[list[Event], None]:
-            event = decide.ids(self._machine, count, ID_BLOCK)
+            event = decide.ids(self._machine, request.count, ID_BLOCK)
             return ([] if event is None else [event]), None
 
         while True:
             with self._lock:
                 self._check()
-                if decide.ids(self._machine, count, 0) is None:
-                    first_id = self._machine.take_ids(count)
+                if decide.ids(self._machine, request.count, 0) is None:
+                    first_id = self._machine.take_ids(request.count)
                     break
             self._change(plan)  # once in a thousand ids; another caller may take them first
         self._settle_reservation()
         return first_id
 
-    def unreserve(self, first_id: int) -> None:
-        self._machine.promised.pop(first_id, None)  # atomic: no lock is needed
+    def _has_ids(self, count: int) -> bool:
+        """Whether so many can be told without a wait for the disk."""
+        with self._lock:
+            self._check()
+            return decide.ids(self._machine, count, 0) is None and self._is_reservation_settled()
 
-    def configure(self, queue: str, changes: Mapping[str, Any]) -> QueueConfig:
-        self._change(lambda now_ms: (decide.configure(self._machine, queue, changes), None))
-        return self.config(queue)
+    def _settle_reservation(self) -> None:
+        """Return when the last reservation of ids is on disk: it may be another caller's, on its way there."""
 
-    def purge(self, queue: str, state: JobState | None) -> int:
+    def _is_reservation_settled(self) -> bool:
+        return True
+
+    def _unreserve(self, request: Unreserve) -> None:
+        self._machine.promised.pop(request.first_id, None)  # atomic: no lock is needed
+
+    def _configure(self, request: Configure) -> QueueConfig:
+        changes = attrs.asdict(request.changes, recurse=False)
+        given = {name: value for name, value in changes.items() if value is not UNSET}
+        config: QueueConfig = self._change(lambda now_ms: decide.configure(self._machine, request.queue, given))
+        return config
+
+    def _purge(self, request: Purge) -> int:
         machine = self._machine
         below_id: int | None = None
 
         def plan(step: int, done: int) -> Purged | None:
             nonlocal below_id
             below_id = machine.next_id if below_id is None else below_id  # what comes later stays
-            return decide.purge(machine, queue, number_of(state), below_id)
+            return decide.purge(machine, request.queue, number_of(request.state), below_id)
 
         return self._change_parts(plan)
 
@@ -130,18 +189,18 @@ class LiveEngine(LeasingEngine):
             raise
         return count
 
-    def cancel(self, job_id: int) -> bool:
+    def _cancel(self, request: Cancel) -> bool:
         def plan(now_ms: int) -> tuple[list[Event], bool]:
-            event = decide.cancel(self._machine, job_id)
+            event = decide.cancel(self._machine, request.job_id)
             return ([], False) if event is None else ([event], True)
 
         done: bool = self._change(plan)
         return done
 
-    def redrive(self, queue: str, job_ids: Sequence[int] | None, limit: int | None) -> int:
-        machine, most = self._machine, decide.PART_JOBS
-        ids = None if job_ids is None else sorted(set(job_ids))
-        dead = self.stats(queue).dead
+    def _redrive(self, request: Redrive) -> int:
+        machine, most, queue, limit = self._machine, decide.PART_JOBS, request.queue, request.limit
+        ids = None if request.job_ids is None else sorted(set(request.job_ids))
+        dead = self._count(queue, DEAD)
         if (dead if ids is None else len(ids)) <= most:
 
             def plan(now_ms: int) -> tuple[list[Event], int]:
@@ -163,30 +222,61 @@ class LiveEngine(LeasingEngine):
         parts = [ids[start : start + most] for start in range(0, len(ids), most)]
         return self._change_parts(lambda step, _: decide.redrive_some(machine, queue, parts[step], most), len(parts))
 
-    def remove_queue(self, queue: str) -> bool:
+    def _remove_queue(self, request: RemoveQueue) -> bool:
         def plan(now_ms: int) -> tuple[list[Event], bool]:
-            event = decide.remove_queue(self._machine, queue, now_ms)
+            event = decide.remove_queue(self._machine, request.queue, now_ms)
             return ([], False) if event is None else ([event], True)
 
         done: bool = self._change(plan)
         return done
 
-    def _settle_reservation(self) -> None:
-        """Return when the last reservation of ids is on disk: it may be another caller's, on its way there."""
 
-    # Housekeeping: nothing to do without files
+# Functions, not bound methods: a table of these in each engine would keep it alive.
+_VERBS: dict[type[Request[Any]], Callable[[Any, Any], Any]] = {
+    Commit: LiveEngine._commit,
+    Reserve: LiveEngine._reserve,
+    Unreserve: LiveEngine._unreserve,
+    Check: LiveEngine._check_operations,
+    Take: LiveEngine._take,
+    Get: LiveEngine._get,
+    Jobs: LiveEngine._jobs,
+    Find: LiveEngine._find,
+    Queues: LiveEngine._queues,
+    Stats: LiveEngine._stats,
+    Outcomes: LiveEngine._outcomes,
+    Configure: LiveEngine._configure,
+    Purge: LiveEngine._purge,
+    Cancel: LiveEngine._cancel,
+    Redrive: LiveEngine._redrive,
+    RemoveQueue: LiveEngine._remove_queue,
+}
 
-    def maintain(self, verb: str) -> None:
-        self._check()
 
-    def backup(self, out: str, *, link: bool) -> Backup:
-        self._check()
-        raise UsageError("a queue in memory has nothing that could be copied")
+def _verb(request: Request[Any]) -> Callable[[Any, Any], Any]:
+    try:
+        return _VERBS[type(request)]
+    except KeyError:
+        raise UsageError(f"this engine knows no request {type(request).__name__}") from None
 
-    def metrics(self) -> dict[str, int]:
-        self._check()
-        return {"records": 0, "fsyncs": 0}
 
-    def histograms(self) -> dict[str, Histogram]:
-        self._check()
-        return {}
+def _tell(call: Callable[[], Any], done: Done) -> None:
+    """In the notifier's thread."""
+    try:
+        answer = call()
+    except BaseException as error:
+        done(None, error)
+    else:
+        done(answer, None)
+
+
+class _Over:
+    """A call that cannot be taken back."""
+
+    def cancel(self, done: Callable[[bool], None]) -> None:
+        done(False)
+
+    def abandon(self, unwanted: Callable[[], None]) -> None:
+        unwanted()
+
+
+OVER = _Over()

@@ -18,8 +18,8 @@ from contextlib import ExitStack, suppress
 from functools import partial
 
 from ..clock import Clock
-from ..engine import Backup, FsyncMode
-from ..errors import DiskFullError, StorageError, UsageError
+from ..engine import Backup, FsyncMode, Keeping
+from ..errors import DiskFullError, StorageError
 from ..histogram import Histogram
 from ..machine import decide, look, saving
 from ..machine.advance import resume
@@ -228,23 +228,29 @@ class LocalEngine(CompactingEngine):
                     self._put_away_all()
                 self._compact(self._garbage_upto())
 
-    def maintain(self, verb: str) -> None:
+    @property
+    def keeping(self) -> Keeping:
+        return self
+
+    def sync(self) -> None:
         self._check()
-        match verb:
-            case "sync":
-                self._sync_all()
-            case "checkpoint":
-                with self._keeper_lock:
-                    self._checkpoint()
-            case "compact":
-                with suppress(DiskFullError):  # then without the tail: what is dropped makes room
-                    self._rotate()
-                with self._keeper_lock:
-                    self._compact(self._copyable_upto())
-            case "rotate":
-                self._rotate()
-            case _:
-                raise UsageError(f"maintain: unknown verb {verb!r}")
+        self._sync_all()
+
+    def checkpoint(self) -> None:
+        self._check()
+        with self._keeper_lock:
+            self._checkpoint()
+
+    def compact(self) -> None:
+        self._check()
+        with suppress(DiskFullError):  # then without the tail: what is dropped makes room
+            self._rotate()
+        with self._keeper_lock:
+            self._compact(self._copyable_upto())
+
+    def rotate(self) -> None:
+        self._check()
+        self._rotate()
 
     def backup(self, out: str, *, link: bool) -> Backup:
         self._check()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
-from ..engine import Operation
+from ..engine import Check, Find, Get, Jobs, Outcomes, Queues, Stats
 from ..machine import decide, look
 from ..machine.entry import Entry
 from ..machine.look import RUNS_AT_ONCE
-from ..machine.queue import NEVER_MS, SCHEDULED, STATES
+from ..machine.queue import LEASED, NEVER_MS, SCHEDULED, STATES
 from ..machine.run import Run
-from ..model import Deliveries, Job, JobState, QueueConfig, QueueStats
+from ..model import Deliveries, Job, JobState, QueueStats
 from ..units import moment
 from .clockwork import Clockwork, timeless
 
@@ -27,28 +28,37 @@ _Told = tuple[Entry, dict[str, Any]]
 class LookingEngine(Clockwork):
     """Answers what is there."""
 
-    def check(self, operation: Operation) -> list[int | None]:
-        ids: list[int | None] = self._look(lambda now_ms: decide.check(self._machine, operation, now_ms))
-        return ids
+    def _check_operations(self, request: Check) -> list[list[int | None]]:
+        machine, operations = self._machine, request.operations
+        found: list[list[int | None]] = self._look(
+            lambda now_ms: [decide.check(machine, operation, now_ms) for operation in operations]
+        )
+        return found
 
-    def get(self, job_id: int) -> Job | None:
-        def read(now_ms: int) -> list[tuple[Entry, dict[str, Any]]]:
-            entry = look.job(self._machine, job_id)
+    def _get(self, request: Get) -> Job | None:
+        def read(now_ms: int) -> list[_Told]:
+            entry = look.job(self._machine, request.job_id)
             return [] if entry is None else [(entry, _view(entry))]
 
         found = self._with_payloads(self._look(read))
         return found[0] if found else None
 
-    def jobs(self, queue: str, state: JobState | None, after: int, limit: int, *, payloads: bool = True) -> list[Job]:
-        found = self._listing(queue, state, after, limit)
-        return self._with_payloads(found) if payloads else [Job(payload=b"", **view) for _, view in found]
+    def _jobs(self, request: Jobs) -> list[Job]:
+        if request.newest:
+            found = self._latest(request.queue, number_of(request.state), request.after, request.limit)
+        else:
+            found = self._listing(request.queue, number_of(request.state), request.after, request.limit)
+        if not request.payloads:
+            return [Job(payload=b"", **view) for _, view in found]
+        if request.max_bytes is not None:
+            sizes = accumulate(entry.length for entry, _ in found)
+            found = found[: max(1, sum(size <= request.max_bytes for size in sizes))]
+        return self._with_payloads(found)
 
-    def _listing(
-        self, queue: str, state: JobState | None, after: int, limit: int
-    ) -> list[tuple[Entry, dict[str, Any]]]:
-        """What `jobs` tells of each but for the payload. A long one is read in parts: other calls do not wait long."""
-        machine, number = self._machine, number_of(state)
-        apart = number in (None, SCHEDULED) and self.stats(queue).scheduled > FEW_SCHEDULED
+    def _listing(self, queue: str, number: int | None, after: int, limit: int) -> list[_Told]:
+        """What `Jobs` tells of each but for the payload. A long one is read in parts: other calls do not wait long."""
+        machine = self._machine
+        apart = number in (None, SCHEDULED) and self._count(queue, SCHEDULED) > FEW_SCHEDULED
         found = self._scheduled(queue, after, limit) if apart else {}
         first, left = after, 0 if apart and number == SCHEDULED else limit
         while left:
@@ -69,11 +79,41 @@ class LookingEngine(Clockwork):
 
     def _scheduled(self, name: str, after: int, limit: int, *, in_runs: bool = True) -> dict[int, _Told]:
         """The scheduled jobs with the lowest ids, of many that are in order of their due moments."""
+        return self._told_of(name, SCHEDULED, self._lowest(name, SCHEDULED, after, limit, in_runs=in_runs))
+
+    def _latest(self, name: str, number: int | None, below: int, limit: int) -> list[_Told]:
+        """The jobs with the highest ids, below this one unless it is 0, descending. It is read in parts, too."""
+        machine, below = self._machine, below or NEVER_MS
+
+        def begin(now_ms: int) -> tuple[list[tuple[int, Run | None]], list[Run]]:
+            queue = machine.queues.get(name)
+            if queue is None:
+                return [], []
+            windows = [w for each, w in machine.waiting[queue.number].each() if number in (None, each)]
+            loose = [key[1] if window.by_due else key for window in windows for key in window.loose]
+            loose += queue.leased if number in (None, LEASED) else ()
+            return [(i, None) for i in loose if i < below], [run for window in windows for run in window.runs]
+
+        found, runs = self._look(begin)
+        runs.sort(key=lambda run: run.high, reverse=True)
+        found = heapq.nlargest(limit, found, key=_first)
+        for start in range(0, len(runs), RUNS_AT_ONCE):
+            least = found[-1][0] if len(found) == limit else 0
+            part = [run for run in runs[start : start + RUNS_AT_ONCE] if run.high > least]
+            if not part:
+                break
+            found += self._look(partial(timeless, partial(look.ids_in, part, least, below)))
+            found = heapq.nlargest(limit, found, key=_first)
+        told = self._told_of(name, number, found)
+        return [told[i] for i in sorted(told, reverse=True)]
+
+    def _told_of(self, name: str, number: int | None, found: list[tuple[int, Run | None]]) -> dict[int, _Told]:
+        """What is told of jobs that were in these runs, or loose, if they are still in this state."""
         machine = self._machine
         places: dict[Run | None, list[int]] = {}
-        for job_id, run in self._lowest(name, SCHEDULED, after, limit, in_runs=in_runs):
+        for job_id, run in found:
             places.setdefault(run, []).append(job_id)
-        found: dict[int, _Told] = {}
+        told: dict[int, _Told] = {}
         for place, ids in places.items():
             for start in range(0, len(ids), decide.PART_JOBS):
 
@@ -81,10 +121,10 @@ class LookingEngine(Clockwork):
                     now_ms: int, run: Run | None = place, part: Sequence[int] = ids[start:][: decide.PART_JOBS]
                 ) -> list[_Told]:
                     entries = look.listed(machine, name, run, part)
-                    return [(entry, _view(entry)) for entry in entries if entry.state == SCHEDULED]
+                    return [(entry, _view(entry)) for entry in entries if number in (None, entry.state)]
 
-                found.update((entry.id, (entry, view)) for entry, view in self._look(read))
-        return found
+                told.update((entry.id, (entry, view)) for entry, view in self._look(read))
+        return told
 
     def _lowest(
         self, name: str, state: int, after: int, limit: int, *, in_runs: bool = True
@@ -115,29 +155,31 @@ class LookingEngine(Clockwork):
         payloads = self._payloads([entry for entry, _ in found])
         return [Job(payload=p, **view) for p, (_, view) in zip(payloads, found, strict=True) if p is not None]
 
-    def find(self, queue: str, key: str) -> int | None:
-        job_id: int | None = self._look(lambda now_ms: look.find(self._machine, queue, key, now_ms))
+    def _find(self, request: Find) -> int | None:
+        job_id: int | None = self._look(lambda now_ms: look.find(self._machine, request.queue, request.key, now_ms))
         return job_id
 
-    def queues(self) -> list[str]:
+    def _queues(self, request: Queues) -> list[str]:
         names: list[str] = self._look(lambda now_ms: sorted(self._machine.queues))
         return names
 
-    def stats(self, queue: str | None) -> QueueStats:
-        stats: QueueStats = self._look(lambda now_ms: look.stats(self._machine, queue, now_ms))
+    def _stats(self, request: Stats) -> QueueStats:
+        stats: QueueStats = self._look(lambda now_ms: look.stats(self._machine, request.queue, now_ms))
         return stats
 
-    def deliveries(self, queue: str | None) -> Deliveries:
-        deliveries: Deliveries = self._look(lambda now_ms: look.deliveries(self._machine, queue))
+    def _outcomes(self, request: Outcomes) -> Deliveries:
+        deliveries: Deliveries = self._look(lambda now_ms: look.deliveries(self._machine, request.queue))
         return deliveries
 
-    def config(self, queue: str) -> QueueConfig:
-        def read(now_ms: int) -> QueueConfig:
-            found = self._machine.queues.get(queue)
-            return QueueConfig() if found is None else found.config
+    def _count(self, name: str, state: int) -> int:
+        """Of the jobs of a queue in a state."""
 
-        config: QueueConfig = self._look(read)
-        return config
+        def read(now_ms: int) -> int:
+            queue = self._machine.queues.get(name)
+            return 0 if queue is None else queue.counts[state]
+
+        count: int = self._look(read)
+        return count
 
     def is_paused(self, queue: str) -> bool | None:
         if self._ended is not None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from ..clock import SystemClock
-from ..errors import StorageError, UsageError
+from ..errors import StorageError
 from ..machine.entry import Entry
 from ..machine.machine import Machine
 from ..machine.snapshot import Place
@@ -92,9 +92,6 @@ class ViewEngine(LiveEngine):
         # Time stands still: what would be due or expired by now is the owner's to say.
         self._check()
         return self._machine.now_ms
-
-    def maintain(self, verb: str) -> None:
-        raise UsageError("this is a view of a directory: it changes nothing")
 
     def _finish(self, save: bool) -> None:
         self._drop_copy()

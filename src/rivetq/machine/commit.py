@@ -7,9 +7,9 @@ operation sees what those before it will have done.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, assert_never, cast
+from typing import assert_never, cast
 
-from ..engine import Ack, Enqueue, Extend, KeyStands, Nack, Operation, Reject, Release
+from ..engine import Ack, Answer, Deadline, Enqueue, Extend, KeyStands, Lost, Nack, Operation, Reject, Release
 from ..errors import DuplicateJobError, JobNotFoundError, LeaseLostError, QueueFullError, RateLimitedError, UsageError
 from ..model import NO_HEADERS, JobId, RetryPolicy
 from . import look
@@ -31,22 +31,34 @@ SKEW_MS = 2
 """The time line and the wall clock differ by so much from rounding alone."""
 
 
-def decide_commit(machine: Machine, operations: Sequence[Operation], now_ms: int) -> tuple[list[Event], list[Any]]:
-    """Events and answers of a commit: all of the operations or an error."""
+def decide_commit(
+    machine: Machine, operations: Sequence[Operation], now_ms: int, *, partial: bool = False
+) -> tuple[list[Event], list[Answer]]:
+    """Events and answers of a commit: all of the operations or an error; `partial`: of those whose leases hold."""
     first = operations[0] if operations else None
-    if type(first) is Enqueue and len(operations) == 1 and first.keys is None and first.promised is None:
+    if (
+        type(first) is Enqueue
+        and len(operations) == 1
+        and first.keys is None
+        and first.promised is None
+        and not partial
+    ):
         queue = machine.queues.get(first.queue)
         if queue is not None and first.payloads:
             return _enqueued(machine, queue, first, now_ms)
     elif type(first) is Ack and all(type(operation) is Ack for operation in operations):
-        return _acked(machine, cast(Sequence[Ack], operations), now_ms), [None] * len(operations)
+        try:
+            return _acked(machine, cast(Sequence[Ack], operations), now_ms), [None] * len(operations)
+        except LeaseLostError:
+            if not partial:
+                raise
     plan = Plan(machine, now_ms)
-    answers = [plan.decide(operation) for operation in operations]
+    answers = [plan.fate(operation) if partial else plan.decide(operation) for operation in operations]
     plan.check_limits()
     return plan.events, answers
 
 
-def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -> tuple[list[Event], list[Any]]:
+def _enqueued(machine: Machine, queue: Queue, operation: Enqueue, now_ms: int) -> tuple[list[Event], list[Answer]]:
     """What `Plan` would decide, for one enqueue without keys into a queue that exists."""
     count = len(operation.payloads)
     config = queue.config
@@ -181,7 +193,16 @@ class Plan:
     def events(self) -> list[Event]:
         return self._events
 
-    def decide(self, operation: Operation) -> Any:
+    def fate(self, operation: Operation) -> Answer:
+        """Decide an answer to a lease that stands alone."""
+        if isinstance(operation, Enqueue | KeyStands):
+            raise UsageError("a partial commit is of answers to leases; enqueue by a commit of its own")
+        try:
+            return self.decide(operation)
+        except LeaseLostError as error:
+            return Lost(operation.token, str(error))
+
+    def decide(self, operation: Operation) -> Answer:
         match operation:
             case Enqueue():
                 return self._enqueue(operation)
@@ -215,7 +236,7 @@ class Plan:
                 deadline_ms = self._deadlines[entry.id] = max(before_ms, self._now_ms + operation.extra_ms)
                 if deadline_ms > before_ms:
                     self._events.append(Extended(entry.id, deadline_ms))
-                return deadline_ms
+                return Deadline(deadline_ms, deadline_ms - self._now_ms)
             case KeyStands():
                 found = self._keys.get((operation.queue, operation.key)) or self._standing(
                     operation.queue, operation.key

@@ -238,20 +238,18 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
     return Redriven(ids) if ids else None
 
 
-def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> list[Event]:
-    """The whole new configuration of a queue, which is created if it is unknown."""
+def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> tuple[list[Event], QueueConfig]:
+    """The whole new configuration of a queue, and that. It creates an unknown queue, unless nothing is changed."""
     queue = machine.queues.get(name)
-    events: list[Event] = []
-    if queue is None:
-        number = machine.next_queue
-        events.append(QueueCreated(number, name))
-        config = QueueConfig()
-    else:
-        number, config = queue.number, queue.config
+    config = QueueConfig() if queue is None else queue.config
     changed = attrs.evolve(config, **changes)
+    if not changes or (queue is None and changes == {"paused": False}):
+        return [], config
+    number = machine.next_queue if queue is None else queue.number
+    events: list[Event] = [QueueCreated(number, name)] if queue is None else []
     if (changed, changed.paused) != (config, config.paused):
         events.append(QueueConfigured(number, changed))
-    return events
+    return events, changed
 
 
 def remove_queue(machine: Machine, name: str, now_ms: int) -> QueueRemoved | None:

@@ -7,7 +7,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import Self, TypeVar
 
-from ..broker.arguments import checked_state
+from ..broker import requests
+from ..engine import Configure, Get, Queues, Stats
 from ..engines.view import MovedError, ViewEngine
 from ..errors import StorageError
 from ..model import Job, JobState, QueueConfig, QueueStats
@@ -70,15 +71,15 @@ class Look:
 
     def queues(self) -> list[str]:
         """See `Broker.queues`."""
-        return self._engine.queues()
+        return self._engine.call(Queues())
 
     def stats(self, queue: str | None = None) -> QueueStats:
         """See `Broker.stats`; `oldest_age` is that at `as_of`."""
-        return self._engine.stats(queue)
+        return self._engine.call(Stats(queue))
 
     def config(self, queue: str) -> QueueConfig:
         """The configuration in force, with `paused`."""
-        return self._engine.config(queue)
+        return self._engine.call(Configure(queue))
 
     def jobs(
         self,
@@ -90,15 +91,13 @@ class Look:
         payloads: bool = True,
     ) -> list[Job]:
         """See `Broker.jobs`."""
-        page = checked_state(state), checked_int(after, "after", 0), checked_int(limit, "limit", 1, 10_000)
-        if not payloads:
-            return self._engine.jobs(queue, *page, payloads=False)
-        return self._with_payloads(lambda engine: engine.jobs(queue, *page))
+        request = requests.jobs(queue, state, after, limit, payloads)
+        return self._with_payloads(lambda engine: engine.call(request))
 
     def get(self, job_id: int) -> Job | None:
         """See `Broker.get`."""
-        number = checked_int(job_id, "job_id", 0)
-        return self._with_payloads(lambda engine: engine.get(number))
+        request = Get(checked_int(job_id, "job_id", 0))
+        return self._with_payloads(lambda engine: engine.call(request))
 
 
 def look(path: Path, *, progress: Progress | None = None) -> Look:

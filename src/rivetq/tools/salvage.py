@@ -404,7 +404,7 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
         ]
         if batch:
             engine.record(batch)
-        engine.maintain("sync")  # close() would not raise
+        engine.sync()  # close() would not raise
     finally:
         engine.close()
 

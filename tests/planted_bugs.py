@@ -139,7 +139,7 @@ BUGS = (
     Bug(
         "reservation not looked at again",
         "engines/live.py",
-        "                if decide.ids(self._machine, request.count, 0) is None:\n                    first_id",
+        "                if decide.ids(self._machine, count, 0) is None:\n                    first_id",
         "                if True:\n                    first_id",
         "test_threads.py::test_two_transactions_that_meet_in_one_reservation_get_ids_of_their_own",
     ),
@@ -938,9 +938,9 @@ BUGS = (
     ),
     Bug(
         "duplicate answered before its record",
-        "engines/clockwork.py",
-        "lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()",
-        "lsn = self._record(events, now_ms, keep_reserve) if events else 0",
+        "engines/live.py",
+        "lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()",
+        "lsn = self._record(events, now_ms, enqueues) if events else 0",
         "test_aio.py::test_the_answer_to_a_duplicate_waits_for_the_record_of_the_first[called]",
     ),
     Bug(

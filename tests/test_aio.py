@@ -621,13 +621,13 @@ def test_an_enqueue_leaves_the_reserve_of_space_to_answers(
 ) -> None:
     with Broker(tmp_path / "data") as broker:
         engine = inside(broker)
-        prepare, kept = engine._prepare, list[bool]()
+        record, kept = engine._record, list[bool]()
 
-        def note(events: Any, now_ms: int, keep_reserve: bool) -> Any:
+        def note(events: Any, now_ms: int, keep_reserve: bool = False) -> int:
             kept.append(keep_reserve)
-            return prepare(events, now_ms, keep_reserve)
+            return record(events, now_ms, keep_reserve)
 
-        monkeypatch.setattr(engine, "_prepare", note)
+        monkeypatch.setattr(engine, "_record", note)
 
         async def main() -> None:
             mine = AsyncBroker(broker)

@@ -36,13 +36,13 @@ def records(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many jobs each record of a purge or a redrive has."""
     found: list[int] = []
     engine = inside(broker)
-    prepare = engine._prepare
+    record = engine._record
 
-    def noting(events: Any, now_ms: int, keep_reserve: bool) -> Any:
+    def noting(events: Any, now_ms: int, keep_reserve: bool = False) -> int:
         found.extend(len(event.ids) for event in events if isinstance(event, Purged | Redriven))
-        return prepare(events, now_ms, keep_reserve)
+        return record(events, now_ms, keep_reserve)
 
-    monkeypatch.setattr(engine, "_prepare", noting)
+    monkeypatch.setattr(engine, "_record", noting)
     return found
 
 

@@ -20,6 +20,7 @@ import pytest
 from inside import inside
 from model import Model, Policy
 
+import rivetq.engines.durable
 import rivetq.engines.leasing
 import rivetq.engines.lessees
 import rivetq.engines.live
@@ -115,13 +116,13 @@ class Witness:
         self._broker = broker
         self._moments = itertools.count()
         self._mine = threading.local()
-        honest = rivetq.engines.live.LiveEngine._record
+        honest = rivetq.engines.durable.DurableEngine._record
 
         def record(engine: Any, *args: Any) -> int:
             self._mine.lsn = lsn = honest(engine, *args)
             return lsn
 
-        monkeypatch.setattr(rivetq.engines.live.LiveEngine, "_record", record)
+        monkeypatch.setattr(rivetq.engines.durable.DurableEngine, "_record", record)
 
     def call(self, verb: str, *args: Any, again: Callable[[Any], Callable[[Model], object]], **options: Any) -> Any:
         """`again` makes, of the broker's answer, the same call on the model: it returns what the answer should be."""

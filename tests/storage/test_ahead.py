@@ -281,10 +281,10 @@ def test_what_breaks_into_a_lease_that_is_taken_in_advance_comes_through_as_it_i
         broker.enqueue("q", b"")
         engine = inside(broker)
 
-        def interrupted(prepared: object, now_ms: int) -> None:
+        def interrupted(body: bytes) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(engine, "_append", interrupted)
+        monkeypatch.setattr(engine._log, "append", interrupted)
         with pytest.raises(KeyboardInterrupt):  # and not the BrokerFailedError of the calls that come later
             broker.lease_many("q", 1, begun=False)
         assert not read_ahead(str(tmp_path / "data" / "ahead"))

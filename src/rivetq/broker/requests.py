@@ -157,22 +157,15 @@ def leases_of(grants: list[Grant], settler: Settler, wall_ms: WallMs | None) -> 
     at = moment if len(grants) == 1 else _Moments().__getitem__  # in a batch most moments are the same
     return [
         Lease(
-            id=grant.id,
-            queue=grant.queue,
-            payload=grant.payload,
-            headers=grant.headers,
-            priority=grant.priority,
-            attempt=grant.attempt,
-            token=grant.token,
-            deadline=at(grant.deadline_ms),
-            granted=grant.granted_ms / 1000,
-            enqueued_at=at(grant.enqueued_at_ms),
-            max_attempts=grant.max_attempts,
-            last_error=grant.last_error,
-            broker=settler,
+            id=job_id, queue=queue, payload=payload, headers=headers, priority=priority, attempt=attempt, token=token,
+            deadline=at(deadline_ms), granted=granted_ms / 1000, enqueued_at=at(enqueued_at_ms),
+            max_attempts=max_attempts, last_error=last_error, broker=settler,
         )
-        for grant in grants
-    ]
+        for (
+            job_id, queue, payload, headers, priority, attempt, token, deadline_ms, _, granted_ms, enqueued_at_ms,
+            max_attempts, last_error,
+        ) in grants
+    ]  # fmt: skip
 
 
 class _Moments(dict[int, datetime]):

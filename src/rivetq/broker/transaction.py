@@ -103,7 +103,8 @@ class Block:
         if not operation.payloads:
             return []
         if keys is None:
-            return (yield from self._promise(operation))
+            first: int = yield Reserve(queue, len(operation.payloads))
+            return self._promised(operation, first)
         (standing,) = yield Check([operation])
         answer: list[int | None] = [None] * len(keys)
         fresh: list[int] = []
@@ -133,18 +134,17 @@ class Block:
             part = attrs.evolve(
                 operation, payloads=[operation.payloads[i] for i in fresh], keys=[keys[i] for i in fresh]
             )
-            for i, job_id in zip(fresh, (yield from self._promise(part)), strict=True):
+            first = yield Reserve(queue, len(fresh))
+            for i, job_id in zip(fresh, self._promised(part, first), strict=True):
                 answer[i] = JobId(job_id, created=True)
                 if (key := keys[i]) is not None:
                     self._keys[queue, key] = job_id
         return [JobId(self._keys[queue, keys[i] or ""]) if job is None else job for i, job in enumerate(answer)]
 
-    def _promise(self, operation: Enqueue) -> Steps[list[int]]:
-        count = len(operation.payloads)
-        first: int = yield Reserve(operation.queue, count)
+    def _promised(self, operation: Enqueue, first: int) -> list[int]:
         operation.promised = first
         self.operations.append(operation)
-        return list(range(first, first + count))
+        return list(range(first, first + len(operation.payloads)))
 
 
 class Transaction:

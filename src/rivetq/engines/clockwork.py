@@ -23,7 +23,6 @@ from ..errors import (
     BrokerFailedError,
     DiskFullError,
     ForkedBrokerError,
-    RateLimitedError,
     RivetQError,
 )
 from ..machine import decide
@@ -115,13 +114,15 @@ class Clockwork:
 
     # With files
 
-    def _prepare(self, events: Sequence[Event], now_ms: int, keep_reserve: bool) -> Any:
-        """What `_append` needs. Changes nothing; may raise NeedRoomError."""
-        return None
-
-    def _append(self, prepared: Any, now_ms: int) -> Place:
-        """Put the record into the log's buffer; its place."""
-        return Place()
+    def _record(self, events: Sequence[Event], now_ms: int, keep_reserve: bool = False) -> int:
+        """Write down and apply what was decided; the lsn of the record. It may raise NeedRoomError: nothing is done."""
+        # Caller holds self._lock.
+        try:
+            self._apply(events, now_ms, Place())
+        except BaseException as error:
+            self._fail(error)
+            raise
+        return 0
 
     def _make_room(self, need: NeedRoomError) -> None:
         """After a NeedRoomError, without the lock. Raises DiskFullError."""
@@ -145,14 +146,6 @@ class Clockwork:
 
     # Changing
 
-    def _planned(self, plan: Callable[[int], tuple[list[Event], Any]], now_ms: int) -> tuple[list[Event], Any]:
-        # Caller holds self._lock.
-        try:
-            return plan(now_ms)
-        except RateLimitedError as error:
-            self._machine.queues[error.queue].limited += 1
-            raise
-
     def _change(
         self, plan: Callable[[int], tuple[list[Event], Any]], *, keep_reserve: bool = False, sync: bool = True
     ) -> Any:
@@ -163,7 +156,7 @@ class Clockwork:
             try:
                 with self._lock:
                     now_ms = self._tick()
-                    events, answer = self._planned(plan, now_ms)
+                    events, answer = plan(now_ms)
                     # Without events the answer may rest on a record that is still on its way to the disk.
                     lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()
                 break
@@ -172,24 +165,16 @@ class Clockwork:
         self._settle(lsn, sync=sync)
         return answer
 
-    def _record(self, events: Sequence[Event], now_ms: int, keep_reserve: bool = False) -> int:
-        # Caller holds self._lock.
+    def _apply(self, events: Sequence[Event], now_ms: int, place: Place) -> None:
+        # Caller holds self._lock, and fails the engine if this does not come to its end: log and machine differ then,
+        # or a lessee sleeps that should not. That goes for any exception, KeyboardInterrupt included.
         machine = self._machine
-        prepared = self._prepare(events, now_ms, keep_reserve)
-        try:
-            place = self._append(prepared, now_ms)
-            for event in events:
-                apply(machine, event, now_ms, place)
-            if machine.woken:
-                self._wake_lessees()
-            if machine.wake_ms < self._timer_at_ms:
-                self._poke_timer()
-        except BaseException as error:
-            # Log and machine may differ now, or a lessee sleeps that should not. That goes for any exception,
-            # KeyboardInterrupt included: no call may go on from here.
-            self._fail(error)
-            raise
-        return place.lsn
+        for event in events:
+            apply(machine, event, now_ms, place)
+        if machine.woken:
+            self._wake_lessees()
+        if machine.wake_ms < self._timer_at_ms:
+            self._poke_timer()
 
     def _poke_timer(self) -> None:
         # Caller holds self._lock. The clock acts earlier than the timer thinks; one poke is enough.

@@ -31,7 +31,6 @@ from ..machine.events import (
 )
 from ..machine.machine import Machine
 from ..machine.queue import LEASED
-from ..machine.snapshot import Place
 from ..storage.ahead import Ahead
 from ..storage.codec import encode_record, encode_snapshot
 from ..storage.disk import Disk
@@ -45,9 +44,6 @@ from .notifier import Tell
 
 LOOK_RECORDS, LOOK_BYTES = 8, 4096
 """One record in so many, and every large one, looks whether the keeper has something to do."""
-
-_Prepared = tuple[bytes, bytes | None, bool, int]
-"""A record's body, the snapshot of the segment that it begins, whether it is synced in every mode, its jobs."""
 
 
 class DurableEngine(LiveEngine):
@@ -107,38 +103,40 @@ class DurableEngine(LiveEngine):
 
     # Records (see Clockwork, "With files")
 
-    def _prepare(self, events: Sequence[Event], now_ms: int, keep_reserve: bool) -> _Prepared:
+    def _record(self, events: Sequence[Event], now_ms: int, keep_reserve: bool = False) -> int:
+        # Caller holds self._lock. Every change passes here, so it goes straight on.
         body = encode_record(events, now_ms)
-        length = len(body)
+        length, log = len(body), self._log
         if length > MAX_BODY_BYTES:
             raise UsageError(f"{length} bytes in one record, {MAX_BODY_BYTES} is the most: split the batch")
-        must_sync = IdsReserved in map(type, events)
-        jobs = _jobs(events[0]) if len(events) == 1 else sum(map(_jobs, events))
-        if self._log.space.is_roomy(length):
-            return body, None, must_sync, jobs
+        snapshot = None if log.space.is_roomy(length) else self._room_for(length, keep_reserve)
+        try:
+            if snapshot is not None:
+                self._begin_segment(snapshot, now_ms, length)
+            place = log.append(body)
+            lsn = place.lsn
+            if IdsReserved in map(type, events):
+                self._must_sync = (*(each for each in self._must_sync if each > log.durable_lsn), lsn)
+            log.jobs += sum(map(_jobs, events))
+            self._unsaved_bytes += length
+            if (lsn % LOOK_RECORDS == 0 or length > LOOK_BYTES) and (self._is_due() or log.space.is_wanted()):
+                self._keeper_poked.set()
+            self._apply(events, now_ms, place)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        return lsn
+
+    def _room_for(self, length: int, keep_reserve: bool) -> bytes | None:
+        """The snapshot of the segment that begins with a record of this length; None: it fits into the tail."""
+        space = self._log.space
         snapshot = snapshot_length = None
-        if not self._log.space.fits(length) and not self._log.space.can_extend(length):
+        if not space.fits(length) and not space.can_extend(length):
             snapshot = encode_snapshot(saving.snapshot(self._machine))
             snapshot_length = len(snapshot)
-        if not self._log.space.has_room(length, snapshot_length, keep_reserve=keep_reserve):
+        if not space.has_room(length, snapshot_length, keep_reserve=keep_reserve):
             raise NeedRoomError(length, snapshot_length, keep_reserve)
-        return body, snapshot, must_sync, jobs
-
-    def _append(self, prepared: _Prepared, now_ms: int) -> Place:
-        body, snapshot, must_sync, jobs = prepared
-        if snapshot is not None:
-            self._begin_segment(snapshot, now_ms, len(body))
-        place = self._log.append(body)
-        if must_sync:
-            durable_lsn = self._log.durable_lsn
-            self._must_sync = (*(lsn for lsn in self._must_sync if lsn > durable_lsn), place.lsn)
-        self._log.jobs += jobs
-        self._unsaved_bytes += len(body)
-        if (place.lsn % LOOK_RECORDS == 0 or len(body) > LOOK_BYTES) and (
-            self._is_due() or self._log.space.is_wanted()
-        ):
-            self._keeper_poked.set()
-        return place
+        return snapshot
 
     def _begin_segment(self, snapshot: bytes, now_ms: int, body_length: int = 1) -> None:
         boot_id, boot_ms = self.clock.boot_id, now_ms - self._offset_ms  # at that moment, not now
@@ -363,13 +361,13 @@ class DurableEngine(LiveEngine):
 
 def _jobs(event: Event) -> int:
     """How many jobs an event is about, for the histogram of jobs per sync."""
-    if isinstance(event, Enqueued):
-        return len(event.lengths)
-    if isinstance(event, _OF_MANY):
-        return len(event.ids)
-    return int(isinstance(event, _OF_ONE))
+    kind = type(event)
+    if kind in _OF_MANY:
+        return len(getattr(event, _OF_MANY[kind]))
+    return int(kind in _OF_ONE)
 
 
-# Once, not in each call: they are made for every record.
-_OF_MANY = Leased | Acked | Purged | Redriven
-_OF_ONE = Retried | Released | Buried | Extended | Cancelled
+_OF_MANY: dict[type[Event], str] = {
+    Enqueued: "lengths", Leased: "ids", Acked: "ids", Purged: "ids", Redriven: "ids",
+}  # fmt: skip
+_OF_ONE = {Retried, Released, Buried, Extended, Cancelled}

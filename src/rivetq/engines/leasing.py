@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..engine import Done, Grant, Take
 from ..errors import RivetQError
@@ -28,13 +28,16 @@ class _Taken(NamedTuple):
     """Their last ones, as they were then."""
 
 
+_grant: Callable[[tuple[Any, ...]], Grant] = partial(tuple.__new__, Grant)  # a third of the time of a call of the class
+
+
 class LeasingEngine(LookingEngine):
     """Hands out leases."""
 
     def _take(self, request: Take) -> list[Grant]:
-        lessee = None if request.wait_ms == 0 else SleepingLessee()
         if not request.begun:
             self._ready_for_unbegun()
+        lessee = None if request.wait_ms == 0 else SleepingLessee()
         try:
             taken = self._wait_for_jobs(request, lessee)
         except BaseException:
@@ -137,26 +140,16 @@ class LeasingEngine(LookingEngine):
         now_ms = self.clock.boot_ms() + self._offset_ms
         # What may have changed since is taken from the event. No payload: the lease ended while it was read.
         return [
-            Grant(
-                entry.id,
-                entry.queue.name,
-                payload,
-                entry.spec.headers,
-                entry.spec.priority,
-                attempt,
-                token,
-                deadline_ms,
-                max(0, deadline_ms - now_ms),
-                deadline_ms - at_ms,
-                entry.enqueued_at_ms,
-                entry.spec.max_attempts,
-                error,
-            )
+            _grant((
+                entry.id, entry.queue.name, payload, entry.spec.headers, entry.spec.priority, attempt, token,
+                deadline_ms, deadline_ms - now_ms if deadline_ms > now_ms else 0, deadline_ms - at_ms,
+                entry.enqueued_at_ms, entry.spec.max_attempts, error,
+            ))
             for entry, payload, attempt, token, deadline_ms, error in zip(
                 entries, payloads, event.attempts, event.tokens, event.deadlines_ms, errors, strict=True
             )
             if payload is not None
-        ]
+        ]  # fmt: skip
 
 
 class SoonLease:

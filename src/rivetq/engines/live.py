@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import attrs
 
@@ -37,7 +37,7 @@ from ..engine import (
     Take,
     Unreserve,
 )
-from ..errors import RivetQError, UsageError
+from ..errors import RateLimitedError, RivetQError, UsageError
 from ..machine import decide
 from ..machine.commit import decide_commit
 from ..machine.events import Event, Purged, Redriven
@@ -64,7 +64,8 @@ class LiveEngine(LeasingEngine):
         return None
 
     def call(self, request: Request[A]) -> A:
-        answer: A = _verb(request)(self, request)
+        verb = _VERBS.get(type(request)) or _unknown(request)
+        answer: A = verb(self, request)
         return answer
 
     def call_soon(self, request: Request[Any], done: Done) -> Call:
@@ -73,9 +74,9 @@ class LiveEngine(LeasingEngine):
         if isinstance(request, Commit):
             self._commit_soon(request, done)
         elif isinstance(request, Check | Unreserve) or (isinstance(request, Reserve) and self._has_ids(request.count)):
-            done(_verb(request)(self, request), None)  # it waits for nothing
+            done(_VERBS[type(request)](self, request), None)  # it waits for nothing
         else:
-            verb = _verb(request)
+            verb = _VERBS.get(type(request)) or _unknown(request)
             self._check()
             self._notifier.start()  # first: nothing is done yet if there can be no thread
             self._notifier.call(partial(_tell, partial(verb, self, request), done))
@@ -90,11 +91,27 @@ class LiveEngine(LeasingEngine):
             self._check()  # before the lock, as in _change
             with self._lock:
                 self._lessees.wake_early(self._machine, operations)
-        answers: list[Answer] = self._change(self._plan_of(request), keep_reserve=enqueues)
+        while True:  # as `_change`, straight on
+            if self._ended is not None:
+                self._check()
+            try:
+                with self._lock:
+                    now_ms = self._tick()
+                    events, answers = self._decided(request, now_ms)
+                    lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()
+                break
+            except NeedRoomError as need:
+                self._make_room(need)
+        self._settle(lsn)
         return answers
 
-    def _plan_of(self, request: Commit) -> Callable[[int], tuple[list[Event], list[Answer]]]:
-        return partial(decide_commit, self._machine, request.operations, partial=request.partial)
+    def _decided(self, request: Commit, now_ms: int) -> tuple[list[Event], list[Answer]]:
+        # Caller holds self._lock.
+        try:
+            return decide_commit(self._machine, request.operations, now_ms, partial=request.partial)
+        except RateLimitedError as error:
+            self._machine.queues[error.queue].limited += 1
+            raise
 
     def _commit_soon(self, request: Commit, done: Done) -> None:
         self._check()
@@ -102,7 +119,7 @@ class LiveEngine(LeasingEngine):
         with self._lock:
             now_ms = self._tick()
             try:
-                events, answers = self._planned(self._plan_of(request), now_ms)
+                events, answers = self._decided(request, now_ms)
                 lsn = self._last_lsn()
                 if events:
                     lsn = self._record(events, now_ms, Enqueue in map(type, request.operations))
@@ -115,17 +132,15 @@ class LiveEngine(LeasingEngine):
         done(answers, None)
 
     def _reserve(self, request: Reserve) -> int:
-        def plan(now_ms: int) -> tuple[list[Event], None]:
-            event = decide.ids(self._machine, request.count, ID_BLOCK)
-            return ([] if event is None else [event]), None
-
+        count = request.count
         while True:
             with self._lock:
                 self._check()
-                if decide.ids(self._machine, request.count, 0) is None:
-                    first_id = self._machine.take_ids(request.count)
+                if decide.ids(self._machine, count, 0) is None:
+                    first_id = self._machine.take_ids(count)
                     break
-            self._change(plan)  # once in a thousand ids; another caller may take them first
+            # Once in a thousand ids; another caller may take them first.
+            self._change(lambda now_ms: (list(filter(None, [decide.ids(self._machine, count, ID_BLOCK)])), None))
         self._settle_reservation()
         return first_id
 
@@ -252,11 +267,8 @@ _VERBS: dict[type[Request[Any]], Callable[[Any, Any], Any]] = {
 }
 
 
-def _verb(request: Request[Any]) -> Callable[[Any, Any], Any]:
-    try:
-        return _VERBS[type(request)]
-    except KeyError:
-        raise UsageError(f"this engine knows no request {type(request).__name__}") from None
+def _unknown(request: Request[Any]) -> NoReturn:
+    raise UsageError(f"this engine knows no request {type(request).__name__}")
 
 
 def _tell(call: Callable[[], Any], done: Done) -> None:

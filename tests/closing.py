@@ -47,7 +47,7 @@ ENGINE = (
 )  # fmt: skip
 RUNTIME = (
     "schedules/scheduler", "storage/ahead", "worker/children", "worker/fetcher", "worker/held", "worker/limits",
-    "worker/order", "worker/parts", "worker/pools", "worker/queues", "worker/renewer", "worker/settler",
+    "worker/order", "worker/pools", "worker/queues", "worker/renewer", "worker/settler",
     "worker/worker",
 )  # fmt: skip
 PATIENCE_S = 15.0

@@ -54,7 +54,6 @@ WINGS: dict[str, list[str]] = {
         "held",
         "queues",
         "limits",
-        "parts",
         "fetcher",
         "settler",
         "renewer",
@@ -77,7 +76,7 @@ WINGS: dict[str, list[str]] = {
     ],
 }
 """Who runs and shows: they import the wings before them, the public names of `rivetq`, `aio`, `tools` and `testing`."""
-PUBLIC = {"__init__", "aio", "tools.__init__", "testing.__init__"}
+PUBLIC = {"__init__", "aio", "engine", "tools.__init__", "testing.__init__", "units"}
 SUITE = [
     "answers", "closing", "enqueue", "expiry", "keys", "lease", "limits", "looking", "queues", "retries",
     "transactions", "values", "waiting",

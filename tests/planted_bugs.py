@@ -643,8 +643,8 @@ BUGS = (
     Bug(
         "a finished job is lost",
         "worker/settler.py",
-        "                    if _was_finished(delivery):",
-        "                    if False:",
+        "                if _was_finished(delivery):",
+        "                if False:",
         "test_worker.py::test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_done[False]",
     ),
     Bug(

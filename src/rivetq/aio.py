@@ -287,23 +287,23 @@ class AsyncBroker:
 
     async def ack(self, lease: LeaseLike) -> None:
         """See `Broker.ack`."""
-        await self.commit([requests.ack(lease)])
+        await self._commit([requests.ack(lease)])
 
     async def ack_many(self, leases: Iterable[LeaseLike]) -> None:
         """See `Broker.ack_many`."""
-        await self.commit(requests.acks(leases))
+        await self._commit(requests.acks(leases))
 
     async def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
         """See `Broker.nack`."""
-        await self.commit([requests.nack(lease, error, delay)])
+        await self._commit([requests.nack(lease, error, delay)])
 
     async def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
         """See `Broker.release`."""
-        await self.commit([requests.release(lease, delay)])
+        await self._commit([requests.release(lease, delay)])
 
     async def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
         """See `Broker.reject`."""
-        await self.commit([requests.reject(lease, error)])
+        await self._commit([requests.reject(lease, error)])
 
     async def extend(self, lease: LeaseLike, seconds: Duration) -> AsyncLease:
         """See `Broker.extend`."""
@@ -315,18 +315,22 @@ class AsyncBroker:
 
     async def extend_many(self, leases: Iterable[LeaseLike], seconds: Duration) -> list[datetime]:
         """See `Broker.extend_many`."""
-        answers = await self.commit(requests.extends(leases, seconds))
+        answers = await self._commit(requests.extends(leases, seconds))
         wall_ms = self.broker._wall_ms
         return [requests.deadline_of(answer, wall_ms) for answer in answers if isinstance(answer, Deadline)]
 
-    async def settle_many(self, answers: Sequence[Operation]) -> list[Lost | None]:
+    async def settle_many(self, answers: Iterable[Operation]) -> list[Lost | None]:
         """See `Broker.settle_many`."""
-        told = await self._soon(Commit(answers, partial=True))
-        self.broker._note_settled(answers)
+        operations = requests.operations(answers, self.broker._max_payload_bytes)
+        told = await self._soon(Commit(operations, partial=True))
+        self.broker._note_settled(operations)
         return [answer if isinstance(answer, Lost) else None for answer in told]
 
-    async def commit(self, operations: Sequence[Operation]) -> list[Answer]:
+    async def commit(self, operations: Iterable[Operation]) -> list[Answer]:
         """See `Broker.commit`."""
+        return await self._commit(requests.operations(operations, self.broker._max_payload_bytes))
+
+    async def _commit(self, operations: Sequence[Operation]) -> list[Answer]:
         answers = await self._soon(Commit(operations))
         self.broker._note_settled(operations)
         return answers
@@ -514,7 +518,7 @@ class AsyncTransaction:
         operations = self._block.end(error)
         try:
             if operations:
-                await self._broker.commit(operations)
+                await self._broker._commit(operations)
         except Exception:
             self._give_up()
             raise

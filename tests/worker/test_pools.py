@@ -245,7 +245,7 @@ def test_a_job_is_answered_for_when_a_commit_that_is_under_way_in_a_thread_is_ov
         def step() -> None:
             with current_job().finish() as tx:
                 following.options(transaction=tx).enqueue()
-                monkeypatch.setattr(app.broker, "_answer", refuse)
+                monkeypatch.setattr(app.broker, "_commit", refuse)
 
         await asyncio.to_thread(step)
 
@@ -277,13 +277,13 @@ def test_a_commit_under_way_in_a_thread_that_comes_through_makes_the_job_done(
     """Also if the worker was stopped meanwhile, and its grace time is over."""
     committing, go = threading.Event(), threading.Event()
     told: list[str] = []
-    original = app.broker._answer
+    original = app.broker._commit
 
     @app.task(max_attempts=1)
     async def load() -> None:
         def step() -> None:
             with current_job().finish():
-                monkeypatch.setattr(app.broker, "_answer", slow)
+                monkeypatch.setattr(app.broker, "_commit", slow)
 
         await asyncio.to_thread(step)
 

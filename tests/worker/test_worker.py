@@ -326,11 +326,12 @@ def test_a_job_that_comes_again_before_its_answer_is_noted_is_answered_again(
     worker = Worker(app, concurrency=2)
     commit = worker._settler._commit
 
-    def slow(held: Any) -> None:
-        commit(held)
+    def slow(held: Any) -> Any:
+        fates = commit(held)
         number = next(iter(held)).lease.attempt
         if number < 4:  # the fetcher has it again before this returns
             until(lambda: any(each.lease.attempt == number + 1 for each in list(worker._held.deliveries.values())))
+        return fates
 
     monkeypatch.setattr(worker._settler, "_commit", slow)
     job_id = task.enqueue()
@@ -1267,7 +1268,7 @@ def test_a_full_disk_is_waited_out_and_holds_up_no_stop(app: App, monkeypatch: p
     for part in ("fetcher", "settler"):
         monkeypatch.setattr(f"rivetq.worker.{part}.RETRY_S", 0.01)
     broker, refusals = app.broker, iter(range(6))
-    lease_soon, ack_many = broker.lease_soon, broker.ack_many
+    lease_soon, settle_many = broker.lease_soon, broker.settle_many
     full = DiskFullError("no space", path="data")
 
     def leases(*args: Any, **kwargs: Any) -> Any:
@@ -1275,16 +1276,16 @@ def test_a_full_disk_is_waited_out_and_holds_up_no_stop(app: App, monkeypatch: p
             raise full
         return lease_soon(*args, **kwargs)
 
-    def acks(leases: Any) -> None:
+    def settle(answers: Any) -> Any:
         if next(refusals, None) is not None:
             raise full
-        ack_many(leases)
+        return settle_many(answers)
 
     @app.task
     def task() -> None: ...
 
     monkeypatch.setattr(broker, "lease_soon", leases)
-    monkeypatch.setattr(broker, "ack_many", acks)
+    monkeypatch.setattr(broker, "settle_many", settle)
     task.enqueue()
     with Worker(app) as worker:
         until(lambda: broker.stats().acked == 1)
@@ -1293,10 +1294,10 @@ def test_a_full_disk_is_waited_out_and_holds_up_no_stop(app: App, monkeypatch: p
         until(lambda: broker.stats().acked == 2)
         assert worker.failure is None
 
-        def never(leases: Any) -> None:
+        def never(answers: Any) -> None:
             raise full
 
-        monkeypatch.setattr(broker, "ack_many", never)
+        monkeypatch.setattr(broker, "settle_many", never)
         task.enqueue()
         until(lambda: broker.stats().leased == 1)
         started = time.monotonic()
@@ -1792,18 +1793,18 @@ def test_a_handler_that_ends_while_its_job_is_being_given_back_leaves_no_lease(
         runs.append(1)
         yield
 
-    ack_many, run = Transaction.ack_many, running.run_here
+    settle_many, run = Broker.settle_many, running.run_here
 
-    def ack_and_end(self: Transaction, leases: Any) -> None:
-        ack_many(self, leases)
+    def settle_and_end(self: Broker, answers: Any) -> Any:
         end.set()  # in the middle of the answers
         assert ended.wait(PATIENCE_S)
+        return settle_many(self, answers)
 
     def run_and_tell(delivery: Any, app: App) -> None:
         run(delivery, app)
         ended.set()
 
-    monkeypatch.setattr(Transaction, "ack_many", ack_and_end)
+    monkeypatch.setattr(Broker, "settle_many", settle_and_end)
     monkeypatch.setattr(pools, "run_here", run_and_tell)
     job_id = task.enqueue()
     worker = Worker(app)
@@ -1860,7 +1861,7 @@ def test_a_finish_that_fails_leaves_the_job_to_its_worker(app: App, monkeypatch:
             raise DiskFullError("full", path="d")
 
         with monkeypatch.context() as patch, current_job().finish():
-            patch.setattr(app.broker, "_answer", full)
+            patch.setattr(app.broker, "_commit", full)
 
     with Worker(app):
         job_id = task.enqueue()
@@ -1892,10 +1893,10 @@ def test_a_job_that_its_handler_finished_before_it_was_given_back_is_told_as_don
         with current_job().finish():
             pass
 
-    def late(self: Settler, *args: Any) -> None:
+    def late(self: Settler, *args: Any) -> Any:
         give_up.set()
         assert finished.wait(PATIENCE_S)
-        commit(self, *args)
+        return commit(self, *args)
 
     def note(event: Settled) -> None:
         settled.append(event.ending)

@@ -335,7 +335,7 @@ class Closing:
 WAYS = ["stop", "stop at once", "two stops", "close", "close and stop"]
 CALLS = [
     (verb, where)
-    for verb in ("queues", "lease_soon", "ack_many", "extend_many", "configure_queue", "transaction")
+    for verb in ("queues", "lease_soon", "settle_many", "renewal", "configure_queue", "transaction")
     for where in ("before", "after")
 ]
 
@@ -345,14 +345,15 @@ CALLS = [
 def test_a_worker_that_is_ended_at_any_call_of_its_broker_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: set[threading.Thread], verb: str, where: str, way: str
 ) -> None:
-    """`queues` is of its start, `extend_many` of a lease that is renewed, the last two are of its schedules."""
+    """`queues` is of its start, a renewal is a `settle_many`, the last two are of its schedules."""
     closing, step = Closing(tmp_path / "data", "thread"), Step()
     broker = closing.app.broker
-    closing.blocks = verb == "extend_many"
+    closing.blocks = verb == "renewal"
     for part in ("fetcher", "renewer"):
         monkeypatch.setattr(f"rivetq.worker.{part}.RENEWALS", 100)  # soon, of a lease that is long
     closing.enqueue()
-    monkeypatch.setattr(broker, verb, step.around(getattr(broker, verb), where))
+    name = "settle_many" if verb == "renewal" else verb
+    monkeypatch.setattr(broker, name, step.around(getattr(broker, name), where))
     failed: list[BaseException] = []
 
     def start() -> None:
@@ -368,7 +369,7 @@ def test_a_worker_that_is_ended_at_any_call_of_its_broker_ends(
     if verb != "queues":  # there `stop` waits for the start
         until(lambda: closing.worker._held.is_stopping or broker.health().state != "open")
     step.go_on.set()
-    if verb == "extend_many":
+    if verb == "renewal":
         closing.end.set()
     for each in (starting, *ends):
         each.join(PATIENCE_S)

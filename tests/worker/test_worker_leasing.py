@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from patience import PATIENCE_S, until
 
-from rivetq import Broker, LeaseLostError
+from rivetq import Broker
 from rivetq.engines.local import LocalEngine
 from rivetq.tasks import App, current_job
 from rivetq.tasks.running import Delivery
 from rivetq.testing import ManualClock
 from rivetq.worker import Settled, Worker
 from rivetq.worker.order import PREFETCH_JOBS, Room
-from rivetq.worker.parts import in_parts
 from rivetq.worker.pools import ThreadPool
 
 
@@ -345,10 +342,10 @@ def test_a_job_that_is_cancelled_while_it_is_given_back_does_not_begin(
     worker = Worker(app, concurrency=2)
     commit = worker._settler._commit
 
-    def commit_behind_a_cancel(endings: Any) -> None:
+    def commit_behind_a_cancel(endings: Any) -> Any:
         if any(delivery.is_untouched and delivery.lease.id == victim for delivery in endings):
             answers.append(app.cancel(victim))
-        commit(endings)
+        return commit(endings)
 
     monkeypatch.setattr(worker._settler, "_commit", commit_behind_a_cancel)
     with worker:
@@ -502,37 +499,6 @@ def test_a_worker_that_was_given_its_queues_looks_for_no_others(app: App) -> Non
 
 
 # -- Keeping leases
-
-
-class FakeLease:
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-
-class FakeDelivery:
-    def __init__(self, token: int) -> None:
-        self.lease = FakeLease(token)
-
-
-@given(held=st.lists(st.booleans(), max_size=200))
-def test_lost_leases_are_found_at_a_cost_in_proportion_to_their_number(held: list[bool]) -> None:
-    deliveries: list[Any] = [FakeDelivery(token) for token in range(len(held))]
-    called: list[int] = []
-    done: list[int] = []
-
-    def call(part: list[Delivery]) -> None:
-        called.append(len(part))
-        for delivery in part:
-            if not held[delivery.lease.token]:
-                raise LeaseLostError("lost", job_id=1, token=delivery.lease.token)
-        done.extend(delivery.lease.token for delivery in part)
-
-    lost: list[Delivery] = []
-    in_parts(deliveries, call, lost)
-    assert [delivery.lease.token for delivery in lost] == [token for token, is_held in enumerate(held) if not is_held]
-    assert done == [token for token, is_held in enumerate(held) if is_held]
-    assert len(called) <= 1 + 4 * len(lost) + len(held).bit_length()
-    assert sum(called) <= 5 * len(held)
 
 
 def test_the_loss_of_all_leases_at_once_is_told_to_every_handler() -> None:

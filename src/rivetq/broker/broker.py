@@ -394,23 +394,23 @@ class Broker:
         Raises:
             LeaseLostError: the lease is not the current delivery any more; nothing changed.
         """
-        self.commit([requests.ack(lease)])
+        self._commit([requests.ack(lease)])
 
     def ack_many(self, leases: Iterable[LeaseLike]) -> None:
         """`ack` for many, all or nothing, one record of the log."""
-        self.commit(requests.acks(leases))
+        self._commit(requests.acks(leases))
 
     def nack(self, lease: LeaseLike, *, error: str | None = None, delay: Duration | None = None) -> None:
         """Failed: ready again after the policy's backoff (or `delay` seconds), or a dead letter at max_attempts."""
-        self.commit([requests.nack(lease, error, delay)])
+        self._commit([requests.nack(lease, error, delay)])
 
     def release(self, lease: LeaseLike, *, delay: Duration = 0) -> None:
         """Give the job back untouched, to its place in the queue; the attempt is not counted."""
-        self.commit([requests.release(lease, delay)])
+        self._commit([requests.release(lease, delay)])
 
     def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
         """Make the job a dead letter now, whatever attempts are left."""
-        self.commit([requests.reject(lease, error)])
+        self._commit([requests.reject(lease, error)])
 
     def extend(self, lease: LeaseLike, seconds: Duration) -> Lease:
         """Heartbeat: the lease with deadline max(old, now + seconds). The old value still answers: same token."""
@@ -426,24 +426,28 @@ class Broker:
 
     def extend_many(self, leases: Iterable[LeaseLike], seconds: Duration) -> list[datetime]:
         """`extend` for many, all or nothing, one record of the log; the deadlines now in force, in their order."""
-        answers = self.commit(requests.extends(leases, seconds))
+        answers = self._commit(requests.extends(leases, seconds))
         return [requests.deadline_of(answer, self._wall_ms) for answer in answers if isinstance(answer, Deadline)]
 
-    def settle_many(self, answers: Sequence[Operation]) -> list[Lost | None]:
-        """Answer many leases, each for itself, in one record of the log: what became of each.
+    def settle_many(self, answers: Iterable[Operation]) -> list[Lost | None]:
+        """Answer many leases, each for itself, in one record of the log; what became of each, in their order.
 
         Args:
-            answers: `rivetq.engine.Ack`, `Nack`, `Release` and `Reject`.
+            answers: `Ack`, `Nack`, `Release`, `Reject` and `Extend` of `rivetq.engine`.
 
         Returns:
-            For each None, or `Lost` if the lease is not the current delivery any more: nothing was changed for it.
+            For each None; or `Lost`, if its lease is not the current delivery any more: nothing was changed for it.
         """
-        told = self._engine.call(Commit(answers, partial=True))
-        self._note_settled(answers)
+        operations = requests.operations(answers, self._max_payload_bytes)
+        told = self._engine.call(Commit(operations, partial=True))
+        self._note_settled(operations)
         return [answer if isinstance(answer, Lost) else None for answer in told]
 
-    def commit(self, operations: Sequence[Operation]) -> list[Answer]:
-        """Do all of these operations (see `rivetq.engine`) as one record of the log, or none; their answers."""
+    def commit(self, operations: Iterable[Operation]) -> list[Answer]:
+        """Do all of these operations of `rivetq.engine` as one record of the log, or none; the answer of each."""
+        return self._commit(requests.operations(operations, self._max_payload_bytes))
+
+    def _commit(self, operations: Sequence[Operation]) -> list[Answer]:
         answers = self._engine.call(Commit(operations))
         if self._watched:
             self._note_settled(operations)

@@ -21,7 +21,9 @@ from ..engine import (
     Find,
     Grant,
     Jobs,
+    KeyStands,
     Nack,
+    Operation,
     Purge,
     QueueChanges,
     Redrive,
@@ -31,7 +33,7 @@ from ..engine import (
 )
 from ..errors import UsageError
 from ..model import Job, JobState, Lease, LeaseLike, RateLimit, RetryPolicy, Settler
-from ..units import Duration, checked_int, duration_ms, moment, moment_ms, quoted
+from ..units import MAX_DURATION_MS, Duration, checked_int, duration_ms, moment, moment_ms, quoted
 from .arguments import (
     MAX_KEY_BYTES,
     MAX_QUEUE_BYTES,
@@ -231,6 +233,61 @@ def reject(lease: LeaseLike, error: str | None) -> Reject:
 def extends(leases: Iterable[LeaseLike], seconds: Duration) -> list[Extend]:
     extra_ms = duration_ms(seconds, "seconds")
     return [Extend(*checked_lease(lease), extra_ms) for lease in checked_leases(leases)]
+
+
+# Operations that a caller made
+
+
+def operations(made: Iterable[Operation], max_payload_bytes: int) -> list[Operation]:
+    """All of them, checked."""
+    if isinstance(made, (str, bytes, Mapping)) or not isinstance(made, Iterable):
+        raise UsageError(f"operations: a sequence expected, got {type(made).__name__}")
+    return [
+        # Nearly all are acks.
+        each if type(each) is Ack and type(each.id) is type(each.token) is int else _checked(each, max_payload_bytes)
+        for each in made
+    ]
+
+
+def _checked(operation: Operation, max_payload_bytes: int) -> Operation:
+    match operation:
+        case Enqueue():
+            _check_enqueue(operation, max_payload_bytes)
+            return operation
+        case KeyStands():
+            find(operation.queue, operation.key)
+            checked_int(operation.id, "id", 0)
+            return operation
+        case Ack() | Nack() | Release() | Reject() | Extend():
+            checked_lease(operation)
+        case _:
+            raise UsageError(f"operations of rivetq.engine expected, got {type(operation).__name__}")
+    match operation:
+        case Nack():
+            if operation.delay_ms is not None:
+                checked_int(operation.delay_ms, "delay_ms", 0, MAX_DURATION_MS)
+            return attrs.evolve(operation, error=checked_error(operation.error))
+        case Reject():
+            return attrs.evolve(operation, error=checked_error(operation.error))
+        case Release():
+            checked_int(operation.delay_ms, "delay_ms", 0, MAX_DURATION_MS)
+        case Extend():
+            checked_int(operation.extra_ms, "extra_ms", 0, MAX_DURATION_MS)
+    return operation
+
+
+def _check_enqueue(operation: Enqueue, max_payload_bytes: int) -> None:
+    for payload in operation.payloads:
+        if type(payload) is not bytes:
+            raise UsageError(f"payloads: bytes expected, got {type(payload).__name__}")
+    enqueue(
+        max_payload_bytes, operation.queue, operation.payloads, operation.priority, 0, None, operation.headers,
+        operation.max_attempts, operation.retry, None, operation.keys, "return",
+    )  # fmt: skip
+    checked_int(operation.delay_ms, "delay_ms", 0, MAX_DURATION_MS)
+    checked_int(operation.visibility_ms or 1, "visibility_ms", 1, MAX_DURATION_MS)
+    checked_int(operation.eta_ms or 0, "eta_ms", 0)
+    checked_int(operation.promised or 0, "promised", 0)
 
 
 # Queues

@@ -43,7 +43,7 @@ class Commits(Protocol):
     _engine: Engine
     _max_payload_bytes: int
 
-    def commit(self, operations: Sequence[Operation]) -> list[Answer]: ...
+    def _commit(self, operations: Sequence[Operation]) -> list[Answer]: ...
 
 
 class Block:
@@ -170,7 +170,7 @@ class Transaction:
         operations = self._block.end(error)
         try:
             if operations:
-                self._broker.commit(operations)
+                self._broker._commit(operations)
         except Exception:
             self._give_up()
             raise

@@ -12,11 +12,12 @@ import time
 
 from rivetq import BrokerClosedError, BrokerFailedError, RivetQError
 
+from ..engine import Extend
 from ..tasks.running import Delivery
+from ..units import duration_ms
 from .held import LEASE_LOST, RENEWALS, Held, log_lost
 from .limits import Limits
 from .order import AIM_S, PREFETCH_S
-from .parts import in_parts
 from .queues import Queues
 
 logger = logging.getLogger("rivetq.worker")
@@ -105,23 +106,19 @@ class Renewer:
             self._extend(deliveries + soon.get(seconds, []), seconds)
 
     def _extend(self, deliveries: list[Delivery], seconds: float) -> None:
-        held = self._held
-
-        def extend(part: list[Delivery]) -> None:
-            now = time.monotonic()
-            held.broker.extend_many([delivery.lease for delivery in part], seconds)
-            for delivery in part:
-                delivery.renew_at = now + seconds / RENEWALS
-
-        lost: list[Delivery] = []
+        held, now = self._held, time.monotonic()
+        extra_ms = duration_ms(seconds, "seconds")
         try:
-            in_parts(deliveries, extend, lost)
+            fates = held.broker.settle_many([Extend(each.lease.id, each.lease.token, extra_ms) for each in deliveries])
         except (BrokerClosedError, BrokerFailedError):
             raise
         except RivetQError as error:  # a full disk: the next turn tries it again
             logger.warning("%s leases could not be renewed: %s", len(deliveries), error)
-        for delivery in lost:
-            if delivery.lease.token in held.deliveries and not delivery.is_told and not delivery.job.finished:
+            return
+        for delivery, fate in zip(deliveries, fates, strict=True):
+            if fate is None:
+                delivery.renew_at = now + seconds / RENEWALS
+            elif delivery.lease.token in held.deliveries and not delivery.is_told and not delivery.job.finished:
                 self._note_lost(delivery)
                 held.tell_handler(delivery, LEASE_LOST)
 

@@ -10,11 +10,12 @@ from contextlib import suppress
 
 from rivetq import DiskFullError
 
+from ..engine import Ack, Lost, Nack, Operation, Reject, Release
 from ..tasks.running import ACK, GIVEN_BACK, Delivery, Ending
+from ..units import duration_ms
 from .children import memory_bytes
 from .held import CANCELLED, RETRY_S, Held, log_lost
 from .options import Settled
-from .parts import in_parts
 from .pools import SHUTDOWN
 
 logger = logging.getLogger("rivetq.worker")
@@ -114,38 +115,27 @@ class Settler:
         finished = {each for each in batch if each.job.finished and _was_finished(each)}
         endings = {each: _ending(each) for each in batch if each.lease.token in in_hand}
         lost = [] if len(endings) == len(batch) else [delivery for delivery in batch if delivery not in endings]
-        left = endings.copy()
-        for delivery in finished & endings.keys():
-            endings[delivery] = ACK
-            del left[delivery]
-
-        def commit(part: list[Delivery]) -> None:
-            if len(part) == len(left):
-                self._commit(left)
-                left.clear()
-            else:
-                self._commit({delivery: left[delivery] for delivery in part})
-                for delivery in part:
-                    del left[delivery]
-
+        left = {each: ending for each, ending in endings.items() if each not in finished}
+        endings.update(dict.fromkeys(finished & endings.keys(), ACK))
         while left:
-            gone: list[Delivery] = []
             try:
-                in_parts(list(left), commit, gone)
+                fates = self._commit(left)
             except DiskFullError:
                 logger.warning("no space to write down how %s jobs ended; again in %s s", len(left), RETRY_S)
                 if not self._held.is_settling:  # its leases expire
                     break
                 time.sleep(RETRY_S)
-            finally:
-                for delivery in gone:
-                    del left[delivery]
-                    if _was_finished(delivery):
-                        endings[delivery] = ACK
-                    else:
-                        log_lost(delivery)
-                        lost.append(delivery)
-                        del endings[delivery]
+                continue
+            for delivery, fate in zip(left, fates, strict=True):
+                if fate is None:
+                    continue
+                if _was_finished(delivery):
+                    endings[delivery] = ACK
+                else:
+                    log_lost(delivery)
+                    lost.append(delivery)
+                    del endings[delivery]
+            break
         return endings, lost
 
     def _remove_cancelled(self, deliveries: Iterable[Delivery]) -> None:
@@ -155,21 +145,8 @@ class Settler:
                 with suppress(DiskFullError):
                     delivery.is_removed = self._held.cancel(delivery.lease.id)
 
-    def _commit(self, endings: Mapping[Delivery, Ending]) -> None:
-        done = [delivery.lease for delivery, ending in endings.items() if ending.verb == "ack"]
-        if len(done) == len(endings):
-            self._held.broker.ack_many(done)
-            return
-        with self._held.broker.transaction() as tx:
-            tx.ack_many(done)
-            for delivery, ending in endings.items():
-                match ending.verb:
-                    case "nack":
-                        tx.nack(delivery.lease, error=ending.error, delay=ending.delay)
-                    case "release":
-                        tx.release(delivery.lease, delay=ending.delay or 0)
-                    case "reject":
-                        tx.reject(delivery.lease, error=ending.error)
+    def _commit(self, endings: Mapping[Delivery, Ending]) -> list[Lost | None]:
+        return self._held.broker.settle_many([_answer_of(delivery, ending) for delivery, ending in endings.items()])
 
     def _tell(self, delivery: Delivery, ending: str) -> None:
         for listener in self._listeners:
@@ -205,3 +182,17 @@ def _was_finished(delivery: Delivery) -> bool:
     delivery.job.when_finished(is_over.set)
     is_over.wait()
     return delivery.job.finished
+
+
+def _answer_of(delivery: Delivery, ending: Ending) -> Operation:
+    job_id, token = delivery.lease.id, delivery.lease.token
+    match ending.verb:
+        case "ack":
+            return Ack(job_id, token)
+        case "nack":
+            delay_ms = None if ending.delay is None else duration_ms(ending.delay, "delay")
+            return Nack(job_id, token, ending.error, delay_ms)
+        case "release":
+            return Release(job_id, token, duration_ms(ending.delay or 0, "delay"))
+        case "reject":
+            return Reject(job_id, token, ending.error)

@@ -8,8 +8,10 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 import pytest
+from recording import RecordingEngine
 
 from rivetq import Broker
+from rivetq.engines.memory import MemoryEngine
 from rivetq.testing import ManualClock, conformance
 from rivetq.testing.conformance import *
 
@@ -21,10 +23,12 @@ def test_all_tests_of_the_suite_are_handed_out() -> None:
     assert sorted(tests) == sorted(conformance.__all__)
 
 
-@pytest.fixture(params=["memory", "local", "local-real-clock"])
+@pytest.fixture(params=["memory", "local", "local-real-clock", "recorded"])
 def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Broker]:
     if request.param == "memory":
         opened = Broker(":memory:", clock=ManualClock())
+    elif request.param == "recorded":
+        opened = Broker.over(RecordingEngine(MemoryEngine(ManualClock())), path=":memory:")
     elif request.param == "local":
         opened = Broker(tmp_path / "data", clock=ManualClock())
     else:

@@ -20,6 +20,7 @@ ROOMS: dict[str, list[str]] = {
     "words": ["errors", "units", "model", "clock", "histogram", "engine"],
     "machine": [
         "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
+        "transitions",
         "cache", "machine", "apply", "advance", "look",
         "decide", "commit", "saving", "check",
     ],

@@ -28,7 +28,8 @@ import rivetq
 PUBLIC_PATHS = [
     "rivetq", "rivetq.__main__", "rivetq.aio", "rivetq.cli", "rivetq.engine", "rivetq.logs", "rivetq.metrics",
     "rivetq.otel", "rivetq.schedules", "rivetq.settings", "rivetq.tasks", "rivetq.testing",
-    "rivetq.testing.conformance", "rivetq.testing.plugin", "rivetq.testing.tasks", "rivetq.tools", "rivetq.typedjson", "rivetq.worker",
+    "rivetq.testing.conformance", "rivetq.testing.plugin", "rivetq.testing.tasks", "rivetq.tools",
+    "rivetq.typedjson", "rivetq.worker",
 ]  # fmt: skip
 
 

@@ -12,5 +12,7 @@ class MemoryEngine(LiveEngine):
 
     def __init__(self, clock: Clock) -> None:
         boot_ms, wall_ms = read_together(clock)
-        super().__init__(Machine(keep_payloads=True), clock, wall_ms, boot_ms)
+        machine = Machine(keep_payloads=True)
+        machine.is_live = True
+        super().__init__(machine, clock, wall_ms, boot_ms)
         self.start()

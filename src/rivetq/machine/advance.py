@@ -167,4 +167,5 @@ def resume(machine: Machine, now_ms: int, first_token: int) -> None:
         limit = queue.config.rate_limit
         queue.bucket = None if limit is None else TokenBucket(limit, now_ms)
         queue.start_tallies()
+    machine.is_live = True
     advance(machine, now_ms)

@@ -47,26 +47,31 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
             machine.numbers[event.queue].acked += len(event.ids)
             machine.remove(event.ids, now_ms)
         case Retried():
-            if (entry := machine.known(event.id)) is not None:
+            machine.meets(Retried, entry := machine.known(event.id))
+            if entry is not None:
                 entry.last_error = event.error
                 entry.queue.retried += 1
                 machine.wait(entry, event.due_ms, now_ms)
         case Released():
-            if (entry := machine.known(event.id)) is not None:
+            machine.meets(Released, entry := machine.known(event.id))
+            if entry is not None:
                 entry.queue.released += 1
                 entry.attempts = event.attempts
                 machine.wait(entry, event.due_ms, now_ms)
         case Buried():
-            if (entry := machine.known(event.id)) is not None:
+            machine.meets(Buried, entry := machine.known(event.id))
+            if entry is not None:
                 _apply_buried(machine, entry, event)
         case Extended():
-            if (entry := machine.known(event.id)) is not None and entry.state == LEASED:
+            machine.meets(Extended, entry := machine.known(event.id))
+            if entry is not None and entry.state == LEASED:
                 entry.deadline_ms = event.deadline_ms
                 machine.push_deadline(entry)
         case Cancelled():
             queue = machine.numbers[event.queue]
             queue.cancelled += 1
-            if machine.loosen(event.id, (queue,)) is not None:
+            machine.meets(Cancelled, entry := machine.loosen(event.id, (queue,)))
+            if entry is not None:
                 machine.remove((event.id,))
         case Purged():
             queue = machine.numbers[event.queue]
@@ -256,9 +261,11 @@ def _apply_leased(machine: Machine, event: Leased, now_ms: int) -> None:
         entries, event.tokens, event.attempts, event.deadlines_ms, strict=True
     ):
         if entry is None:
+            machine.meets(Leased, entry)
             continue
         queue, job_id = entry.queue, entry.id
         if entry.state != LEASED:
+            machine.meets(Leased, entry)
             machine.leave(entry)
             entry.state = LEASED
             queue.counts[LEASED] += 1
@@ -350,30 +357,39 @@ def _extract(machine: Machine, window: Window, ids: Sequence[int]) -> Iterator[t
 
 def _apply_redriven(machine: Machine, ids: Sequence[int], now_ms: int) -> None:
     """All of them are dead letters of one queue, which the event does not name: those with such ids are few."""
+    revived = 0
     for job_id in ids:
         if (entry := machine.known(job_id)) is not None:
             _revive(machine, entry, now_ms)
+            revived += 1
     left = [i for i in ids if i not in machine.jobs]
-    if not left:
-        return
-    low, high = min(left), max(left)
-    for queue in list(machine.queues.values()):
-        for window in machine.waiting[queue.number].windows(DEAD):
-            if not window.around(low, high):
-                continue
-            if len(left) < FEW_JOBS:
-                for job_id in left:
-                    if (entry := machine.loosen(job_id, (queue,), DEAD)) is not None:
-                        _revive(machine, entry, now_ms)
-                break
-            for run, columns in _extract(machine, window, left):
-                columns.start_anew()
-                again = Run(queue, run.priority, columns, READY)
-                machine.waiting[queue.number].window(READY, run.priority).insert(again)
-                machine.touch(again, again.left)
-                queue.counts[DEAD] -= again.left
-                queue.counts[READY] += again.left
+    for queue in list(machine.queues.values()) if left else ():
+        revived += _revive_in_runs(machine, queue, left, now_ms)
         machine.wake(queue)
+    assert not machine.is_live or revived == len(ids), f"{len(ids) - revived} of a redrive are no dead letters"
+
+
+def _revive_in_runs(machine: Machine, queue: Queue, ids: Sequence[int], now_ms: int) -> int:
+    """Those of these jobs that are dead letters in runs of a queue; how many."""
+    revived, low, high = 0, min(ids), max(ids)
+    for window in machine.waiting[queue.number].windows(DEAD):
+        if not window.around(low, high):
+            continue
+        if len(ids) < FEW_JOBS:
+            for job_id in ids:
+                if (entry := machine.loosen(job_id, (queue,), DEAD)) is not None and entry.state == DEAD:
+                    _revive(machine, entry, now_ms)
+                    revived += 1
+            break
+        for run, columns in _extract(machine, window, ids):
+            columns.start_anew()
+            again = Run(queue, run.priority, columns, READY)
+            machine.waiting[queue.number].window(READY, run.priority).insert(again)
+            machine.touch(again, again.left)
+            queue.counts[DEAD] -= again.left
+            queue.counts[READY] += again.left
+            revived += again.left
+    return revived
 
 
 def _apply_buried(machine: Machine, entry: Entry, event: Buried) -> None:
@@ -399,6 +415,7 @@ def _apply_segments_dropped(machine: Machine, upto: int) -> None:
 
 
 def _revive(machine: Machine, entry: Entry, now_ms: int) -> None:
+    machine.meets(Redriven, entry)
     entry.attempts = entry.died_at_ms = 0
     machine.wait(entry, 0, now_ms)
 

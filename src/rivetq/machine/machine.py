@@ -4,12 +4,7 @@
 rules that the clock alone decides (a delay falls due, a key's window ends); it writes no events. The decisions that
 lead to events are in `decide`, answers are in `look`, and `saving` moves the state to the index and back.
 
-States of a job, and what moves it::
-
-    scheduled --due--> ready --lease--> leased --ack--> gone
-        ^                ^                |-- nack, release, expiry --> ready or scheduled
-        |                |                `-- max_attempts, reject --> dead --redrive--> ready
-        `--- enqueue with a delay         cancel and purge: ready, scheduled, dead --> gone
+The states of a job, and what moves it, are in `transitions`.
 """
 
 from __future__ import annotations
@@ -19,10 +14,12 @@ from collections.abc import Callable, Iterable
 
 from .cache import Cache
 from .entry import Entry
+from .events import Event
 from .keys import Key, Keys
 from .queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, Queue
 from .run import Columns, Run
 from .snapshot import Changes
+from .transitions import FROM, GONE, name
 from .waiting import Waiting
 from .window import FEW_JOBS, Window
 
@@ -59,6 +56,8 @@ class Machine:
         self.deadlines: list[tuple[int, int]] = []  # heap of (deadline_ms, id); stale pairs are skipped
         self.leased_count = 0
         self.keep_payloads = keep_payloads
+        self.is_live = False
+        """What is applied was just decided on this state; not so in a replay."""
         self.cache = Cache(cache_bytes)
         self.id_block = id_block
         self.grain_ms = 0
@@ -124,6 +123,11 @@ class Machine:
         if entry is not None:
             self.note(entry)
         return entry
+
+    def meets(self, kind: type[Event], entry: Entry | None) -> None:
+        """An event of this kind is about to change a job. Live, it is one of those that it may meet."""
+        state = GONE if entry is None else entry.state
+        assert not self.is_live or state in FROM[kind], f"{kind.__name__} of a job that is {name(state)}"
 
     def note(self, entry: Entry) -> None:
         if self.changes is not None:
@@ -223,11 +227,15 @@ class Machine:
     def remove(self, ids: Iterable[int], acked_ms: int | None = None) -> None:
         """Loose jobs are gone for good. Their keys stay for the queue's window if they were acked, else they go."""
         changed = set[int]() if self.changes is None else self.changes.jobs
-        live, jobs = self.live, self.jobs
+        live, jobs, is_live = self.live, self.jobs, self.is_live
         for job_id in ids:
             entry = jobs.pop(job_id, None)
             if entry is None:
+                assert not is_live or acked_ms is None, f"ack of job {job_id}, which is gone"
                 continue
+            assert not is_live or (entry.state == LEASED) is (acked_ms is not None), (
+                f"job {job_id} is {name(entry.state)}"
+            )
             if entry.state == LEASED:  # as it is after nearly every delivery
                 queue = entry.queue
                 queue.counts[LEASED] -= 1

@@ -128,8 +128,11 @@ def test_a_broker_closes_the_engine_that_it_stands_over() -> None:
 
 
 def test_max_payload_bytes_is_bounded_by_the_engine() -> None:
+    engine = MemoryEngine(ManualClock())
     with pytest.raises(UsageError, match="max_payload_bytes"):
-        Broker.over(MemoryEngine(ManualClock()), max_payload_bytes=2**30)
+        Broker.over(engine, max_payload_bytes=2**30)
+    assert engine.health().state == "open", "it is still its maker's"
+    engine.close()
 
 
 def test_an_unknown_request_is_refused(engine: Engine) -> None:

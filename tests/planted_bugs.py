@@ -946,7 +946,7 @@ BUGS = (
     Bug(
         "lease of what is not on disk",
         "engines/leasing.py",
-        "        self._settle(max([entry.lsn for entry in entries]))\n        now_ms",
+        "        self._settle_enqueues(max([entry.lsn for entry in entries]))\n        now_ms",
         "        now_ms",
         "test_aio.py::test_a_lease_waits_for_the_records_of_its_jobs",
     ),

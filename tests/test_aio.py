@@ -574,7 +574,7 @@ class Settled:
     def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.waits: list[tuple[int, bool]] = []
         engine = inside(broker)
-        settle, settle_soon = engine._settle, engine._settle_soon
+        settle, settle_soon, settle_enqueues = engine._settle, engine._settle_soon, engine._settle_enqueues
 
         def wait(lsn: int, *, sync: bool = True) -> None:
             self.waits.append((lsn, sync))
@@ -584,8 +584,13 @@ class Settled:
             self.waits.append((lsn, True))
             return settle_soon(lsn, tell)
 
+        def wait_for_enqueues(lsn: int) -> None:
+            self.waits.append((lsn, True))
+            settle_enqueues(lsn)
+
         monkeypatch.setattr(engine, "_settle", wait)
         monkeypatch.setattr(engine, "_settle_soon", wait_soon)
+        monkeypatch.setattr(engine, "_settle_enqueues", wait_for_enqueues)
 
 
 @pytest.mark.parametrize("way", ["called", "awaited"])
@@ -613,6 +618,21 @@ def test_a_lease_waits_for_the_records_of_its_jobs(tmp_path: Path, monkeypatch: 
         assert len(broker.lease_many("q", 2)) == 2
         assert (lsn, True) in settled.waits
         assert (lsn + 1, False) in settled.waits  # its own is handed to the system
+
+
+def test_a_lease_of_a_job_whose_record_is_on_its_way_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Broker(tmp_path / "data", fsync="never") as broker:
+        engine = inside(broker)
+        for _ in range(2):  # with the first a block of ids is written down, and synced in every mode
+            broker.enqueue("q", b"")
+        engine._fsync = "always"  # as if another caller still waited for the second one
+        settled = Settled(broker, monkeypatch)
+        assert len(broker.lease_many("q", 2)) == 2
+        lsn = engine._last_lsn() - 1
+        assert settled.waits == [(lsn + 1, False), (lsn, True), (lsn, True)]
+        assert engine._log.durable_lsn >= lsn
 
 
 @pytest.mark.parametrize("way", ["called", "awaited"])

@@ -157,17 +157,20 @@ def leases_of(grants: list[Grant], settler: Settler, wall_ms: WallMs | None) -> 
         now_ms = wall_ms()
         grants = [grant._replace(deadline_ms=now_ms + grant.remaining_ms) for grant in grants]
     at = moment if len(grants) == 1 else _Moments().__getitem__  # in a batch most moments are the same
-    return [
-        Lease(
+    leases = []
+    for (
+        job_id, queue, payload, headers, priority, attempt, token, deadline_ms, _, granted_ms, enqueued_at_ms,
+        max_attempts, last_error,
+    ) in grants:  # fmt: skip
+        lease = Lease.__new__(Lease)
+        # As its `__init__` does, in half the time: every delivery passes here.
+        lease.__dict__.update(
             id=job_id, queue=queue, payload=payload, headers=headers, priority=priority, attempt=attempt, token=token,
             deadline=at(deadline_ms), granted=granted_ms / 1000, enqueued_at=at(enqueued_at_ms),
-            max_attempts=max_attempts, last_error=last_error, broker=settler,
-        )
-        for (
-            job_id, queue, payload, headers, priority, attempt, token, deadline_ms, _, granted_ms, enqueued_at_ms,
-            max_attempts, last_error,
-        ) in grants
-    ]  # fmt: skip
+            max_attempts=max_attempts, last_error=last_error, _broker=settler,
+        )  # fmt: skip
+        leases.append(lease)
+    return leases
 
 
 class _Moments(dict[int, datetime]):

@@ -131,6 +131,9 @@ class Clockwork:
     def _settle(self, lsn: int, *, sync: bool = True) -> None:
         """Return when the record has been handed to the operating system and, if `sync`, is as durable as promised."""
 
+    def _settle_enqueues(self, lsn: int) -> None:
+        """`_settle` for jobs that are leased: mostly their records were settled long ago."""
+
     def _settle_soon(self, lsn: int, tell: Tell) -> bool:
         """Leave `tell` to be called when the record is as durable as promised; False: `_settle` does not wait."""
         # Caller holds self._lock: whoever closes the engine tells all who came before.

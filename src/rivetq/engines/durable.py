@@ -172,6 +172,10 @@ class DurableEngine(LiveEngine):
                 self._fail(error)
             raise
 
+    def _settle_enqueues(self, lsn: int) -> None:
+        if lsn > self._log.durable_lsn and self._is_to_sync(lsn):
+            self._settle(lsn)
+
     def _settle_reservation(self) -> None:
         if not self._is_reservation_settled():
             self._settle(self._must_sync[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..engine import Done, Grant, Take
 from ..errors import RivetQError
@@ -16,18 +16,9 @@ from .clockwork import NeedRoomError
 from .lessees import Lessee, SleepingLessee
 from .looking import LookingEngine
 
-
-class _Taken(NamedTuple):
-    """Jobs that were leased and not handed out yet."""
-
-    lsn: int
-    at_ms: int
-    event: Leased
-    entries: list[Entry]
-    errors: list[str | None]
-    """Their last ones, as they were then."""
-
-
+_Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
+"""Jobs that were leased and not handed out yet: the lsn, the moment and the event of the lease; the jobs, and their
+last errors as they were then."""
 _grant: Callable[[tuple[Any, ...]], Grant] = partial(tuple.__new__, Grant)  # a third of the time of a call of the class
 
 
@@ -37,11 +28,14 @@ class LeasingEngine(LookingEngine):
     def _take(self, request: Take) -> list[Grant]:
         if not request.begun:
             self._ready_for_unbegun()
-        lessee = None if request.wait_ms == 0 else SleepingLessee()
+        if request.wait_ms == 0:
+            taken = self._take_now(request)
+            return [] if taken is None else self._hand_out(taken)
+        lessee = SleepingLessee()
         try:
             taken = self._wait_for_jobs(request, lessee)
         except BaseException:
-            if lessee is not None and self._ended is None:
+            if self._ended is None:
                 with self._lock:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
                     self._lessees.remove(lessee, request.queues)
                     self._wake_lessees(request.queues)
@@ -73,14 +67,22 @@ class LeasingEngine(LookingEngine):
     def _note_unbegun(self, event: Leased) -> None:
         """These leases are taken in advance: with files, an opening after a crash will know."""
 
-    def _wait_for_jobs(self, request: Take, lessee: SleepingLessee | None) -> _Taken | None:
-        """Lease, waiting for a first job; None when the time is over."""
-        wait_s = None if request.wait_ms is None else request.wait_ms / 1000
-        until = time.monotonic() + wait_s if wait_s else None
+    def _take_now(self, request: Take) -> _Taken | None:
         while True:
             if self._ended is not None:
                 self._check()
-            timeout_s = until - time.monotonic() if until is not None else wait_s
+            try:
+                return self._attempt(request, None, waits=False)
+            except NeedRoomError as need:
+                self._make_room(need)
+
+    def _wait_for_jobs(self, request: Take, lessee: SleepingLessee) -> _Taken | None:
+        """Lease, waiting for a first job; None when the time is over."""
+        until = None if request.wait_ms is None else time.monotonic() + request.wait_ms / 1000
+        while True:
+            if self._ended is not None:
+                self._check()
+            timeout_s = None if until is None else until - time.monotonic()
             over = timeout_s is not None and timeout_s <= 0
             try:
                 taken = self._attempt(request, lessee, waits=not over)
@@ -90,7 +92,6 @@ class LeasingEngine(LookingEngine):
             if taken is not None or over:
                 return taken
             if self._ended is None:  # else whoever ended it may have looked for lessees before this one was there
-                assert lessee is not None
                 lessee.park(timeout_s)
 
     def _attempt(self, request: Take, lessee: Lessee | None, *, waits: bool) -> _Taken | None:
@@ -129,14 +130,14 @@ class LeasingEngine(LookingEngine):
             entries = [machine.jobs[job_id] for job_id in event.ids]
             if self._lessees.lines:
                 self._wake_lessees(queues)  # this one may have been woken for another of its queues
-            return _Taken(lsn, now_ms, event, entries, [entry.last_error for entry in entries])
+            return lsn, now_ms, event, entries, [entry.last_error for entry in entries]
 
     def _hand_out(self, taken: _Taken) -> list[Grant]:
         lsn, at_ms, event, entries, errors = taken
         self._settle(lsn, sync=False)
         payloads = self._payloads(entries)
         # With a sync in every call nothing is handed out that a power cut could still take back.
-        self._settle(max([entry.lsn for entry in entries]))
+        self._settle_enqueues(max([entry.lsn for entry in entries]))
         now_ms = self.clock.boot_ms() + self._offset_ms
         # What may have changed since is taken from the event. No payload: the lease ended while it was read.
         return [
@@ -237,7 +238,7 @@ class SoonLease:
 
     def _hand_out(self, taken: _Taken) -> None:
         """At once if nothing has to be waited for, else from the notifier's thread."""
-        engine, entries = self._engine, taken.entries
+        engine, entries = self._engine, taken[3]
 
         def tell(error: BaseException | None) -> None:
             grants = None

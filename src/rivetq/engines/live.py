@@ -97,21 +97,21 @@ class LiveEngine(LeasingEngine):
             try:
                 with self._lock:
                     now_ms = self._tick()
-                    events, answers = self._decided(request, now_ms)
+                    events, answers = decide_commit(self._machine, operations, now_ms, request.partial)
                     lsn = self._record(events, now_ms, enqueues) if events else self._last_lsn()
                 break
             except NeedRoomError as need:
                 self._make_room(need)
+            except RateLimitedError as error:
+                self._note_limited(error)
+                raise
         self._settle(lsn)
         return answers
 
-    def _decided(self, request: Commit, now_ms: int) -> tuple[list[Event], list[Answer]]:
-        # Caller holds self._lock.
-        try:
-            return decide_commit(self._machine, request.operations, now_ms, partial=request.partial)
-        except RateLimitedError as error:
-            self._machine.queues[error.queue].limited += 1
-            raise
+    def _note_limited(self, error: RateLimitedError) -> None:
+        with self._lock:
+            if (queue := self._machine.queues.get(error.queue)) is not None:
+                queue.limited += 1
 
     def _commit_soon(self, request: Commit, done: Done) -> None:
         self._check()
@@ -119,13 +119,16 @@ class LiveEngine(LeasingEngine):
         with self._lock:
             now_ms = self._tick()
             try:
-                events, answers = self._decided(request, now_ms)
+                events, answers = decide_commit(self._machine, request.operations, now_ms, request.partial)
                 lsn = self._last_lsn()
                 if events:
                     lsn = self._record(events, now_ms, Enqueue in map(type, request.operations))
             except NeedRoomError:
                 self._notifier.call(partial(_tell, partial(self._commit, request), done))  # room is made by the disk
                 return
+            except RateLimitedError as error:
+                self._machine.queues[error.queue].limited += 1
+                raise
             if self._settle_soon(lsn, lambda error: done(None, error) if error else done(answers, None)):
                 return
         self._settle(lsn)

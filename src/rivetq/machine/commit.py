@@ -32,7 +32,7 @@ SKEW_MS = 2
 
 
 def decide_commit(
-    machine: Machine, operations: Sequence[Operation], now_ms: int, *, partial: bool = False
+    machine: Machine, operations: Sequence[Operation], now_ms: int, partial: bool = False
 ) -> tuple[list[Event], list[Answer]]:
     """Events and answers of a commit: all of the operations or an error; `partial`: of those whose leases hold."""
     first = operations[0] if operations else None

@@ -227,21 +227,21 @@ class Machine:
     def remove(self, ids: Iterable[int], acked_ms: int | None = None) -> None:
         """Loose jobs are gone for good. Their keys stay for the queue's window if they were acked, else they go."""
         changed = set[int]() if self.changes is None else self.changes.jobs
-        live, jobs, is_live = self.live, self.jobs, self.is_live
+        live, jobs = self.live, self.jobs
+        may_be_leased, may_be_other = acked_ms is not None or not self.is_live, acked_ms is None or not self.is_live
         for job_id in ids:
             entry = jobs.pop(job_id, None)
             if entry is None:
-                assert not is_live or acked_ms is None, f"ack of job {job_id}, which is gone"
+                assert may_be_other, f"ack of job {job_id}, which is gone"
                 continue
-            assert not is_live or (entry.state == LEASED) is (acked_ms is not None), (
-                f"job {job_id} is {name(entry.state)}"
-            )
             if entry.state == LEASED:  # as it is after nearly every delivery
+                assert may_be_leased, f"removal of job {job_id}, which is leased"
                 queue = entry.queue
                 queue.counts[LEASED] -= 1
                 queue.leased.discard(job_id)
                 self.leased_count -= 1
             else:
+                assert may_be_other, f"ack of job {job_id}, which is {name(entry.state)}"
                 self.leave(entry)
             if entry.segment in live:
                 live[entry.segment] -= entry.size

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,3 +188,9 @@ def test_the_examples_of_the_command_line_work_in_order(tmp_path: Path, monkeypa
             logger.handlers[:], logger.level, logger.propagate = handlers, level, propagates
         monkeypatch.delitem(sys.modules, "shop", raising=False)
     assert {arguments[0] for arguments in shown} == set(cli.main.commands), "a command has no example"
+
+
+def test_the_picture_of_the_house_is_drawn_from_the_code() -> None:
+    """`python docs/picture.py` draws it anew."""
+    done = subprocess.run([sys.executable, "docs/picture.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0, "run: python docs/picture.py"

@@ -512,7 +512,7 @@ class Broker:
         return bool(found)
 
     def purge(self, queue: str, *, state: JobState | str | None = None) -> int:
-        """Remove the ready, scheduled and dead jobs of a queue, or those of one state; how many it were.
+        """Remove the ready, scheduled and dead jobs of a queue, or those of one state. Returns the number of jobs.
 
         Many go in parts of a thousand, each a record of its own, and other calls get their turn in between. What is
         enqueued meanwhile stays. If the process dies in the middle, the rest stays too: call it again. An error after a
@@ -525,7 +525,7 @@ class Broker:
         return self._engine.call(Cancel(checked_int(job_id, "job_id", 0)))
 
     def redrive(self, queue: str, *, job_ids: Iterable[int] | None = None, limit: int | None = None) -> int:
-        """Bring dead letters back to ready, attempts from 0, lowest ids first; how many it were.
+        """Bring dead letters back to ready, attempts from 0, lowest ids first. Returns the number of jobs.
 
         Many come back in parts of a thousand, as with `purge`. Named ones are checked first, all of them; those that
         another call takes before their part is done are left out.

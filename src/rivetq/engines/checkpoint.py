@@ -166,7 +166,7 @@ class CheckpointingEngine(DurableEngine):
         return True
 
     def _tidy(self) -> None:
-        """Before a checkpoint: ended keys go, and what lies about loose is put into runs."""
+        """Prepare a checkpoint: forget expired keys and pack loose jobs into runs."""
         machine = self._machine
         for part in self._slices(self._index.ended_keys(machine.now_ms, SWEEP_KEYS)):
             with self._lock:

@@ -41,8 +41,8 @@ class CompactingEngine(CheckpointingEngine):
     def _garbage_upto(self) -> int:
         """The last segment that is worth dropping now, 0 if none: oldest first, until half of the log is live.
 
-        A segment without anything live goes for nothing. The total rewritten stays below what is reclaimed, hence
-        write amplification below 2.
+        A segment in which nothing is live is dropped without copying. What is rewritten stays below what is reclaimed,
+        so the write amplification is below 2.
         """
         with self._lock:
             sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
@@ -208,7 +208,7 @@ class _Live(NamedTuple):
 
 
 def copied(entry: Entry, payload: bytes) -> Copied:
-    """The word that a job is as it is, with its payload."""
+    """The `Copied` event for a job: its full state and payload."""
     spec = entry.spec
     return Copied(
         entry.id, entry.queue.number, entry.state, spec.priority, entry.attempts, entry.token, spec.max_attempts,

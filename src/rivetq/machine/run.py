@@ -6,8 +6,8 @@ run as one value. Jobs leave at the head; one that leaves becomes an `Entry`. A 
 columns away and read them back from the shelf (the index) when its turn comes: then it weighs as much as one job.
 
 Columns are shared with a checkpoint that is being written. So they are only ever appended to (behind what was taken)
-or replaced; nothing is removed in place. Only a job's place in the log may change where it stands: it is absolute, and
-both its copies are right.
+or replaced; nothing is removed in place. One exception: a job's segment and offset may be overwritten in place. Either
+value is valid, because both copies of the payload exist.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """Group commit: one sync for all who wait.
 
-The first caller that finds nobody syncing leads: it writes and syncs, in its own thread, so that a lone caller pays for
-no hand-over. Whoever comes meanwhile parks on a lock of its own. After the sync all who are covered are woken at once,
-and one of the others, if there are any, is told to lead next. (With a plain mutex around the sync the leader takes it
-again before a waiter has woken, and almost nothing is merged: measured, see docs/design.md.)
+The first caller that finds no sync under way is the leader: it writes and syncs in its own thread, so a lone caller
+pays for no hand-over. Callers that come during the sync wait, each on a lock of its own. After the sync all callers
+whose records are on disk are woken at once, and one of the others becomes the next leader. (With a plain mutex around
+the sync the leader takes it again before a waiter has woken, and almost nothing is merged: measured, see
+docs/design.md.)
 
-Those who were woken a moment ago are about to append their next records. So whoever comes first after a sync that had
-company parks until the others are back, and the last to come leads: it is running anyway, no thread is woken for it.
-The first one's patience ends after a few syncs' time at most; a lone caller never waits.
+Threads that were just woken are about to append their next records. After a sync that served several threads, the first
+to return waits for the others; the last one leads. It is already running, so no thread has to be woken. The first one
+waits for a few syncs' time at most. A lone caller never waits.
 """
 
 from __future__ import annotations

@@ -11,12 +11,16 @@ import pytest
 from house import (
     DEPENDENCIES,
     IO_MODULES,
+    LONG,
+    LONG_FUNCTION,
     MODULES,
     PUBLIC,
     PURE,
     TESTING,
     breaks,
     circles,
+    functions,
+    head_of,
     imports,
     others,
     spine,
@@ -98,3 +102,9 @@ def test_the_pure_files_know_no_clock_no_disk_and_no_threads() -> None:
         if module in PURE or module.partition(".")[0] in PURE:
             for package in others(module):
                 assert package not in IO_MODULES, f"{module} imports {package}"
+
+
+def test_long_files_say_why_and_no_function_is_long() -> None:
+    files = [module for module, path in MODULES.items() if len(path.read_text().splitlines()) > LONG]
+    assert [module for module in files if "file is long" not in head_of(module)] == []
+    assert [name for length, name in functions() if length > LONG_FUNCTION] == []

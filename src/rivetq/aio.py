@@ -5,6 +5,8 @@ group commit; one thread, shared by all calls, waits for the disk, and one sync 
 `notifier`). A lease is waited for in the same way, without a thread. What is rare and may read the disk (looking,
 purge, backup and so on) runs in a few threads of the broker's own.
 
+The file is long because the verbs that are awaited without a thread have the signatures of `Broker` once more.
+
 >>> import asyncio
 >>> async def main():
 ...     async with AsyncBroker(":memory:") as broker:

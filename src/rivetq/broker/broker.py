@@ -1,4 +1,7 @@
-"""The facade: checks arguments, fills defaults, delegates to an engine. All that users call is here."""
+"""The facade: it delegates to an engine what `requests` made of a call.
+
+The file is long because every verb of the public interface is documented here; no verb has more than a few lines.
+"""
 
 from __future__ import annotations
 

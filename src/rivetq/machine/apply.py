@@ -59,14 +59,9 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
                 entry.attempts = event.attempts
                 machine.wait(entry, event.due_ms, now_ms)
         case Buried():
-            machine.meets(Buried, entry := machine.known(event.id))
-            if entry is not None:
-                _apply_buried(machine, entry, event)
+            _apply_buried(machine, event)
         case Extended():
-            machine.meets(Extended, entry := machine.known(event.id))
-            if entry is not None and entry.state == LEASED:
-                entry.deadline_ms = event.deadline_ms
-                machine.push_deadline(entry)
+            _apply_extended(machine, event)
         case Cancelled():
             queue = machine.numbers[event.queue]
             queue.cancelled += 1
@@ -392,12 +387,21 @@ def _revive_in_runs(machine: Machine, queue: Queue, ids: Sequence[int], now_ms: 
     return revived
 
 
-def _apply_buried(machine: Machine, entry: Entry, event: Buried) -> None:
-    machine.leave(entry)
-    entry.queue.buried += 1
-    entry.last_error = event.error
-    entry.died_at_ms = event.died_at_ms
-    machine.enter(entry, DEAD)
+def _apply_buried(machine: Machine, event: Buried) -> None:
+    machine.meets(Buried, entry := machine.known(event.id))
+    if entry is not None:
+        machine.leave(entry)
+        entry.queue.buried += 1
+        entry.last_error = event.error
+        entry.died_at_ms = event.died_at_ms
+        machine.enter(entry, DEAD)
+
+
+def _apply_extended(machine: Machine, event: Extended) -> None:
+    machine.meets(Extended, entry := machine.known(event.id))
+    if entry is not None and entry.state == LEASED:
+        entry.deadline_ms = event.deadline_ms
+        machine.push_deadline(entry)
 
 
 def _apply_queue_removed(machine: Machine, number: int) -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds house crash sweeps forks waiting leaks rot planted workers clean
+.PHONY: demo test hunts others check format lint types coverage wheel docs bench bench-full bench-workers holds queues house crash sweeps forks waiting leaks rot planted workers clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -80,6 +80,9 @@ bench-workers: $(VENV)/bench-ready ## workers on jobs that do nothing, beside hu
 
 holds: $(VENV)/ready ## how long each verb holds the engine's lock, at a million jobs and at 3,000 queues
 	$(BIN)/python benchmarks/holds.py
+
+queues: $(VENV)/ready ## what a new segment and a checkpoint cost with 5 queues and with 5,000
+	$(BIN)/python benchmarks/queues.py
 
 house: $(VENV)/ready ## the plan of the source: circles, imports upwards, the longest files and functions
 	$(BIN)/python tests/house.py

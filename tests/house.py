@@ -21,12 +21,12 @@ ROOMS: dict[str, list[str]] = {
     "machine": [
         "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
         "transitions",
-        "cache", "machine", "apply", "advance", "look",
+        "cache", "machine", "sessions", "apply", "advance", "look",
         "decide", "commit", "saving", "check",
     ],
     "storage": [
-        "__init__", "disk", "layout", "lock", "fields", "codec", "index_values", "record", "header", "segment", "space",
-        "log", "index", "recovery", "backup", "ahead", "group_commit",
+        "__init__", "disk", "layout", "lock", "fields", "answers", "record", "header", "codec", "index_values",
+        "segment", "space", "log", "index", "recovery", "backup", "ahead", "group_commit",
     ],
     "engines": [
         "__init__", "notifier", "lessees", "clockwork", "looking", "leasing", "live", "memory", "durable",

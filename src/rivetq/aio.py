@@ -40,7 +40,7 @@ from .broker.arguments import checked_payloads
 from .broker.broker import Broker
 from .broker.requests import Moment, OnDuplicate
 from .broker.transaction import Block, Steps
-from .engine import Answer, Commit, Deadline, Engine, Grant, Lost, Operation, Release, Request
+from .engine import Answer, Commit, Deadline, Engine, Grant, Lost, Once, Operation, Release, Request
 from .errors import LeaseLostError, RivetQError, UsageError
 from .model import Health, Lease, LeaseLike, RetryPolicy, text_of
 from .units import Duration
@@ -328,12 +328,12 @@ class AsyncBroker:
         self.broker._note_settled(operations)
         return [answer if isinstance(answer, Lost) else None for answer in told]
 
-    async def commit(self, operations: Iterable[Operation]) -> list[Answer]:
+    async def commit(self, operations: Iterable[Operation], *, once: Once | None = None) -> list[Answer]:
         """See `Broker.commit`."""
-        return await self._commit(requests.operations(operations, self.broker._max_payload_bytes))
+        return await self._commit(requests.operations(operations, self.broker._max_payload_bytes), once)
 
-    async def _commit(self, operations: Sequence[Operation]) -> list[Answer]:
-        answers = await self._soon(Commit(operations))
+    async def _commit(self, operations: Sequence[Operation], once: Once | None = None) -> list[Answer]:
+        answers = await self._soon(Commit(operations, once=once))
         self.broker._note_settled(operations)
         return answers
 
@@ -352,6 +352,7 @@ class AsyncBroker:
     redrive = _in_a_thread(Broker.redrive)
     remove_queue = _in_a_thread(Broker.remove_queue)
     find = _in_a_thread(Broker.find)
+    queue_of = _in_a_thread(Broker.queue_of)
     get = _in_a_thread(Broker.get)
     jobs = _in_a_thread(Broker.jobs)
     dead_letters = _in_a_thread(Broker.dead_letters)

@@ -164,6 +164,22 @@ class Request(Generic[A]):
     __slots__ = ()
 
 
+@attrs.frozen
+class Once:
+    """The number of a request in a session. Made again with it, a request that was done gets its first answer.
+
+    The answer is in the record of what was done, so it is remembered across the end of the process. What changed
+    nothing, an error included, is not: it is decided anew.
+    """
+
+    session: int
+    """A random number of 64 bits."""
+    number: int
+    """From 1; each request of a session has its own."""
+    done_below: int = 0
+    """The session has the answers of all its requests with lower numbers: they are forgotten."""
+
+
 @attrs.define
 class Commit(Request[list[Answer]]):
     """All of the operations or none, durably; one answer each."""
@@ -172,6 +188,7 @@ class Commit(Request[list[Answer]]):
     partial: bool = False
     """Each operation stands alone, in one record: the answer of one whose lease was lost is `Lost`. For answers to
     leases only."""
+    once: Once | None = None
 
 
 @attrs.define
@@ -235,10 +252,32 @@ class Take(Request[list[Grant]]):
     """False: `Engine.begin` will tell of each."""
     max_bytes: int | None = None
     """Of their payloads together, if it is not one job alone."""
+    once: Once | None = None
+    """Made again, it gets the same leases: those that are still in force."""
+
+
+class Exchanged(NamedTuple):
+    answers: list[Answer]
+    grants: list[Grant]
+
+
+@attrs.define
+class Exchange(Request[Exchanged]):
+    """A commit, then a lease, in one trip. An error of the lease alone loses no answer: then there are no grants."""
+
+    commit: Commit
+    take: Take
 
 
 @attrs.define
 class Get(Request[Job | None]):
+    job_id: int
+
+
+@attrs.define
+class QueueOf(Request[str | None]):
+    """The name of the queue of a job; None: the job is gone."""
+
     job_id: int
 
 
@@ -312,14 +351,16 @@ class Configure(Request[QueueConfig]):
 
     queue: str
     changes: QueueChanges = attrs.Factory(QueueChanges)
+    once: Once | None = None
 
 
 @attrs.define
 class Purge(Request[int]):
-    """Remove jobs that wait; how many."""
+    """Remove jobs that wait; how many. Of over a thousand, made again after a crash, it counts those that were left."""
 
     queue: str
     state: JobState | None = None
+    once: Once | None = None
 
 
 @attrs.define
@@ -327,20 +368,31 @@ class Cancel(Request[bool]):
     """Remove a job that waits; False: there is none of this id."""
 
     job_id: int
+    once: Once | None = None
 
 
 @attrs.define
 class Redrive(Request[int]):
-    """Bring dead letters back; how many."""
+    """Bring dead letters back; how many. Of over a thousand, made again after a crash, it counts those that were
+    left."""
 
     queue: str
     job_ids: Sequence[int] | None = None
     limit: int | None = None
+    once: Once | None = None
 
 
 @attrs.define
 class RemoveQueue(Request[bool]):
     queue: str
+    once: Once | None = None
+
+
+@attrs.define
+class EndSession(Request[None]):
+    """No request of this session comes any more: its answers are forgotten."""
+
+    session: int
 
 
 @attrs.frozen(kw_only=True)

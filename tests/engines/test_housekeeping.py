@@ -12,11 +12,12 @@ from inside import inside, shrink_runs
 
 import rivetq.engines.checkpoint
 import rivetq.engines.local
-from rivetq import Broker
+from rivetq import Broker, CorruptLogError, RateLimit
 from rivetq.engines.compaction import MANY_SEGMENTS
 from rivetq.engines.local import LocalEngine
 from rivetq.machine import saving
 from rivetq.machine.keys import Keys
+from rivetq.storage.codec import encode_snapshot
 from rivetq.storage.disk import SystemDisk
 from rivetq.testing import ManualClock
 
@@ -247,3 +248,152 @@ def test_damage_in_the_index_that_an_opening_meets_costs_a_rebuild_and_no_job(
         stats = broker.stats("q")
         assert (stats.purged, stats.ready + stats.scheduled) == ((0, 8 * 1024 + 1) if due else (8 * 1024 + 1, 0))
         assert "rebuilding it" in caplog.text
+
+
+# Queues in the log
+
+
+def many_queues(broker: Broker, count: int) -> None:
+    for n in range(count):
+        broker.configure_queue(f"q{n}", max_jobs=n + 5, idempotency_ttl=100 + n)
+        broker.enqueue_many(f"q{n}", [b"done", b"cancelled"], idempotency_keys=[f"k{n}", None])
+        if n % 7 == 0:
+            broker.pause(f"q{n}")
+        else:
+            broker.ack(broker.lease_many(f"q{n}", 1)[0])
+        broker.cancel(broker.jobs(f"q{n}")[-1].id)
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_queues_are_copied_before_the_segments_that_tell_of_them_go(tmp_path: Path, count: int) -> None:
+    data = tmp_path / "data"
+    with Broker(data, clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
+        many_queues(broker, count)
+        for turn in range(3):
+            broker.enqueue_many("garbage", [b"x" * 1000] * 100)
+            broker.rotate()
+            broker.enqueue("q1", b"between", idempotency_key=f"again {turn}")
+            (lease,) = broker.lease_many("q1", 1)
+            lease.ack()
+            broker.purge("garbage")
+            broker.compact()
+        engine = inside(broker)
+        engine.audit()
+        assert min(queue.segment for queue in engine._machine.numbers.values()) >= min(engine._log.sizes) > 1
+        before = engine.dump()
+    for index in ("there", "gone"):
+        if index == "gone":
+            shutil.rmtree(data / "index")
+        with Broker(data, clock=ManualClock()) as broker:
+            inside(broker).audit()
+            assert inside(broker).dump() == before
+            assert broker.configure_queue("q2").max_jobs == 7
+
+
+def test_what_happened_in_a_queue_before_its_copy_is_replayed(tmp_path: Path) -> None:
+    """Enqueues, leases, acks with keys and redrives stand in the log before the record that tells the queue's name."""
+    data = tmp_path / "data"
+    with Broker(data, clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
+        broker.configure_queue("q", idempotency_ttl=50, rate_limit=RateLimit(1000, 1000))
+        broker.enqueue_many("garbage", [b"x" * 1000] * 40)
+        broker.rotate()
+        broker.enqueue_many("q", [b"a", b"b", b"c", b"d"], idempotency_keys=["a", "b", "c", "d"])
+        a, b, c = broker.lease_many("q", 3)
+        a.ack()
+        b.reject()
+        broker.redrive("q")
+        c.release(delay=5)
+        broker.cancel(d := broker.jobs("q")[-1].id)
+        broker.configure_queue("q", idempotency_ttl=7)
+        assert d == 44
+        broker.purge("garbage")
+        engine = inside(broker)
+        engine._compact(1)
+        assert min(engine._log.sizes) == 2
+        before = engine.dump()
+        assert [key[3] for key in before["keys"] if key[3]] == [engine._machine.now_ms + 50_000]
+    shutil.rmtree(data / "index")
+    with Broker(data, clock=ManualClock()) as broker:
+        inside(broker).audit()
+        assert inside(broker).dump() == before
+
+
+def test_a_log_whose_queue_was_never_copied_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data"
+    monkeypatch.setattr(LocalEngine, "_copy_queues", lambda self, upto: None)
+    with Broker(data, clock=ManualClock(), fsync="never") as broker:
+        broker.enqueue("q", b"x")
+        broker.rotate()
+        broker.enqueue("q", b"y")
+        broker.purge("q")
+        inside(broker)._compact(1)
+    shutil.rmtree(data / "index")
+    with pytest.raises(CorruptLogError, match="the log has jobs of queue 1, but not its name"):
+        Broker(data, clock=ManualClock())
+
+
+def test_copies_of_queues_do_not_call_for_more_of_them(tmp_path: Path) -> None:
+    """With many queues and small segments the copies fill whole segments: these are no garbage."""
+    with Broker(tmp_path / "data", clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
+        many_queues(broker, 1000)
+        engine = inside(broker)
+        for _ in range(5):
+            broker.enqueue_many("garbage", [b"x" * 1000] * 300)
+            broker.purge("garbage")
+            for _ in range(3):
+                engine._keep(overdue=False)
+        metrics = broker.metrics()
+        assert metrics["log_bytes"] <= 2 * metrics["live_bytes"] + 3 * 65_536
+        written = metrics["log_bytes_written"]
+        for _ in range(20):
+            engine._keep(overdue=False)
+        assert broker.metrics()["log_bytes_written"] == written
+
+
+def test_a_queue_that_was_removed_leaves_the_index(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with Broker(data, clock=ManualClock()) as broker:
+        broker.cancel(broker.enqueue("gone", b""))
+        broker.enqueue("kept", b"")
+        broker.checkpoint()
+        broker.remove_queue("gone")
+        broker.checkpoint()
+    with Broker(data, clock=ManualClock()) as broker:
+        assert broker.queues() == ["kept"]
+
+
+def test_what_changed_in_a_queue_while_a_checkpoint_failed_is_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    with Broker(data, clock=ManualClock()) as broker:
+        broker.enqueue_many("q", [b"", b""])
+        broker.checkpoint()
+        broker.cancel(1)
+        engine = inside(broker)
+        with monkeypatch.context() as failing:
+            failing.setattr(engine, "_write_index", lambda *args, **kwargs: False)
+            broker.checkpoint()
+        broker.checkpoint()
+        crashed = shutil.copytree(data, tmp_path / "crashed", ignore=shutil.ignore_patterns("spare-*"))
+    with Broker(crashed, clock=ManualClock()) as broker:
+        assert (broker.stats("q").enqueued, broker.stats("q").cancelled) == (2, 1)
+
+
+def test_a_segment_and_a_checkpoint_say_no_more_with_many_queues(tmp_path: Path) -> None:
+    """What is not changed is not written again."""
+    sizes = []
+    for count in (5, 500):
+        with Broker(tmp_path / str(count), clock=ManualClock(), fsync="never") as broker:
+            for n in range(count):
+                broker.configure_queue(f"q{n}", max_jobs=n + 1)
+            broker.checkpoint()
+            broker.enqueue("q1", b"")
+            engine = inside(broker)
+            changes = engine._machine.changes
+            assert changes is not None
+            assert len(changes.queues) == 1
+            broker.rotate()
+            with engine._lock:
+                sizes.append(len(encode_snapshot(saving.snapshot(engine._machine))))
+    assert max(sizes) - min(sizes) < 20

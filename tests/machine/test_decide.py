@@ -52,6 +52,11 @@ NOW = 1_000_000
 FLAT = RetryPolicy(max_attempts=3, base=1, factor=2, jitter="none")
 
 
+def acked(number: int, ids: Sequence[int]) -> Acked:
+    """Of a queue with the usual window for keys."""
+    return Acked(number, ids, NOW + 86_400_000)
+
+
 class Bench:
     """A machine that asks `decide` and applies what it says; every question is checked to change nothing."""
 
@@ -423,7 +428,7 @@ def test_an_ack_ends_the_job() -> None:
     bench = Bench()
     job_id, token = bench.one()
     events, answers = bench.plan(Ack(job_id, token))
-    assert (events, answers) == ([Acked(1, [1])], [None])
+    assert (events, answers) == ([acked(1, [1])], [None])
 
 
 def test_acks_of_one_queue_in_a_row_are_one_event() -> None:
@@ -434,9 +439,9 @@ def test_acks_of_one_queue_in_a_row_are_one_event() -> None:
     held = bench.lease(9, "q", "r")
     assert [job_id for job_id, _ in held] == [1, 2, 4, 3]
     events, _ = bench.plan(*(Ack(*one) for one in sorted(held)))
-    assert events == [Acked(1, [1, 2]), Acked(2, [3]), Acked(1, [4])]
+    assert events == [acked(1, [1, 2]), acked(2, [3]), acked(1, [4])]
     events, _ = bench.plan(Ack(*held[0]), Nack(*held[1], delay_ms=5), Ack(*held[2]))
-    assert events == [Acked(1, [1]), Retried(2, NOW + 5, None), Acked(1, [4])]
+    assert events == [acked(1, [1]), Retried(2, NOW + 5, None), acked(1, [4])]
 
 
 def test_a_nack_retries_by_the_policy_of_the_job_from_now() -> None:
@@ -558,7 +563,7 @@ def test_acks_of_one_queue_that_follow_each_other_are_one_event_alone_and_beside
     bench.enqueue(2, queue="r")
     held = bench.lease(3) + bench.lease(2, "r")
     acks: list[Operation] = [Ack(*held[i]) for i in (0, 1, 3, 4, 2)]
-    expected = [Acked(1, [1, 2]), Acked(2, [4, 5]), Acked(1, [3])]
+    expected = [acked(1, [1, 2]), acked(2, [4, 5]), acked(1, [3])]
     assert bench.plan(*acks) == (expected, [None] * 5)
     events, answers = bench.plan(*acks, Enqueue("q", [b"p"]))
     assert (events[:3], len(events), answers) == (expected, 4, [None] * 5 + [[6]])
@@ -592,7 +597,7 @@ def test_an_extension_settles_nothing() -> None:
     bench = Bench()
     held = bench.one()
     assert bench.plan(Extend(*held, extra_ms=90_000), Ack(*held)) == (
-        [Extended(1, NOW + 90_000), Acked(1, [1])],
+        [Extended(1, NOW + 90_000), acked(1, [1])],
         [Deadline(NOW + 90_000, 90_000), None],
     )
 
@@ -615,7 +620,7 @@ def test_in_a_partial_commit_each_answer_stands_alone() -> None:
     bench.apply(events)
     acks = [Ack(second, tokens[second]), lost]
     events, answers = bench.ask(decide_commit, acks, bench.now, partial=True)
-    assert events == [Acked(1, [second])]
+    assert events == [acked(1, [second])]
     assert (answers[0], answers[1].token) == (None, 99)
     with pytest.raises(LeaseLostError):
         bench.ask(decide_commit, acks, bench.now)
@@ -837,10 +842,10 @@ def dead_letters(bench: Bench, count: int) -> None:
 def test_dead_letters_come_back_lowest_ids_first() -> None:
     bench = Bench()
     dead_letters(bench, 4)
-    assert bench.ask(decide.redrive, "q", None, None) == Redriven([1, 2, 3, 4])
-    assert bench.ask(decide.redrive, "q", None, 2) == Redriven([1, 2])
-    assert bench.ask(decide.redrive, "q", [4, 2, 4, 1], None) == Redriven([1, 2, 4])
-    assert bench.ask(decide.redrive, "q", [4, 2, 1], 2) == Redriven([1, 2])
+    assert bench.ask(decide.redrive, "q", None, None) == Redriven(1, [1, 2, 3, 4])
+    assert bench.ask(decide.redrive, "q", None, 2) == Redriven(1, [1, 2])
+    assert bench.ask(decide.redrive, "q", [4, 2, 4, 1], None) == Redriven(1, [1, 2, 4])
+    assert bench.ask(decide.redrive, "q", [4, 2, 1], 2) == Redriven(1, [1, 2])
 
 
 def test_a_redrive_of_nothing_is_no_event() -> None:

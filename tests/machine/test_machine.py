@@ -18,10 +18,12 @@ from rivetq.machine import look, saving
 from rivetq.machine.advance import RIPE_JOBS, _ripen, advance, ended_leases, expect_token, next_wakeup_ms, resume
 from rivetq.machine.apply import apply
 from rivetq.machine.check import check, dump
+from rivetq.machine.commit import keys_until_ms
 from rivetq.machine.entry import Entry, Spec
 from rivetq.machine.events import (
     Acked,
     Buried,
+    Called,
     Cancelled,
     Copied,
     Enqueued,
@@ -32,12 +34,14 @@ from rivetq.machine.events import (
     Leased,
     Purged,
     QueueConfigured,
+    QueueCopied,
     QueueCreated,
     QueueRemoved,
     Redriven,
     Released,
     Retried,
     SegmentsDropped,
+    SessionEnded,
 )
 from rivetq.machine.keys import Key
 from rivetq.machine.machine import Machine
@@ -47,7 +51,8 @@ from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
 from rivetq.machine.snapshot import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Snapshot
 from rivetq.machine.waiting import Waiting
 from rivetq.machine.window import Window
-from rivetq.model import NO_HEADERS, QueueConfig, QueueStats, RateLimit, RetryPolicy, read_only
+from rivetq.model import NO_HEADERS, JobId, QueueConfig, QueueStats, RateLimit, RetryPolicy, read_only
+from rivetq.storage.codec import decode_snapshot, encode_snapshot
 
 NOW = 1_000_000
 POLICY = RetryPolicy()
@@ -61,8 +66,10 @@ class Bench:
     def __init__(self, *, keep_payloads: bool = False, config: QueueConfig | None = None) -> None:
         self.machine = Machine(keep_payloads=keep_payloads)
         self.now = NOW
-        self.place = Place() if keep_payloads else Place(1, 1000, 1)
+        self.place = Place()
         self.apply(QueueCreated(MAIL, "mail"), QueueCreated(AUDIT, "audit"))
+        if not keep_payloads:
+            self.place = Place(1, 1000, 1)
         if config is not None:
             self.apply(QueueConfigured(MAIL, config))
         self.machine.woken.clear()
@@ -92,7 +99,7 @@ class Bench:
     def ack(self, *ids: int) -> None:
         """Deliver and ack them."""
         self.lease(*ids)
-        self.apply(Acked(MAIL, ids))
+        self.apply(Acked(MAIL, ids, keys_until_ms(self.mail, self.now)))
 
     def bury(self, *ids: int) -> None:
         """Deliver each of them, and make it a dead letter."""
@@ -346,7 +353,7 @@ def test_a_buried_job_is_a_dead_letter_until_it_is_redriven() -> None:
     assert entry is bench.machine.jobs[1]
     assert (bench.states(), entry.died_at_ms, entry.last_error) == ({"dead": [1]}, NOW - 5, "no good")
     bench.machine.woken.clear()
-    bench.apply(Redriven([1]))
+    bench.apply(Redriven(MAIL, [1]))
     assert (bench.states(), entry.died_at_ms, entry.attempts) == ({"ready": [1]}, 0, 0)
     assert entry.last_error == "no good"
     assert bench.machine.woken == {"mail"}
@@ -383,7 +390,7 @@ UNKNOWN: list[Event] = [
     Released(99, NOW + 5, 0),
     Buried(99, NOW, "e"),
     Extended(99, NOW + 10),
-    Redriven([99, 98]),
+    Redriven(MAIL, [99, 98]),
 ]
 
 
@@ -434,7 +441,7 @@ def test_a_lease_of_a_job_that_is_leased_already_moves_it_to_the_new_delivery() 
     "event",
     [
         Leased([1], [9], [2], [NOW + 10]), Retried(1, NOW + 5, "e"), Retried(1, 0, "e"), Released(1, 0, 0),
-        Buried(1, NOW, "e"), Redriven([1]), Acked(MAIL, [1]), Cancelled(MAIL, 1), Purged(MAIL, [1]),
+        Buried(1, NOW, "e"), Redriven(MAIL, [1]), Acked(MAIL, [1]), Cancelled(MAIL, 1), Purged(MAIL, [1]),
         Extended(1, NOW + 99), enqueued(1), enqueued(1, due=NOW + 7),
     ],
     ids=lambda event: type(event).__name__ if not isinstance(event, str) else event,
@@ -974,7 +981,7 @@ def test_every_job_that_an_event_touches_is_to_be_written() -> None:
     assert changes_of(bench.machine) == (set(), {1, 2, 3})
     bench.lease(1, 2)
     assert changes_of(bench.machine) == ({1, 2}, {3})
-    for event in (Extended(1, NOW + 10**6), Retried(1, NOW, "e"), Buried(1, NOW, "e"), Redriven([1])):
+    for event in (Extended(1, NOW + 10**6), Retried(1, NOW, "e"), Buried(1, NOW, "e"), Redriven(MAIL, [1])):
         bench.apply(event)
         assert changes_of(bench.machine) == ({1}, set())
     bench.apply(Released(2, NOW, 0))
@@ -1161,6 +1168,8 @@ def test_keys_that_a_failed_checkpoint_took_are_still_to_be_written_and_still_en
 def reload(machine: Machine, entries: Iterable[tuple[Entry, int]] = (), shelf: Shelf | None = None) -> Machine:
     again = Machine()
     saving.load(again, saving.snapshot(machine))
+    for queue, segment in queues_in(machine).values():
+        saving.load_queue(again, queue, segment)
     for entry, state in entries:
         saving.load_entry(again, entry, state)
     if shelf is not None:
@@ -1304,7 +1313,7 @@ def test_a_key_that_was_saved_after_its_job_gets_its_end_from_the_log() -> None:
     shelf.keys[MAIL, "k"] = (1, NOW + 1000, 1)
     again.keys.load_counts([(1, 1)])
     apply(again, Leased([1], [1], [1], [NOW + 30_000]), NOW, Place(1, 0, 8))
-    apply(again, Acked(MAIL, [1]), NOW + 5, Place(1, 0, 9))
+    apply(again, Acked(MAIL, [1], NOW + 1005), NOW + 5, Place(1, 0, 9))
     check(again)
     assert look.find(again, "mail", "k", NOW + 1004) == 1
     assert again.keys.counts == {1: 1}
@@ -1516,7 +1525,7 @@ def test_scheduled_and_dead_jobs_too_are_put_into_runs() -> None:
         check(bench.machine)
         assert (cells(bench.lines.scheduled[5]), cells(bench.lines.dead[5])) == ([[3, 2, 1]], [[4, 5]])
         assert (dump(bench.machine), set(bench.machine.jobs)) == (before, {6})
-        bench.apply(Redriven([5]))
+        bench.apply(Redriven(MAIL, [5]))
         assert bench.states() == {"ready": [5], "scheduled": [1, 2, 3], "leased": [6], "dead": [4]}
         assert bench.job(4).payload == b"D" * 10
 
@@ -1936,6 +1945,7 @@ class Writer:
         self.lsn = 0
         self.segment = 1
         self.log: list[tuple[int, Event, int, Place]] = []  # (lsn, event, now_ms, place)
+        self.numbered = 0
         self.told: list[int] = []  # ids that a transaction will use
         for number, name in ((MAIL, "mail"), (AUDIT, "audit"), (3, "empty")):
             self.write(QueueCreated(number, name))
@@ -1987,7 +1997,8 @@ class Writer:
             case 3 if leased:
                 entry = self.job(leased[a % len(leased)])
                 same = [i for i in leased if self.job(i).queue is entry.queue]
-                self.write(Acked(entry.queue.number, same if b % 2 else [entry.id]))
+                until_ms = keys_until_ms(entry.queue, self.now)
+                self.write(Acked(entry.queue.number, same if b % 2 else [entry.id], until_ms))
             case 4 if leased:
                 for job_id in leased[a % len(leased) :][: 1 + b // 3]:
                     entry = self.job(job_id)
@@ -2005,7 +2016,8 @@ class Writer:
                 if ids:
                     self.write(Purged(1 + a % 2, ids[a // 2 :][: 1 + b] or ids[:1]))
             case 7 if dead:
-                self.write(Redriven(dead[: 1 + b]))
+                number = self.job(dead[0]).queue.number
+                self.write(Redriven(number, [i for i in dead if self.job(i).queue.number == number][: 1 + b]))
             case 8:
                 self.now += 1 + 40 * a + b
             case 9:
@@ -2027,6 +2039,13 @@ class Writer:
                 text = ("k", "j", None, None)[b % 4]
                 free = text is not None and look.find(machine, "mail", text, self.now) is None
                 self.write(enqueued(job_id, due=later if a % 2 else 0, keys=[text] if free else None))
+
+            case 16 if b:
+                self.numbered += 1
+                answer: Any = (None, [[1, 2], None], True, [JobId(5, created=True)])[b % 4]
+                self.write(Called(1 + a % 3, self.numbered, max(0, self.numbered - b), answer))
+            case 16:
+                self.write(SessionEnded(1 + a % 3))
 
     def head(self, number: int, count: int) -> tuple[list[int], list[tuple[int, int, int]]]:
         """The most urgent jobs of a queue, and where they wait."""
@@ -2055,6 +2074,9 @@ class Writer:
         ]
         if events:
             self.write(*events)
+        for queue in list(self.machine.numbers.values()):
+            if queue.segment <= upto:
+                self.write(saving.queue_copied(queue))
         self.write(SegmentsDropped(upto))
 
     def pack(self) -> None:
@@ -2090,16 +2112,21 @@ class Index(NamedTuple):
     """All that an opening has besides the log: a snapshot, loose jobs, runs and keys."""
 
     snapshot: Snapshot
+    queues: dict[int, tuple[QueueCopied, int]]
     jobs: dict[int, tuple[Entry, int]]
     shelf: Shelf
     key_counts: dict[int, int]
+
+
+def queues_in(machine: Machine) -> dict[int, tuple[QueueCopied, int]]:
+    return {number: (saving.queue_copied(queue), queue.segment) for number, queue in machine.numbers.items()}
 
 
 class Capture:
     """A checkpoint of everything at one moment; its parts can be put together with those of other moments."""
 
     def __init__(self, machine: Machine) -> None:
-        self.snapshot = saving.snapshot(machine)
+        self.snapshot, self.queues = saving.snapshot(machine), queues_in(machine)
         self.jobs = {i: clone(entry, machine.numbers) for i, entry in machine.jobs.items()}
         self.runs = [take_run(run, machine) for run in runs_of(machine)]
         self.keys = dict(machine.keys.changed)
@@ -2111,14 +2138,17 @@ class Capture:
         for run in self.runs:
             put_run(shelf, run)
         shelf.write_keys(last.keys)
-        return Index(self.snapshot, jobs, shelf, last.key_counts)
+        return Index(self.snapshot, self.queues, jobs, shelf, last.key_counts)
 
 
 def recovered(index: Index | None, log: Sequence[tuple[int, Event, int, Place]], now_ms: int) -> Machine:
     """What an opening makes of a checkpoint and the log behind it."""
     machine = Machine()
     if index is not None:
-        saving.load(machine, index.snapshot)
+        snapshot = decode_snapshot(encode_snapshot(index.snapshot))  # it is loaded once, and changed from there on
+        saving.load(machine, snapshot)
+        for queue, segment in index.queues.values():
+            saving.load_queue(machine, queue, segment)
         for _, (entry, state) in sorted(index.jobs.items()):
             saving.load_entry(machine, *clone_as(entry, state, machine.numbers))
         for number, saved in sorted(index.shelf.runs.items()):
@@ -2165,7 +2195,7 @@ STORY = [
     (14, 1, 0), (1, 0, 4), (2, 0, 5), (4, 0, 6), (4, 0, 7), (14, 1, 3), (13, 0, 0), (2, 0, 6), (4, 0, 4), (14, 0, 2),
     (4, 0, 3), (8, 7, 0), (15, 0, 0), (0, 0, 4), (0, 1, 4), (6, 1, 1), (9, 0, 2), (2, 0, 3), (4, 1, 2), (3, 0, 0),
     (8, 3, 3), (1, 6, 3), (13, 0, 0), (0, 0, 0), (11, 0, 0), (7, 0, 4), (2, 0, 3), (3, 1, 1), (8, 2, 1), (1, 0, 3),
-    (6, 0, 2),
+    (6, 0, 2), (16, 0, 1), (16, 1, 2), (16, 0, 3), (11, 0, 0), (16, 1, 0), (16, 0, 5), (11, 0, 0), (0, 0, 0),
 ]  # fmt: skip
 KEEPERS = (11, 13)
 """Steps of the engine's keeper, which makes the checkpoints too: neither falls into one."""
@@ -2209,7 +2239,7 @@ def test_a_replay_of_the_whole_log_gives_the_same_state(run_jobs: int, few_jobs:
         same_state(recovered(None, writer.log, writer.now), writer.machine)
 
 
-steps = st.tuples(st.integers(0, 14), st.integers(0, 7), st.integers(0, 7))
+steps = st.tuples(st.sampled_from([*range(15), 16]), st.integers(0, 7), st.integers(0, 7))
 calls = steps.filter(lambda step: step[0] not in KEEPERS)
 sizes = st.sampled_from(SIZES)
 
@@ -2250,6 +2280,7 @@ class Keeper:
         self.index: Index | None = None
         self.shelf = Shelf()
         self.jobs: dict[int, tuple[Entry, int]] = {}
+        self.queues: dict[int, tuple[QueueCopied, int]] = {}
         self.lsn = 0
         self.at_once = 1  # calls that come between two parts of a checkpoint
 
@@ -2264,6 +2295,8 @@ class Keeper:
         taken, machine.changes = machine.changes, Changes()
         assert taken is not None
         snapshot, lsn = saving.snapshot(machine), writer.lsn
+        now = queues_in(machine)
+        queues = {number: now.get(number) for number in taken.queues}
         runs = [take_run(run, machine) for run in taken.runs]
         loose = taken.jobs & machine.jobs.keys()  # the others are gone, or in a run: that is where they are written
         jobs: dict[int, tuple[Entry, int] | None] = {}
@@ -2290,7 +2323,12 @@ class Keeper:
         for run in runs:
             put_run(self.shelf, run)
         self.shelf.write_keys(keys)
-        self.index, self.lsn = Index(snapshot, self.jobs, self.shelf, key_counts), lsn
+        for number, queue in queues.items():
+            if queue is None:
+                self.queues.pop(number, None)
+            else:
+                self.queues[number] = queue
+        self.index, self.lsn = Index(snapshot, dict(self.queues), self.jobs, self.shelf, key_counts), lsn
         self.call(calls)
         machine.keys.frozen = {}
         machine.keys.shelf = self.shelf
@@ -2302,6 +2340,7 @@ class Keeper:
         changes.jobs |= taken.jobs
         changes.packed |= taken.packed
         changes.gone |= taken.gone
+        changes.queues |= taken.queues
         for run in taken.runs:
             (changes.runs.add if run.left else changes.runs.discard)(run)
         saving.thaw_keys(self.writer.machine)
@@ -2436,7 +2475,7 @@ def test_a_redrive_takes_dead_letters_of_one_queue_out_of_their_runs(loose: tupl
         for job_id in loose:
             bench.loosen(job_id)
         apply(bench.machine, QueueCreated(9, "between"), NOW, Place())
-        bench.apply(Redriven([2, 3, 5, 8, 9, 12, 77]))
+        bench.apply(Redriven(MAIL, [2, 3, 5, 8, 9, 12, 77]))
         check(bench.machine)
         assert bench.states() == {"ready": [2, 3, 5, 8, 9, 12], "dead": [1, 4, 6, 7, 10, 11]}
         for job_id in (2, 9):
@@ -2444,7 +2483,7 @@ def test_a_redrive_takes_dead_letters_of_one_queue_out_of_their_runs(loose: tupl
             assert (job.attempts, job.died_at_ms, job.due_ms, job.key) == (0, 0, 0, f"k{job_id - 1}")
             assert job.token, "tokens go on above this one"
         assert look.head(bench.machine, bench.lines.window(READY, 2), 9)[0] == [2, 8, 12]
-        bench.apply(Redriven(list(range(1, 13))))  # of some that are ready already: as a replay may meet it
+        bench.apply(Redriven(MAIL, list(range(1, 13))))  # of some that are ready already: as a replay may meet it
         assert bench.states()["ready"] == list(range(1, 13))
 
 
@@ -2494,7 +2533,7 @@ def test_a_redrive_of_a_job_that_is_gone_brings_back_the_others() -> None:
             saving.pack(bench.machine, state, window, 4)
         assert 8 not in bench.machine.jobs, "it is in a run"
         bench.apply(Purged(MAIL, [8]))
-        bench.apply(Redriven([8, 9]))
+        bench.apply(Redriven(MAIL, [8, 9]))
         assert bench.states() == {"ready": [9], "dead": [1, 2, 3, 4, 5, 6, 7, 10]}
 
 

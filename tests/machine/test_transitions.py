@@ -38,7 +38,7 @@ EVENTS: dict[type[Event], Event] = {
     Extended: Extended(1, LATER),
     Cancelled: Cancelled(1, 1),
     Purged: Purged(1, [1]),
-    Redriven: Redriven([1]),
+    Redriven: Redriven(1, [1]),
 }
 
 

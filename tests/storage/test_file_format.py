@@ -12,6 +12,7 @@ import lmdb
 from crc32c import crc32c
 
 import rivetq
+from rivetq.engine import EndSession, Enqueue, Once
 from rivetq.testing import ManualClock
 
 NUMBERS = "iqidddB"
@@ -51,7 +52,7 @@ def read_header(data: bytes) -> dict[str, Any]:
     magic, version, size, crc, epoch, salt, previous_crc, number, first_lsn, boot_ms, now_ms = struct.unpack_from(
         "<8sIIIIIIQQQQ", data
     )
-    assert (magic, version, size % 8) == (b"RivetQ\0\n", 1, 0)
+    assert (magic, version, size % 8) == (b"RivetQ\0\n", 2, 0)
     assert crc == mask(crc32c(data[:16] + bytes(4) + data[20:size]))
     return {
         "crc": crc, "size": size, "epoch": epoch, "salt": salt, "previous_crc": previous_crc, "id": number,
@@ -91,7 +92,7 @@ def read_event(body: Bytes) -> tuple[Any, ...]:
             assert not counts or sum(counts) == n, "every job has its place, or there were too many places to tell"
             return "Leased", *columns
         case 5:
-            return "Acked", *body.take("I"), body.ids()
+            return "Acked", *body.take("IQ"), body.ids()
         case 6:
             return "Retried", *body.take("QQ"), body.text()
         case 7:
@@ -105,7 +106,7 @@ def read_event(body: Bytes) -> tuple[Any, ...]:
         case 11:
             return "Purged", *body.take("I"), body.ids()
         case 12:
-            return "Redriven", body.ids()
+            return "Redriven", *body.take("I"), body.ids()
         case 13:
             return "IdsReserved", *body.take("Q")
         case 14:
@@ -116,6 +117,12 @@ def read_event(body: Bytes) -> tuple[Any, ...]:
             return "SegmentsDropped", *body.take("Q")
         case 17:
             return "QueueRemoved", *body.take("I")
+        case 18:
+            return "QueueCopied", *body.take("IQQQQ"), body.text(), json.loads(body.text() or "")
+        case 19:
+            return "Called", *body.take("QQQ"), json.loads(body.text() or "")
+        case 20:
+            return "SessionEnded", *body.take("Q")
         case tag:
             raise AssertionError(f"tag {tag} is not on the page")
 
@@ -123,9 +130,10 @@ def read_event(body: Bytes) -> tuple[Any, ...]:
 def read_enqueued(body: Bytes) -> tuple[Any, ...]:
     queue, first_id, n, priority, due_ms = body.take("IQIBQ")
     body.take(NUMBERS)
-    headers_size, has_keys = body.take("IB")
+    headers_size, flags = body.take("IH")
+    assert flags in (0, 1)
     headers = json.loads(body.raw(headers_size)) if headers_size else {}
-    keys = [body.raw(size).decode() or None for size in body.take(f"{n}H")] if has_keys else None
+    keys = [body.raw(size).decode() or None for size in body.take(f"{n}H")] if flags else None
     lengths, crcs = body.take(f"{n}I"), body.take(f"{n}I")
     payloads = [body.raw(length) for length in lengths]
     assert [crc32c(payload) for payload in payloads] == list(crcs)
@@ -133,7 +141,8 @@ def read_enqueued(body: Bytes) -> tuple[Any, ...]:
 
 
 def read_copied(body: Bytes) -> tuple[Any, ...]:
-    job_id, queue, state, priority, attempts, token = body.take("QIBBIQ")
+    job_id, queue, flags, state, priority, attempts, token = body.take("QIHBBIQ")
+    assert not flags
     body.take(NUMBERS)
     body.take("4Q")
     length, crc = body.take("II")
@@ -180,17 +189,24 @@ def unseal(key: bytes, sealed: bytes | None) -> bytes:
 
 
 def read_index(
-    directory: Path, seen: set[str] | None = None
+    directory: Path, seen: set[str] | None = None, queues: list[Any] | None = None
 ) -> tuple[dict[int, dict[str, Any]], dict[tuple[int, str], int]]:
-    """The jobs by id, and the ids that keys stand for. `seen` gets what there was in runs."""
+    """The jobs by id, and the ids that keys stand for. `seen` gets what there was in runs, `queues` all queues."""
     manifest = json.loads(unseal(b"manifest", (directory / "index/manifest").read_bytes()))
     data = (directory / "index/data.mdb").read_bytes()
-    assert (manifest["format"], manifest["size"], manifest["crc"]) == (2, len(data), crc32c(data))
+    assert (manifest["format"], manifest["size"], manifest["crc"]) == (3, len(data), crc32c(data))
     jobs: dict[int, dict[str, Any]] = {}
     keys: dict[tuple[int, str], int] = {}
     ends: set[bytes] = set()
-    with lmdb.open(str(directory / "index"), readonly=True, lock=False, max_dbs=4) as env, env.begin() as txn:
+    with lmdb.open(str(directory / "index"), readonly=True, lock=False, max_dbs=5) as env, env.begin() as txn:
         json.loads(unseal(b"snapshot", txn.get(b"snapshot")))
+        for key, sealed in txn.cursor(env.open_db(b"queues", txn, create=False)):
+            queue = Bytes(unseal(key, sealed))
+            totals = queue.take("IQQQQ")
+            read = int.from_bytes(key, "big"), queue.text(), json.loads(queue.text() or ""), totals
+            assert queue.at == len(queue.data)
+            if queues is not None:
+                queues.append(read)
         counts = dict(json.loads(unseal(b"keys per segment", txn.get(b"keys per segment"))))
         for key, value in txn.cursor(env.open_db(b"runs", txn, create=False)):
             jobs.update(read_run(directory, key, value, set() if seen is None else seen))
@@ -306,6 +322,10 @@ def a_full_life(directory: Path) -> None:
         broker.remove_queue("gone")
         reject_one(broker, error="dead")
         broker.pause("other")
+        session = 2**64 - 1
+        broker.commit([Enqueue("other", [b"a", b"b"]), Enqueue("other", [b"c"], keys=["k"])], once=Once(session, 1))
+        broker.commit([Enqueue("other", [b"d"])], once=Once(7, 1))
+        broker._engine.call(EndSession(7))
 
 
 def test_a_reader_written_from_the_page_reads_log_and_index(tmp_path: Path) -> None:
@@ -316,16 +336,30 @@ def test_a_reader_written_from_the_page_reads_log_and_index(tmp_path: Path) -> N
         broker.compact()
         jobs = broker.jobs("q") + broker.jobs("other")
         done, kept = broker.find("q", "k1"), broker.find("q", "k3")
-    seen |= {event[0] for event in read_log(data)}
+        stats = broker.stats("q")
+        totals = stats.enqueued, stats.acked, stats.cancelled, stats.purged
+    log = read_log(data)
+    (copy,) = (event for event in log if event[0] == "QueueCopied" and event[6] == "q")
+    assert copy[1:6] == (1, *totals)
+    assert (copy[7]["max_jobs"], copy[7]["rate_limit"]["on"]) == (100, "lease")
+    seen |= {event[0] for event in log}
     assert seen == {
         "QueueCreated", "QueueConfigured", "Enqueued", "Leased", "Acked", "Retried", "Released", "Buried", "Extended",
         "Cancelled", "Purged", "Redriven", "IdsReserved", "Copied", "KeyCopied", "SegmentsDropped",
-        "QueueRemoved",
+        "QueueRemoved", "QueueCopied", "Called", "SessionEnded",
     }  # fmt: skip
-    found, keys = read_index(data)
-    assert keys == {(1, "k1"): done, (1, "k3"): kept}
-    assert [facts.pop("key") for facts in found.values()] == [None, "k3", None]
+    queues: list[Any] = []
+    found, keys = read_index(data, queues=queues)
+    assert {name: (number, counted[1:]) for number, name, _, counted in queues} == {
+        "q": (1, totals), "other": (2, (26, 0, 0, 22))
+    }  # fmt: skip
+    assert keys == {(1, "k1"): done, (1, "k3"): kept, (2, "k"): jobs[-2].id}
+    assert [facts.pop("key") for facts in found.values()] == [None, "k3", None, None, None, "k", None]
     assert found == known(jobs)
+    headers = [read_header(path.read_bytes()) for path in sorted((data / "log").glob("*.log"))]
+    first = jobs[-4].id
+    answers = [{"from": first, "n": 2}, {"ids": [[first + 2, True]]}]
+    assert headers[-1]["snapshot"]["sessions"] == [[2**64 - 1, 0, [[1, answers]]]]
 
 
 def known(jobs: list[rivetq.Job]) -> dict[int, dict[str, Any]]:

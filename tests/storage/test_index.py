@@ -24,10 +24,11 @@ from rivetq.machine.events import Acked, Enqueued, Event, Leased, QueueConfigure
 from rivetq.machine.keys import Key
 from rivetq.machine.machine import Machine
 from rivetq.machine.queue import READY
-from rivetq.machine.snapshot import Place
+from rivetq.machine.snapshot import Place, Snapshot
+from rivetq.storage.codec import encode_snapshot
 from rivetq.storage.disk import SystemDisk
 from rivetq.storage.index import MAP_BYTES, Index
-from rivetq.storage.index_values import encode_entry, encode_run, seal
+from rivetq.storage.index_values import encode_entry, encode_queue, encode_run, seal
 
 LOG_ID = bytes(range(16))
 KEY = (1).to_bytes(4, "big") + b"spent"
@@ -44,7 +45,7 @@ def machine_of(count: int = 5) -> Machine:
         event = Enqueued(1, n + 1, n % 10, 5_000 * (n % 2), n or None, retry, 70 if n else None, [3], [b"abc"])
         event.headers, event.keys, event.crcs = {"n": str(n)} if n > 1 else {}, keys, [7]
         events.append(event)
-    events += [Leased([1, 3], [8, 9], [1, 1], [90, 95]), Acked(1, [1])]
+    events += [Leased([1, 3], [8, 9], [1, 1], [90, 95]), Acked(1, [1], 10 + 86_400_000)]
     for lsn, each in enumerate(events, 1):
         apply(machine, each, 10, Place(1, 64 * lsn, lsn))
     machine.now_ms = 10
@@ -69,6 +70,10 @@ def runs_in(machine: Machine) -> list[tuple[bytes, bytes | None]]:
     return values
 
 
+def queues_in(machine: Machine) -> list[tuple[bytes, bytes | None]]:
+    return [encode_queue(saving.queue_copied(queue), queue.segment) for queue in machine.numbers.values()]
+
+
 class Desk:
     """An index directory, and the index that was opened last."""
 
@@ -83,7 +88,7 @@ class Desk:
     def save(self, machine: Machine, applied_lsn: int = 9) -> None:
         self.index.write(
             LOG_ID, applied_lsn, saving.snapshot(machine), jobs=jobs_in(machine), runs=runs_in(machine),
-            keys=machine.keys.changed.items(), key_counts=machine.keys.counts,
+            queues=queues_in(machine), keys=machine.keys.changed.items(), key_counts=machine.keys.counts,
         )  # fmt: skip
 
     def loaded(self) -> Machine:
@@ -102,7 +107,7 @@ class Desk:
 
     def put(self, key: bytes, value: bytes | None, db: bytes | None = None) -> None:
         """Write into the data file behind the index's back."""
-        env = lmdb.open(str(self.path), max_dbs=4, map_size=1 << 24, lock=False, lib_version=0)
+        env = lmdb.open(str(self.path), max_dbs=5, map_size=1 << 24, lock=False, lib_version=0)
         with env.begin(write=True) as txn:
             handle = env.open_db(db, txn=txn)
             if value is None:
@@ -148,7 +153,8 @@ def test_what_was_loaded_needs_no_saving(desk: Desk) -> None:
     desk.save(machine_of())
     loaded = desk.loaded()
     assert loaded.changes is not None
-    assert (loaded.changes.jobs, loaded.changes.runs, loaded.changes.gone) == (set(), set(), set())
+    changes = loaded.changes
+    assert (changes.jobs, changes.runs, changes.gone, changes.queues) == (set(), set(), set(), set())
     assert (loaded.keys.changed, loaded.keys.frozen) == ({}, {})
     assert all(entry.indexed for entry in loaded.jobs.values())
 
@@ -156,12 +162,15 @@ def test_what_was_loaded_needs_no_saving(desk: Desk) -> None:
 def test_a_later_write_changes_what_it_names_and_nothing_else(desk: Desk) -> None:
     machine = machine_of()
     desk.save(machine)
-    apply(machine, Acked(1, [3]), 12, Place(1, 0, 20))
+    apply(machine, Acked(1, [3], 12 + 86_400_000), 12, Place(1, 0, 20))
     gone: list[tuple[bytes, bytes | None]] = [((n).to_bytes(8, "big"), None) for n in (3, 99)]
     key = machine.keys.get(1, "kéy 2")
     assert key is not None
     keys = {(1, "spent"): Key(0, 0), (1, "kéy 2"): key}
-    desk.index.write(LOG_ID, 20, saving.snapshot(machine), jobs=gone, keys=keys.items(), key_counts={1: 1})
+    desk.index.write(
+        LOG_ID, 20, saving.snapshot(machine), jobs=gone, queues=queues_in(machine),
+        keys=keys.items(), key_counts={1: 1},
+    )  # fmt: skip
     loaded = desk.loaded()
     assert sorted(e.id for e in look.everything(loaded)) == [2, 4, 5]
     assert loaded.keys.get(1, "spent") is None
@@ -177,7 +186,8 @@ def test_an_index_without_jobs_and_keys_has_its_snapshot(desk: Desk) -> None:
 
 def test_an_index_in_which_nothing_was_ever_put_has_no_jobs(desk: Desk) -> None:
     desk.path.mkdir()
-    desk.put(b"snapshot", seal(b"snapshot", b'{"next_id":5,"reserved_id":1,"oldest_segment":1,"now_ms":0,"queues":[]}'))
+    snapshot = encode_snapshot(Snapshot(5, 1, 1, 0, []))
+    desk.put(b"snapshot", seal(b"snapshot", snapshot))
     desk.put(b"keys per segment", seal(b"keys per segment", b"[]"))
     loaded = desk.loaded()
     assert (loaded.jobs, loaded.next_id) == ({}, 5)
@@ -538,9 +548,9 @@ def test_a_forked_child_lets_go_without_touching_the_environment(desk: Desk, mon
     desk.index.forget()
     assert left == [env]
     assert env is not None
-    assert env.stat()["entries"] == 6, "still open"
+    assert env.stat()["entries"] == 7, "still open"
     desk.index.close()
-    assert env.stat()["entries"] == 6
+    assert env.stat()["entries"] == 7
     env.close()
 
 

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,18 @@ import pytest
 from conftest import Extent
 
 import rivetq.storage.recovery
-from rivetq import Broker, CorruptLogError, FormatError, JobState, Lease, LeaseLostError, RetryPolicy, StorageError
-from rivetq.engine import Reserve
+from rivetq import (
+    Broker,
+    CorruptLogError,
+    FormatError,
+    JobState,
+    Lease,
+    LeaseLostError,
+    RetryPolicy,
+    StorageError,
+    tools,
+)
+from rivetq.engine import EndSession, Enqueue, Once, Reserve
 from rivetq.machine import saving
 from rivetq.machine.advance import resume
 from rivetq.machine.apply import apply
@@ -127,6 +138,9 @@ def be_busy(ledger: Ledger) -> None:
     clock.advance(10)
     broker.redrive("q", limit=1)
     broker.cancel(ids[1])
+    broker.commit([Enqueue("r", [b"once"])], once=Once(7, 1))
+    broker.commit([Enqueue("r", [b"only"])], once=Once(8, 1))
+    ledger.engine.call(EndSession(7))
     with broker.transaction() as tx:
         tx.ack(leases[4])
         tx.enqueue("r", b"from the transaction", delay=30, max_attempts=2, visibility_timeout=2)
@@ -730,10 +744,22 @@ def test_a_refused_opening_makes_no_files_of_its_own(bare: Path) -> None:
 
 def test_another_format_version_is_refused_as_such(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = everything(directory)
-    monkeypatch.setattr("rivetq.storage.header.VERSION", 2)
-    with pytest.raises(FormatError, match=r"\.log: format version 1, this RivetQ reads version 2"):
+    monkeypatch.setattr("rivetq.storage.header.VERSION", 3)
+    with pytest.raises(FormatError, match=r"\.log: format version 2, this RivetQ reads version 3"):
         Broker(directory, clock=ManualClock())
     assert everything(directory) == before
+
+
+def test_a_directory_of_the_time_before_the_first_release_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    """`version1.log` was written by a RivetQ of that time: two jobs, one of them acked."""
+    (tmp_path / "log").mkdir()
+    shutil.copy(Path(__file__).with_name("version1.log"), tmp_path / "log" / "0000000000000001.log")
+    before = everything(tmp_path)
+    message = r"format version 1, .* reads version 2\. Let the RivetQ that wrote it finish its jobs, then begin a new"
+    for refused in (Broker, tools.verify, partial(tools.salvage, out=tmp_path.with_name("out"))):
+        with pytest.raises(FormatError, match=message):
+            refused(tmp_path)
+    assert everything(tmp_path) == before
 
 
 def test_files_that_are_no_segments_are_left_alone(directory: Path, closed: Ledger) -> None:
@@ -1017,7 +1043,6 @@ def enqueued(priority: int = 5, queue: int = 1) -> Enqueued:
 
 
 SENSELESS = {
-    "an unknown event": encode_record([], 0) + b"\xff",
     "half an event": encode_record([Acked(1, [1, 2])], 0)[:-1],
     "no moment": b"short",
     "an unknown queue": encode_record([Acked(7, [1])], 0),
@@ -1036,7 +1061,18 @@ def test_a_record_that_makes_no_sense_is_damage_at_its_place(tmp_path: Path, bod
     assert "record 2 " in str(error)
 
 
-@pytest.mark.parametrize("body", [SENSELESS["an unknown event"], SENSELESS["no moment"]], ids=["event", "moment"])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_record_of_a_newer_format_is_no_damage(tmp_path: Path, is_known: bool) -> None:
+    write_log(tmp_path / "directory", encode_record([QueueCreated(1, "q")], 0), encode_record([], 0) + b"\xff")
+    if not is_known:
+        lose_mark(tmp_path / "directory")
+    before = everything(tmp_path / "directory")
+    with pytest.raises(FormatError, match=r"\.log: record 2 at byte \d+: event 255 is unknown in format version 2"):
+        Broker(tmp_path / "directory", clock=ManualClock())
+    assert everything(tmp_path / "directory") == before
+
+
+@pytest.mark.parametrize("body", [SENSELESS["half an event"], SENSELESS["no moment"]], ids=["event", "moment"])
 def test_a_record_that_makes_no_sense_is_damage_though_nobody_knows_it_to_be_on_disk(
     tmp_path: Path, body: bytes
 ) -> None:
@@ -1047,7 +1083,9 @@ def test_a_record_that_makes_no_sense_is_damage_though_nobody_knows_it_to_be_on_
     assert (error.file, error.offset) == (str(path), records_of(path)[1].at)
 
 
-@pytest.mark.parametrize("snapshot", [b"", b"{}", b"[]", b"nonsense", b'{"queues":[{}]}', b'{"queues":[],"more":1}'])
+@pytest.mark.parametrize(
+    "snapshot", [b"", b"{}", b"[]", b"nonsense", b'{"sessions":[{}]}', b'{"sessions":[],"more":1}']
+)
 def test_a_snapshot_that_makes_no_sense_is_damage_of_the_header(tmp_path: Path, snapshot: bytes) -> None:
     write_log(tmp_path / "directory", encode_record([QueueCreated(1, "q")], 0), snapshot=snapshot)
     error = refusal_of(tmp_path / "directory")

@@ -133,7 +133,7 @@ def test_a_header_is_padded_with_zeros_to_eight_bytes(length: int) -> None:
 def test_the_layout_of_the_header_is_the_documented_one() -> None:
     data = header_bytes(HEADER)
     assert data[:8] == b"RivetQ\0\n"
-    numbers = [(8, 4, 1), (12, 4, len(data)), (20, 4, 2), (24, 4, SALT), (28, 4, 0xABCD)]
+    numbers = [(8, 4, 2), (12, 4, len(data)), (20, 4, 2), (24, 4, SALT), (28, 4, 0xABCD)]
     numbers += [(32, 8, 3), (40, 8, 11), (48, 8, 5_000), (56, 8, 1_767_225_600_000)]
     for at, size, value in numbers:
         assert int.from_bytes(data[at : at + size], "little") == value, f"{size} bytes at {at}"

@@ -657,9 +657,32 @@ def test_salvage_does_not_mix_up_queues_whose_names_it_makes_up(tmp_path: Path) 
             broker.enqueue(name, name.encode())
     (path,) = segments(tmp_path / "data")
     rot(path, records(path)[0].body_offset)
+    shutil.rmtree(tmp_path / "data/index")
     report = tools.salvage(tmp_path / "data", tmp_path / "out")
     assert report.jobs == {"salvaged queue 1": {"ready": 1}, "salvaged queue 1'": {"ready": 1}}
     assert len(state(tmp_path / "out")["jobs"]) == 2
+
+
+def test_salvage_asks_the_index_for_names_and_configurations_that_the_log_lost(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with Broker(data) as broker:
+        broker.enqueue("first", b"")
+        broker.enqueue("first", b"left")
+        broker.configure_queue("second", max_jobs=7)
+        broker.configure_queue("second", visibility_timeout=9)
+        broker.checkpoint()
+        broker.configure_queue("third", max_jobs=3)
+        broker.configure_queue("third", max_jobs=4)
+    (path,) = segments(data)
+    first, _, _, configured, _, third = (record.body_offset for record in records(path)[:6])
+    for place in (first, configured, third):
+        rot(path, place)
+    tools.salvage(data, tmp_path / "out")
+    with Broker(tmp_path / "out") as broker:
+        assert [job.payload for job in broker.jobs("first")] == [b"left"]
+        config = broker.configure_queue("second")
+        assert (config.max_jobs, config.visibility_timeout) == (7, 9)
+        assert broker.configure_queue("third").max_jobs == 4, "a clean close made the last checkpoint"
 
 
 def test_salvage_leaves_out_a_dropped_segment_that_a_power_cut_brought_back(tmp_path: Path) -> None:

@@ -32,9 +32,11 @@ from ..engine import (
     Keeping,
     Lost,
     Nack,
+    Once,
     Operation,
     Outcomes,
     QueueChanges,
+    QueueOf,
     Queues,
     Reject,
     Release,
@@ -446,12 +448,21 @@ class Broker:
         self._note_settled(operations)
         return [answer if isinstance(answer, Lost) else None for answer in told]
 
-    def commit(self, operations: Iterable[Operation]) -> list[Answer]:
-        """Do all of these operations of `rivetq.engine` as one record of the log, or none; the answer of each."""
-        return self._commit(requests.operations(operations, self._max_payload_bytes))
+    def commit(self, operations: Iterable[Operation], *, once: Once | None = None) -> list[Answer]:
+        """Do all of these operations of `rivetq.engine` as one record of the log, or none; the answer of each.
 
-    def _commit(self, operations: Sequence[Operation]) -> list[Answer]:
-        answers = self._engine.call(Commit(operations))
+        Args:
+            operations: in the order in which they are decided.
+            once: the number of this commit in a session of the caller. Made again with it, also after a restart, it is
+                not done twice: it gets the answers of the first time.
+
+        Raises:
+            UsageError: an operation is malformed, or the session had the answer of this number long ago.
+        """
+        return self._commit(requests.operations(operations, self._max_payload_bytes), once)
+
+    def _commit(self, operations: Sequence[Operation], once: Once | None = None) -> list[Answer]:
+        answers = self._engine.call(Commit(operations, once=once))
         if self._watched:
             self._note_settled(operations)
         return answers
@@ -559,6 +570,10 @@ class Broker:
     def get(self, job_id: int) -> Job | None:
         """The job as it is now; None if it is gone."""
         return self._engine.call(Get(checked_int(job_id, "job_id", 0)))
+
+    def queue_of(self, job_id: int) -> str | None:
+        """The name of the queue that the job is in; None if it is gone. Its payload is not read."""
+        return self._engine.call(QueueOf(checked_int(job_id, "job_id", 0)))
 
     def jobs(
         self,

@@ -10,18 +10,19 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, starmap
 from typing import Any, NamedTuple
 
 import lmdb
 
 from ..clock import Clock
 from ..machine import saving
+from ..machine.events import QueueCopied
 from ..machine.machine import Machine
 from ..machine.run import Columns, Run
 from ..machine.snapshot import Changes, Snapshot
 from ..storage.index import Index
-from ..storage.index_values import encode_entry, encode_run
+from ..storage.index_values import encode_entry, encode_queue, encode_run
 from .durable import DurableEngine
 
 logger = logging.getLogger("rivetq")
@@ -119,6 +120,7 @@ class CheckpointingEngine(DurableEngine):
                 assert changes is not None
                 snapshot, lsn = saving.snapshot(machine), self._last_lsn()
                 runs = [self._take_run(run) for run in changes.runs]
+                queues = [(number, self._take_queue(number)) for number in changes.queues]
                 # What is in a run now is written with it, whoever takes it out before its slice.
                 loose = changes.jobs & machine.jobs.keys()
                 unsaved = self._unsaved_bytes
@@ -141,6 +143,7 @@ class CheckpointingEngine(DurableEngine):
                 snapshot,
                 jobs=self._paced(jobs),
                 runs=chain(self._paced(gone), map(_encode_run, self._paced(runs))),
+                queues=starmap(_encode_queue, self._paced(queues)),
                 keys=self._paced(list(keys.items())),
                 key_counts=key_counts,
             )
@@ -152,7 +155,10 @@ class CheckpointingEngine(DurableEngine):
         except BaseException:  # also behind a write that succeeded: then the same is written once more
             self._take_back(taken, unsaved)
             raise
-        self._put_away_all()
+        if self._keeps_much():
+            self._put_away_all()
+        else:
+            self._put_away({run.queue.number for run in taken.runs})
 
     def _write_index(self, lsn: int, snapshot: Snapshot, **changes: Any) -> bool:
         """False: the transaction did not happen; what the index holds is as it was, and still needed."""
@@ -189,13 +195,23 @@ class CheckpointingEngine(DurableEngine):
         columns = run.load()
         return _TakenRun(run, run.state, columns, run.at, len(columns))
 
+    def _take_queue(self, number: int) -> tuple[QueueCopied, int] | None:
+        # Caller holds self._lock. None: it was removed.
+        queue = self._machine.numbers.get(number)
+        return None if queue is None else (saving.queue_copied(queue), queue.segment)
+
     def _put_away_all(self) -> None:
-        """Let go of the columns of runs that are in the index as they are: not of the head of a window, nor of one
-        that still grows or has payloads in memory."""
-        machine = self._machine
+        """`_put_away` for all queues. Costs a walk over these."""
         self._runs_read = self._index.reads  # first: what is read meanwhile is put away the next time
+        self._put_away(list(self._machine.waiting))
+
+    def _put_away(self, numbers: Iterable[int]) -> None:
+        """Let go of the columns of runs of these queues that are in the index as they are: not of the head of a window,
+        nor of one that still grows or has payloads in memory."""
+        machine = self._machine
         with self._lock:
-            windows = [window for waiting in machine.waiting.values() for _, window in waiting.each()]
+            found = (machine.waiting.get(number) for number in numbers)
+            windows = [window for waiting in found if waiting is not None for _, window in waiting.each()]
         loaded: list[Run] = []
         for window in windows:
             with self._lock:
@@ -233,6 +249,7 @@ class CheckpointingEngine(DurableEngine):
             changes.packed |= taken.packed
             changes.cells += taken.cells
             changes.gone |= taken.gone
+            changes.queues |= taken.queues
             for run in taken.runs:
                 (changes.runs.add if run.left else changes.runs.discard)(run)
             saving.thaw_keys(machine)
@@ -274,3 +291,7 @@ def _encode_run(taken: _TakenRun) -> tuple[bytes, bytes]:
     run, state, columns, start, stop = taken
     columns = columns.picked(slice(start, stop))  # others may append to it meanwhile
     return run.number.to_bytes(8, "big"), encode_run(run.number, run.queue, run.priority, state, columns)
+
+
+def _encode_queue(number: int, taken: tuple[QueueCopied, int] | None) -> tuple[bytes, bytes | None]:
+    return (number.to_bytes(4, "big"), None) if taken is None else encode_queue(*taken)

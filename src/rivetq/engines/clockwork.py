@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 from ..clock import Clock, read_together
+from ..engine import Once
 from ..errors import (
     BrokerClosedError,
     BrokerFailedError,
@@ -30,9 +31,10 @@ from ..machine.advance import advance, expect_token, next_wakeup_ms
 from ..machine.apply import apply, tally_expired
 from ..machine.check import check, dump
 from ..machine.entry import Entry
-from ..machine.events import Event
+from ..machine.events import Called, Event
 from ..machine.machine import Machine
 from ..machine.queue import NEVER_MS, Queue
+from ..machine.sessions import told
 from ..machine.snapshot import Place
 from ..model import Health
 from .lessees import LONGEST_SLEEP_S, Lessees, SleepingLessee
@@ -150,16 +152,24 @@ class Clockwork:
     # Changing
 
     def _change(
-        self, plan: Callable[[int], tuple[list[Event], Any]], *, keep_reserve: bool = False, sync: bool = True
+        self,
+        plan: Callable[[int], tuple[list[Event], Any]],
+        *,
+        keep_reserve: bool = False,
+        sync: bool = True,
+        once: Once | None = None,
     ) -> Any:
-        """Decide, record, apply, and wait until it is durable (`sync`); the answer of `plan`."""
+        """Decide, record, apply, and wait until it is durable (`sync`); the answer of `plan`, or of the first time."""
         while True:
             if self._ended is not None:  # before the lock: in a forked child its holder may not exist
                 self._check()
             try:
                 with self._lock:
                     now_ms = self._tick()
-                    events, answer = plan(now_ms)
+                    if once is not None:
+                        events, answer = self._planned_once(plan, once, now_ms)
+                    else:
+                        events, answer = plan(now_ms)
                     # Without events the answer may rest on a record that is still on its way to the disk.
                     lsn = self._record(events, now_ms, keep_reserve) if events else self._last_lsn()
                 break
@@ -167,6 +177,18 @@ class Clockwork:
                 self._make_room(need)
         self._settle(lsn, sync=sync)
         return answer
+
+    def _planned_once(
+        self, plan: Callable[[int], tuple[list[Event], Any]], once: Once, now_ms: int
+    ) -> tuple[list[Event], Any]:
+        # Caller holds self._lock.
+        before = told(self._machine, once, now_ms)
+        if before is not None:
+            return [], before.answer
+        events, answer = plan(now_ms)
+        if events:
+            events = [*events, Called(once.session, once.number, once.done_below, answer)]
+        return events, answer
 
     def _apply(self, events: Sequence[Event], now_ms: int, place: Place) -> None:
         # Caller holds self._lock, and fails the engine if this does not come to its end: log and machine differ then,

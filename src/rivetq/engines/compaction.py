@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from ..clock import Clock
 from ..errors import StorageError
-from ..machine import look
+from ..machine import look, saving
 from ..machine.entry import Entry
 from ..machine.events import Copied, Enqueued, Event, KeyCopied, SegmentsDropped
 from ..machine.machine import Machine
@@ -24,6 +25,10 @@ SWEEP_BYTES, SWEEP_BYTES_MOST = 2**20, 16 * 2**20
 call and closes gives the keeper no turn."""
 COPY_JOBS, COPY_BYTES = 32, 256 * 1024
 """Jobs and payload bytes per record of a compaction."""
+COPY_QUEUES = 64
+"""Queues per record of a compaction."""
+FEW_QUEUES = 0.125
+"""A segment in which nothing lives but queues, with a share of no more than this, goes as if it held nothing."""
 WORTH_COPYING = 0.75
 """On demand, a segment with a larger share of live bytes than this is left alone."""
 
@@ -41,19 +46,21 @@ class CompactingEngine(CheckpointingEngine):
     def _garbage_upto(self) -> int:
         """The last segment that is worth dropping now, 0 if none: oldest first, until half of the log is live.
 
-        A segment in which nothing is live is dropped without copying. What is rewritten stays below what is reclaimed,
-        so the write amplification is below 2.
+        A segment in which nothing is live is dropped without copying, but for a few queues. What is rewritten stays
+        below what is reclaimed, so the write amplification is below 2.
         """
         with self._lock:
             sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
+            queues = look.queue_bytes(self._machine)
         slack = 0 if self._short_of_space else self._segment_bytes  # on a full disk every byte counts
-        total, limit = sum(sizes.values()), 2 * sum(live.values()) + slack
+        total, limit = sum(sizes.values()), 2 * (sum(live.values()) + sum(queues.values())) + slack
         upto = 0
         if total > slack:
             for segment in sorted(sizes)[:-1]:
-                if total <= limit and live.get(segment, 0):
+                here = queues.get(segment, 0)
+                if total <= limit and (live.get(segment, 0) or here > FEW_QUEUES * sizes[segment]):
                     break
-                total -= sizes[segment] - live.get(segment, 0)
+                total -= sizes[segment] - live.get(segment, 0) - here
                 upto = segment
         return upto or self._small_upto(sizes, max(self._segment_bytes, sizes[min(sizes)]))
 
@@ -121,6 +128,7 @@ class CompactingEngine(CheckpointingEngine):
                 self._checkpoint()  # so that memory stays bounded
             else:
                 self._put_away_all()
+        self._copy_queues(upto)
         self._checkpoint()  # which syncs the copies; the index now points at them
         self._change(lambda now_ms: ([SegmentsDropped(upto)], None), sync=False)
         self._sync_all()
@@ -128,6 +136,21 @@ class CompactingEngine(CheckpointingEngine):
             self._check()
         with self._or_fail():
             self._log.drop(upto)
+
+    def _copy_queues(self, upto: int) -> None:
+        """Rewrite at the tail the queues that were written in these segments last."""
+        machine = self._machine
+
+        def plan(part: Sequence[int], now_ms: int) -> tuple[list[Event], None]:
+            queues = (machine.numbers.get(number) for number in part)
+            return [saving.queue_copied(queue) for queue in queues if queue and 0 < queue.segment <= upto], None
+
+        with self._lock:
+            numbers = [queue.number for queue in machine.numbers.values() if 0 < queue.segment <= upto]
+        for start in range(0, len(numbers), COPY_QUEUES):
+            part = numbers[start : start + COPY_QUEUES]
+            self._change(partial(plan, part), keep_reserve=True, sync=False)
+            self._rest()
 
     def _copy_segment(self, segment: int) -> None:
         with self._lock:

@@ -11,7 +11,8 @@ from ..engine import Done, Grant, Take
 from ..errors import RivetQError
 from ..machine import decide
 from ..machine.entry import Entry
-from ..machine.events import Leased
+from ..machine.events import Called, Event, Leased, Took
+from ..machine.sessions import told
 from .clockwork import NeedRoomError
 from .lessees import Lessee, SleepingLessee
 from .looking import LookingEngine
@@ -103,6 +104,9 @@ class LeasingEngine(LookingEngine):
                     return None
                 lessee.reset()
             now_ms = self._tick()
+            once = request.once
+            if once is not None and (before := told(machine, once, now_ms)) is not None:
+                return self._granted_before(request, lessee, before.answer, now_ms)
             event, limited = decide.lease(
                 machine, queues, request.max_jobs, request.visibility_ms, now_ms, request.max_bytes
             )
@@ -119,7 +123,11 @@ class LeasingEngine(LookingEngine):
             try:
                 if not begun:
                     self._note_unbegun(event)  # first: a crash behind the record finds it
-                lsn = self._record([event], now_ms)
+                events: list[Event] = [event]
+                if once is not None:
+                    answer = Took(event.ids, event.tokens)
+                    events.append(Called(once.session, once.number, once.done_below, answer))
+                lsn = self._record(events, now_ms)
             except BaseException:
                 if not begun:
                     self._forget_unbegun(event)  # these tokens may go to other leases
@@ -132,12 +140,22 @@ class LeasingEngine(LookingEngine):
                 self._wake_lessees(queues)  # this one may have been woken for another of its queues
             return lsn, now_ms, event, entries, [entry.last_error for entry in entries]
 
+    def _granted_before(self, request: Take, lessee: Lessee | None, took: Took, now_ms: int) -> _Taken:
+        # Caller holds self._lock. What the same request leased before, as far as it is in force.
+        entries = [self._machine.jobs[job_id] for job_id in took.ids]
+        deadlines = [entry.deadline_ms for entry in entries]
+        event = Leased(took.ids, took.tokens, [entry.attempts for entry in entries], deadlines)
+        if lessee is not None:
+            self._lessees.remove(lessee, request.queues)
+            lessee.over = True
+        return self._last_lsn(), now_ms, event, entries, [entry.last_error for entry in entries]
+
     def _hand_out(self, taken: _Taken) -> list[Grant]:
         lsn, at_ms, event, entries, errors = taken
         self._settle(lsn, sync=False)
         payloads = self._payloads(entries)
         # With a sync in every call nothing is handed out that a power cut could still take back.
-        self._settle_enqueues(max([entry.lsn for entry in entries]))
+        self._settle_enqueues(max([entry.lsn for entry in entries], default=0))
         now_ms = self.clock.boot_ms() + self._offset_ms
         # What may have changed since is taken from the event. No payload: the lease ended while it was read.
         return [
@@ -252,7 +270,7 @@ class SoonLease:
         with engine._lock:
             # An end since they were taken: the notifier may have gone, so nothing is left with it any more.
             is_open = engine._ended is None
-            if is_open and engine._settle_soon(max(entry.lsn for entry in entries), tell):
+            if is_open and engine._settle_soon(max((entry.lsn for entry in entries), default=0), tell):
                 return
             if is_open and any(entry.payload is None for entry in entries):
                 engine._notifier.call(partial(tell, None))  # they are read from the disk

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -21,13 +22,18 @@ from ..engine import (
     Commit,
     Configure,
     Done,
+    EndSession,
     Enqueue,
+    Exchange,
+    Exchanged,
     Find,
     Get,
     Jobs,
     Keeping,
+    Once,
     Outcomes,
     Purge,
+    QueueOf,
     Queues,
     Redrive,
     RemoveQueue,
@@ -40,8 +46,9 @@ from ..engine import (
 from ..errors import RateLimitedError, RivetQError, UsageError
 from ..machine import decide
 from ..machine.commit import decide_commit
-from ..machine.events import Event, Purged, Redriven
+from ..machine.events import Called, Event, Purged, Redriven, SessionEnded
 from ..machine.queue import DEAD
+from ..machine.sessions import told
 from ..model import QueueConfig
 from .clockwork import NeedRoomError, give_turn, timeless
 from .leasing import LeasingEngine
@@ -71,7 +78,9 @@ class LiveEngine(LeasingEngine):
     def call_soon(self, request: Request[Any], done: Done) -> Call:
         if isinstance(request, Take):
             return self._take_soon(request, done)
-        if isinstance(request, Commit):
+        if isinstance(request, Exchange):
+            return self._exchange_soon(request, done)
+        if isinstance(request, Commit) and request.once is None:
             self._commit_soon(request, done)
         elif isinstance(request, Check | Unreserve) or (isinstance(request, Reserve) and self._has_ids(request.count)):
             done(_VERBS[type(request)](self, request), None)  # it waits for nothing
@@ -91,6 +100,8 @@ class LiveEngine(LeasingEngine):
             self._check()  # before the lock, as in _change
             with self._lock:
                 self._lessees.wake_early(self._machine, operations)
+        if request.once is not None:
+            return self._commit_once(request, enqueues)
         while True:  # as `_change`, straight on
             if self._ended is not None:
                 self._check()
@@ -107,6 +118,36 @@ class LiveEngine(LeasingEngine):
                 raise
         self._settle(lsn)
         return answers
+
+    def _commit_once(self, request: Commit, enqueues: bool) -> list[Answer]:
+        try:
+            answers: list[Answer] = self._change(
+                lambda now_ms: decide_commit(self._machine, request.operations, now_ms, request.partial),
+                keep_reserve=enqueues,
+                once=request.once,
+            )
+        except RateLimitedError as error:
+            self._note_limited(error)
+            raise
+        return answers
+
+    def _exchange(self, request: Exchange) -> Exchanged:
+        answers = self._commit(request.commit)
+        try:
+            return Exchanged(answers, self._take(request.take))
+        except RivetQError:
+            return Exchanged(answers, [])
+
+    def _exchange_soon(self, request: Exchange, done: Done) -> Call:
+        exchange = _Exchange(self, request.take, done)
+        self.call_soon(request.commit, exchange.committed)
+        return exchange
+
+    def _end_session(self, request: EndSession) -> None:
+        def plan(now_ms: int) -> tuple[list[Event], None]:
+            return [SessionEnded(request.session)] if request.session in self._machine.sessions else [], None
+
+        self._change(plan, sync=False)
 
     def _note_limited(self, error: RateLimitedError) -> None:
         with self._lock:
@@ -165,7 +206,9 @@ class LiveEngine(LeasingEngine):
     def _configure(self, request: Configure) -> QueueConfig:
         changes = attrs.asdict(request.changes, recurse=False)
         given = {name: value for name, value in changes.items() if value is not UNSET}
-        config: QueueConfig = self._change(lambda now_ms: decide.configure(self._machine, request.queue, given))
+        config: QueueConfig = self._change(
+            lambda now_ms: decide.configure(self._machine, request.queue, given), once=request.once
+        )
         return config
 
     def _purge(self, request: Purge) -> int:
@@ -177,14 +220,17 @@ class LiveEngine(LeasingEngine):
             below_id = machine.next_id if below_id is None else below_id  # what comes later stays
             return decide.purge(machine, request.queue, number_of(request.state), below_id)
 
-        return self._change_parts(plan)
+        return self._change_parts(plan, once=request.once)
 
-    def _change_parts(self, plan: Callable[[int, int], Purged | Redriven | None], steps: int | None = None) -> int:
+    def _change_parts(
+        self, plan: Callable[[int, int], Purged | Redriven | None], steps: int | None = None, once: Once | None = None
+    ) -> int:
         """Change many jobs, some in each record, and let others have the lock in between; how many.
 
         Args:
             plan: the part of this step, after so many have been changed; None: there is none.
             steps: how many there are; without, it ends with the first that has none.
+            once: the last record has the answer.
         """
         step = count = 0
 
@@ -193,6 +239,8 @@ class LiveEngine(LeasingEngine):
             return ([], 0) if event is None else ([event], len(event.ids))
 
         try:
+            if once is not None and (before := self._look(partial(told, self._machine, once))) is not None:
+                return int(before.answer)
             while step != steps:
                 changed = self._change(part, sync=False)
                 if not changed and steps is None:
@@ -200,7 +248,10 @@ class LiveEngine(LeasingEngine):
                 step, count = step + 1, count + changed
                 if changed > MANY_JOBS:
                     give_turn()
-            self._change(lambda now_ms: ([], None))  # it waits until all of it is durable
+            called: list[Event] = []
+            if once is not None and count:
+                called.append(Called(once.session, once.number, once.done_below, count))
+            self._change(lambda now_ms: (called, None))  # it waits until all of it is durable
         except RivetQError as error:
             if count:
                 error.outcome = "unknown"  # a part was done
@@ -212,7 +263,7 @@ class LiveEngine(LeasingEngine):
             event = decide.cancel(self._machine, request.job_id)
             return ([], False) if event is None else ([event], True)
 
-        done: bool = self._change(plan)
+        done: bool = self._change(plan, once=request.once)
         return done
 
     def _redrive(self, request: Redrive) -> int:
@@ -225,11 +276,13 @@ class LiveEngine(LeasingEngine):
                 event = decide.redrive(machine, queue, ids, limit)
                 return ([], 0) if event is None else ([event], len(event.ids))
 
-            count: int = self._change(plan)
+            count: int = self._change(plan, once=request.once)
             return count
         if ids is None and (limit is None or limit >= dead):
             # No more than there were: a job that dies again meanwhile is not brought back for ever.
-            return self._change_parts(lambda _, done: decide.redrive_some(machine, queue, None, dead - done))
+            return self._change_parts(
+                lambda _, done: decide.redrive_some(machine, queue, None, dead - done), once=request.once
+            )
         if ids is None:
             ids = [job_id for job_id, _ in self._lowest(queue, DEAD, 0, limit or 0)]
         else:
@@ -238,14 +291,16 @@ class LiveEngine(LeasingEngine):
                 self._look(partial(timeless, partial(decide.redrive, machine, queue, part, None)))
             ids = ids[:limit]
         parts = [ids[start : start + most] for start in range(0, len(ids), most)]
-        return self._change_parts(lambda step, _: decide.redrive_some(machine, queue, parts[step], most), len(parts))
+        return self._change_parts(
+            lambda step, _: decide.redrive_some(machine, queue, parts[step], most), len(parts), request.once
+        )
 
     def _remove_queue(self, request: RemoveQueue) -> bool:
         def plan(now_ms: int) -> tuple[list[Event], bool]:
             event = decide.remove_queue(self._machine, request.queue, now_ms)
             return ([], False) if event is None else ([event], True)
 
-        done: bool = self._change(plan)
+        done: bool = self._change(plan, once=request.once)
         return done
 
 
@@ -257,6 +312,7 @@ _VERBS: dict[type[Request[Any]], Callable[[Any, Any], Any]] = {
     Check: LiveEngine._check_operations,
     Take: LiveEngine._take,
     Get: LiveEngine._get,
+    QueueOf: LiveEngine._queue_of,
     Jobs: LiveEngine._jobs,
     Find: LiveEngine._find,
     Queues: LiveEngine._queues,
@@ -267,6 +323,8 @@ _VERBS: dict[type[Request[Any]], Callable[[Any, Any], Any]] = {
     Cancel: LiveEngine._cancel,
     Redrive: LiveEngine._redrive,
     RemoveQueue: LiveEngine._remove_queue,
+    Exchange: LiveEngine._exchange,
+    EndSession: LiveEngine._end_session,
 }
 
 
@@ -292,6 +350,53 @@ class _Over:
 
     def abandon(self, unwanted: Callable[[], None]) -> None:
         unwanted()
+
+
+class _Exchange:
+    """An exchange that was left with the engine: the commit, which cannot be taken back, then the lease."""
+
+    def __init__(self, engine: LiveEngine, take: Take, done: Done) -> None:
+        self._engine = engine
+        self._take = take
+        self._done = done
+        self._answers: list[Answer] = []
+        self._lock = threading.Lock()
+        self._leasing: Call | None = None
+        self._unwanted = False  # no lease is wanted any more: the answers are told alone
+
+    def committed(self, answers: Any, error: BaseException | None) -> None:
+        if error is not None:
+            self._done(None, error)
+            return
+        self._answers = answers
+        take = attrs.evolve(self._take, wait_ms=0) if self._unwanted else self._take
+        try:
+            leasing = self._engine.call_soon(take, self._leased)
+        except RivetQError:
+            self._leased([], None)
+            return
+        with self._lock:
+            self._leasing = leasing
+            unwanted = self._unwanted
+        if unwanted:
+            self._stop(leasing)
+
+    def _leased(self, grants: Any, error: BaseException | None) -> None:
+        self._done(Exchanged(self._answers, [] if error is not None else grants), None)
+
+    def cancel(self, done: Callable[[bool], None]) -> None:
+        """Wait for jobs no more; the answers are told in any case."""
+        with self._lock:
+            self._unwanted, leasing = True, self._leasing
+        if leasing is not None:
+            self._stop(leasing)
+        done(False)
+
+    def _stop(self, leasing: Call) -> None:
+        leasing.cancel(lambda nothing_came: self._leased([], None) if nothing_came else None)
+
+    def abandon(self, unwanted: Callable[[], None]) -> None:
+        self._engine._notifier.call(lambda: self.cancel(lambda _: unwanted()))
 
 
 OVER = _Over()

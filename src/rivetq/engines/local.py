@@ -299,7 +299,8 @@ class LocalEngine(CompactingEngine):
         log = self._log
         with self._lock:
             segments, log_bytes = len(log.sizes), sum(log.sizes.values())
-            live_bytes = sum(look.live_bytes(self._machine).values())
+            live = look.live_bytes(self._machine), look.queue_bytes(self._machine)
+            live_bytes = sum(sum(each.values()) for each in live)
         return {
             "records": log.records,
             "fsyncs": log.syncs,

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from ..engine import Check, Find, Get, Jobs, Outcomes, Queues, Stats
+from ..engine import Check, Find, Get, Jobs, Outcomes, QueueOf, Queues, Stats
 from ..machine import decide, look
 from ..machine.entry import Entry
 from ..machine.look import RUNS_AT_ONCE
@@ -42,6 +42,14 @@ class LookingEngine(Clockwork):
 
         found = self._with_payloads(self._look(read))
         return found[0] if found else None
+
+    def _queue_of(self, request: QueueOf) -> str | None:
+        def read(now_ms: int) -> str | None:
+            entry = look.job(self._machine, request.job_id)
+            return None if entry is None else entry.queue.name
+
+        name: str | None = self._look(read)
+        return name
 
     def _jobs(self, request: Jobs) -> list[Job]:
         if request.newest:

@@ -163,7 +163,7 @@ def resume(machine: Machine, now_ms: int, first_token: int) -> None:
     """After a recovery: told ids are not told again, tokens go on above all former ones, buckets are full."""
     machine.next_id = max(machine.next_id, machine.reserved_id)
     machine.next_token = max(machine.next_token, first_token)
-    for queue in machine.queues.values():
+    for queue in machine.numbers.values():
         limit = queue.config.rate_limit
         queue.bucket = None if limit is None else TokenBucket(limit, now_ms)
         queue.start_tallies()

@@ -11,6 +11,7 @@ from .entry import Entry, Spec
 from .events import (
     Acked,
     Buried,
+    Called,
     Cancelled,
     Copied,
     Enqueued,
@@ -21,17 +22,20 @@ from .events import (
     Leased,
     Purged,
     QueueConfigured,
+    QueueCopied,
     QueueCreated,
     QueueRemoved,
     Redriven,
     Released,
     Retried,
     SegmentsDropped,
+    SessionEnded,
 )
 from .keys import Key
 from .machine import Machine
 from .queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, Queue
 from .run import PAYLOAD_BYTES, RUN_JOBS, Columns, Run
+from .sessions import note_called
 from .snapshot import COPY_BYTES, JOB_BYTES, RECORD_BYTES, Place
 from .window import FEW_JOBS, Window
 
@@ -44,8 +48,8 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
         case Leased():
             _apply_leased(machine, event, now_ms)
         case Acked():
-            machine.numbers[event.queue].acked += len(event.ids)
-            machine.remove(event.ids, now_ms)
+            machine.changed_queue(event.queue).acked += len(event.ids)
+            machine.remove(event.ids, event.keys_until_ms)
         case Retried():
             machine.meets(Retried, entry := machine.known(event.id))
             if entry is not None:
@@ -63,27 +67,19 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
         case Extended():
             _apply_extended(machine, event)
         case Cancelled():
-            queue = machine.numbers[event.queue]
+            queue = machine.changed_queue(event.queue)
             queue.cancelled += 1
             machine.meets(Cancelled, entry := machine.loosen(event.id, (queue,)))
             if entry is not None:
                 machine.remove((event.id,))
         case Purged():
-            queue = machine.numbers[event.queue]
+            queue = machine.changed_queue(event.queue)
             queue.purged += len(event.ids)
             _apply_purged(machine, queue, event.ids)
         case Redriven():
-            _apply_redriven(machine, event.ids, now_ms)
-        case QueueCreated():
-            if event.number not in machine.numbers:
-                machine.add_queue(Queue(event.number, event.name))
-                machine.numbers[event.number].keyed = False
-        case QueueRemoved():
-            _apply_queue_removed(machine, event.number)
-        case QueueConfigured():
-            queue = machine.numbers[event.queue]
-            queue.configure(event.config, now_ms)
-            machine.wake(queue)
+            _apply_redriven(machine, event, now_ms)
+        case QueueCreated() | QueueRemoved() | QueueConfigured() | QueueCopied():
+            _apply_to_queue(machine, event, now_ms, place)
         case IdsReserved():
             machine.reserved_id = event.next_id
         case Copied():
@@ -92,12 +88,16 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
             machine.hold_key(event.queue, event.key, Key(event.job_id, place.segment, event.expires_ms))
         case SegmentsDropped():
             _apply_segments_dropped(machine, event.upto)
+        case Called():
+            note_called(machine, event)
+        case SessionEnded():
+            machine.sessions.pop(event.session, None)
         case _:
             assert_never(event)
 
 
 def _apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place) -> None:
-    queue = machine.numbers[event.queue]
+    queue = machine.changed_queue(event.queue)
     count, first_id, lengths = len(event.lengths), event.first_id, event.lengths
     if count == 1 and first_id >= machine.next_id and event.keys is None and event.due_ms <= now_ms:
         window = machine.waiting[queue.number].ready[event.priority]
@@ -156,6 +156,25 @@ def _apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place
     if not machine.keep_payloads and machine.cache.size > machine.cache.most:
         machine.cache.trim()
     _count_enqueued(machine, queue, state, first_id, count, now_ms)
+
+
+def _apply_to_queue(
+    machine: Machine, event: QueueCreated | QueueRemoved | QueueConfigured | QueueCopied, now_ms: int, place: Place
+) -> None:
+    match event:
+        case QueueCreated():
+            is_new = event.number not in machine.numbers
+            machine.name_queue(event.number, event.name, place.segment)
+            if is_new:
+                machine.numbers[event.number].keyed = False
+        case QueueRemoved():
+            _apply_queue_removed(machine, event.number)
+        case QueueConfigured():
+            queue = machine.changed_queue(event.queue)
+            queue.configure(event.config, now_ms)
+            machine.wake(queue)
+        case QueueCopied():
+            _apply_queue_copied(machine, event, now_ms, place)
 
 
 def _count_enqueued(machine: Machine, queue: Queue, state: int, first_id: int, count: int, now_ms: int) -> None:
@@ -249,7 +268,7 @@ def _apply_leased(machine: Machine, event: Leased, now_ms: int) -> None:
     for number, priority, count in event.places:
         at = len(entries)
         _lease_from(machine, machine.numbers[number], priority, ids[at : at + count], entries)
-    entries += [machine.loosen(job_id, machine.queues.values()) for job_id in ids[len(entries) :]]
+    entries += [machine.loosen(job_id, machine.numbers.values()) for job_id in ids[len(entries) :]]
     deadlines = machine.deadlines
     least_ms = NEVER_MS
     for entry, token, attempts, deadline_ms in zip(
@@ -350,15 +369,15 @@ def _extract(machine: Machine, window: Window, ids: Sequence[int]) -> Iterator[t
         yield run, gone
 
 
-def _apply_redriven(machine: Machine, ids: Sequence[int], now_ms: int) -> None:
-    """All of them are dead letters of one queue, which the event does not name: those with such ids are few."""
+def _apply_redriven(machine: Machine, event: Redriven, now_ms: int) -> None:
+    queue, ids = machine.numbers[event.queue], event.ids
     revived = 0
     for job_id in ids:
         if (entry := machine.known(job_id)) is not None:
             _revive(machine, entry, now_ms)
             revived += 1
     left = [i for i in ids if i not in machine.jobs]
-    for queue in list(machine.queues.values()) if left else ():
+    if left:
         revived += _revive_in_runs(machine, queue, left, now_ms)
         machine.wake(queue)
     assert not machine.is_live or revived == len(ids), f"{len(ids) - revived} of a redrive are no dead letters"
@@ -407,14 +426,25 @@ def _apply_extended(machine: Machine, event: Extended) -> None:
 def _apply_queue_removed(machine: Machine, number: int) -> None:
     gone = machine.numbers.get(number)
     if gone is not None and not any(gone.counts):  # in a salvaged log it may still hold something
-        del machine.numbers[number], machine.waiting[number], machine.queues[gone.name]
-        machine.woken.discard(gone.name)
+        machine.forget_queue(gone)
+
+
+def _apply_queue_copied(machine: Machine, event: QueueCopied, now_ms: int, place: Place) -> None:
+    is_known = event.number in machine.numbers
+    machine.name_queue(event.number, event.name, place.segment)
+    queue = machine.changed_queue(event.number)
+    queue.configure(event.config, now_ms)
+    totals = event.enqueued, event.acked, event.cancelled, event.purged
+    counted = (queue.enqueued, queue.acked, queue.cancelled, queue.purged)
+    assert not (machine.is_live and is_known) or totals == counted, f"queue {queue.name!r}: {totals} for {counted}"
+    queue.enqueued, queue.acked, queue.cancelled, queue.purged = totals
 
 
 def _apply_segments_dropped(machine: Machine, upto: int) -> None:
     machine.oldest_segment = max(machine.oldest_segment, upto + 1)
-    for segment in [s for s in machine.live if s <= upto]:
-        del machine.live[segment]
+    for kept in (machine.live, machine.homes):
+        for segment in [s for s in kept if s <= upto]:
+            del kept[segment]
     machine.keys.drop_segments(upto)
 
 

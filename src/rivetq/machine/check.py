@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from .entry import Entry
@@ -19,9 +20,11 @@ def dump(machine: Machine) -> dict[str, Any]:
         if not key.expires_ms or key.expires_ms > machine.now_ms
     )
     queues = sorted(
-        (q.name, q.config, q.config.paused, q.enqueued, q.acked, q.cancelled, q.purged) for q in machine.queues.values()
+        (q.name, q.config, q.config.paused, q.enqueued, q.acked, q.cancelled, q.purged)
+        for q in machine.numbers.values()
     )
-    return {"jobs": jobs, "keys": keys, "queues": queues}
+    sessions = {s.id: (s.done_below, s.answers) for s in machine.sessions.values()}
+    return {"jobs": jobs, "keys": keys, "queues": queues, "sessions": sessions}
 
 
 def check(machine: Machine) -> None:
@@ -36,7 +39,7 @@ def check(machine: Machine) -> None:
     assert total == len(jobs), "a job is in two places"
     loose: dict[int, int] = {}
     first_due = NEVER_MS
-    for queue in machine.queues.values():
+    for queue in machine.numbers.values():
         assert machine.numbers[queue.number] is queue, f"queue {queue.name!r}: number {queue.number} is another's"
         assert queue.counts == present[queue.number], f"queue {queue.name!r}: counts {queue.counts} are off"
         assert queue.counts[LEASED] == len(queue.leased), f"queue {queue.name!r}: leased count is off"
@@ -62,6 +65,11 @@ def check(machine: Machine) -> None:
                     assert (queue.number, priority) in waits, f"queue {queue.name!r}: nobody waits for its due jobs"
     assert loose == {i: e.state for i, e in machine.jobs.items()}, "the sets and the jobs' states differ"
     assert not machine.due or machine.due[0][0] <= first_due, "a due moment would be missed"
+    _check_segments(machine, jobs)
+
+
+def _check_segments(machine: Machine, jobs: dict[int, Entry]) -> None:
+    """What lives in each segment, and where keys and queues were written."""
     live: dict[int, int] = {}
     for entry in jobs.values():
         live[entry.segment] = live.get(entry.segment, 0) + entry.size
@@ -81,6 +89,9 @@ def check(machine: Machine) -> None:
         kept.pop(0, None)
     counted = {s: n for s, n in machine.live.items() if n and s}
     assert {s: n for s, n in live.items() if n} == counted, f"live bytes: counted {counted}, found {live}"
+    homes = Counter(queue.segment for queue in machine.numbers.values() if queue.segment)
+    counted = {s: n for s, n in machine.homes.items() if n}
+    assert homes == counted, f"queues per segment: counted {counted}, found {dict(homes)}"
     counted = {s: n for s, n in machine.keys.counts.items() if n and s}
     assert counts == counted, f"keys per segment: counted {counted}, found {counts}"
 

@@ -154,9 +154,14 @@ def _acked(machine: Machine, operations: Sequence[Ack], now_ms: int) -> list[Eve
         entry = held(machine, job_id, operation.token, now_ms)
         if entry.queue is not queue:
             queue, ids = entry.queue, []
-            events.append(Acked(queue.number, ids))
+            events.append(Acked(queue.number, ids, keys_until_ms(queue, now_ms)))
         ids.append(job_id)
     return events
+
+
+def keys_until_ms(queue: Queue, now_ms: int) -> int:
+    """Until when the keys of jobs that are acked now stand for them; 0: they are free."""
+    return now_ms + queue.ttl_ms if queue.ttl_ms else 0
 
 
 def _settled_twice(operation: Ack | Nack | Release | Reject | Extend) -> LeaseLostError:
@@ -215,7 +220,8 @@ class Plan:
                     assert isinstance(last.ids, list)
                     last.ids.append(entry.id)
                 else:
-                    self._events.append(Acked(entry.queue.number, [entry.id]))
+                    until_ms = keys_until_ms(entry.queue, self._now_ms)
+                    self._events.append(Acked(entry.queue.number, [entry.id], until_ms))
                 self._count(self._live, entry.queue.name, -1)
             case Nack():
                 entry = self._settle(operation)

@@ -144,7 +144,7 @@ def expiry(machine: Machine, now_ms: int) -> list[Event]:
 
 def held_jobs(machine: Machine) -> list[int]:
     """The ids of all leased jobs, ascending."""
-    return sorted(i for queue in machine.queues.values() for i in queue.leased)
+    return sorted(i for queue in machine.numbers.values() for i in queue.leased)
 
 
 def owner_gone(machine: Machine, now_ms: int, job_ids: Sequence[int] | None = None) -> list[Event]:
@@ -217,7 +217,7 @@ def redrive_some(machine: Machine, name: str, job_ids: Sequence[int] | None, mos
     else:
         found = (look.job(machine, job_id, queue.number) for job_id in job_ids)
         ids = [entry.id for entry in found if entry is not None and entry.state == DEAD]
-    return Redriven(ids) if ids else None
+    return Redriven(queue.number, ids) if queue is not None and ids else None
 
 
 def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: int | None) -> Redriven | None:
@@ -235,7 +235,7 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
                     job_id=job_id,
                 )
         ids = ids[:limit]
-    return Redriven(ids) if ids else None
+    return Redriven(queue.number, ids) if queue is not None and ids else None
 
 
 def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> tuple[list[Event], QueueConfig]:

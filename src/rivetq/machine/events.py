@@ -16,6 +16,7 @@ Treat them as values all the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import attrs
 
@@ -79,6 +80,8 @@ class Leased:
 class Acked:
     queue: int
     ids: Sequence[int]
+    keys_until_ms: int = 0
+    """Until when the keys of these jobs stand for them; 0: they are free."""
 
 
 @attrs.define
@@ -128,6 +131,7 @@ class Purged:
 
 @attrs.define
 class Redriven:
+    queue: int
     ids: Sequence[int]
 
 
@@ -175,6 +179,45 @@ class KeyCopied:
 
 
 @attrs.define
+class QueueCopied:
+    """All that is known of a queue besides its jobs and keys, rewritten so that its old segment can go."""
+
+    number: int
+    name: str
+    config: QueueConfig
+    enqueued: int
+    acked: int
+    cancelled: int
+    purged: int
+
+
+class Took(NamedTuple):
+    """The answer of a `Take` as it is kept: which jobs, by which leases."""
+
+    ids: Sequence[int]
+    tokens: Sequence[int]
+
+
+@attrs.define
+class Called:
+    """The record is what a numbered request of a session did, and this is its answer."""
+
+    session: int
+    number: int
+    done_below: int
+    """The session has the answers of all its requests with lower numbers."""
+    answer: Any
+    """What the caller gets (see `rivetq.engine`); `Took` for a `Take`."""
+
+
+@attrs.define
+class SessionEnded:
+    """No request of this session comes any more."""
+
+    session: int
+
+
+@attrs.define
 class QueueRemoved:
     """A queue without jobs, configuration and keys is unknown from here on, its totals included."""
 
@@ -206,4 +249,7 @@ Event = (
     | KeyCopied
     | SegmentsDropped
     | QueueRemoved
+    | QueueCopied
+    | Called
+    | SessionEnded
 )

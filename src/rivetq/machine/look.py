@@ -12,7 +12,7 @@ from .entry import Entry
 from .machine import Machine
 from .queue import LEASED, READY, STATES, Queue
 from .run import Run
-from .snapshot import KEY_BYTES
+from .snapshot import KEY_BYTES, QUEUE_BYTES
 from .window import Window
 
 RUNS_AT_ONCE = 8
@@ -24,7 +24,7 @@ def job(machine: Machine, job_id: int, number: int = 0, priority: int | None = N
     entry = machine.jobs.get(job_id)
     if entry is not None:
         return entry
-    queues = machine.numbered(number) if number else machine.queues.values()
+    queues = machine.numbered(number) if number else machine.numbers.values()
     found = machine.locate(job_id, queues, priority=priority)
     if found is None:
         return None
@@ -233,17 +233,22 @@ def _by_due(window: Window, after: int, limit: int) -> list[tuple[Run | None, in
 
 
 def live_bytes(machine: Machine) -> dict[int, int]:
-    """What is still needed of each segment."""
+    """What jobs and keys still need of each segment."""
     live = dict(machine.live)
     for segment, count in machine.keys.counts.items():
         live[segment] = live.get(segment, 0) + KEY_BYTES * count
     return live
 
 
+def queue_bytes(machine: Machine) -> dict[int, int]:
+    """What queues still need of each segment."""
+    return {segment: QUEUE_BYTES * count for segment, count in machine.homes.items()}
+
+
 def everything(machine: Machine) -> Iterator[Entry]:
     """All jobs, in no order; for dumps and checks."""
     yield from list(machine.jobs.values())
-    for queue in machine.queues.values():
+    for queue in machine.numbers.values():
         for state, window in machine.waiting[queue.number].each():
             for run in window.runs:
                 columns, at = run.peek()
@@ -253,5 +258,5 @@ def everything(machine: Machine) -> Iterator[Entry]:
 def _named(machine: Machine, name: str | None) -> list[Queue]:
     """One queue, if there is such a one, or all."""
     if name is None:
-        return list(machine.queues.values())
+        return list(machine.numbers.values())
     return [machine.queues[name]] if name in machine.queues else []

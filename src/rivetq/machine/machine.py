@@ -18,7 +18,7 @@ from .events import Event
 from .keys import Key, Keys
 from .queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, Queue
 from .run import Columns, Run
-from .snapshot import Changes
+from .snapshot import Changes, Session
 from .transitions import FROM, GONE, name
 from .waiting import Waiting
 from .window import FEW_JOBS, Window
@@ -36,7 +36,7 @@ class Machine:
     def __init__(self, *, keep_payloads: bool = False, cache_bytes: int = 0, id_block: int = 0) -> None:
         self.jobs: dict[int, Entry] = {}  # the loose ones: leased, come back, or otherwise not in a run
         self.queues: dict[str, Queue] = {}
-        self.numbers: dict[int, Queue] = {}
+        self.numbers: dict[int, Queue] = {}  # all of them; in a replay some whose names come later
         self.waiting: dict[int, Waiting] = {}  # by the numbers of the queues
         self.keys = Keys()
         self.next_id = 1
@@ -48,6 +48,8 @@ class Machine:
         self.now_ms = 0  # the latest moment that the state has seen: the time line never steps back
         self.wake_ms = NEVER_MS  # nothing happens by the clock alone before this; may be earlier than what does happen
         self.live: dict[int, int] = {}  # bytes of living jobs per segment; see `live_bytes`
+        self.homes: dict[int, int] = {}  # how many queues were written last in each segment
+        self.sessions: dict[int, Session] = {}  # those that called last are at the end
         self.changes: Changes | None = None if keep_payloads else Changes()
         self.woken: set[str] = set()  # queues in which something became ready since the engine last looked
         self.due: list[tuple[int, int, int]] = []  # heap of (due_ms, queue number, priority); stale ones are skipped
@@ -95,7 +97,7 @@ class Machine:
         """Jobs that were cancelled leave their moment behind; without this they would fill memory until it comes."""
         self.due = [
             (window.first()[0], queue.number, priority)
-            for queue in self.queues.values()
+            for queue in self.numbers.values()
             for priority, window in enumerate(self.waiting[queue.number].scheduled)
             if window is not None and window.count
         ]
@@ -111,7 +113,7 @@ class Machine:
         if len(self.deadlines) > 64 + 2 * self.leased_count:
             # Acked leases leave their pair behind; without this a fast consumer would fill memory until the deadlines.
             self.deadlines = [
-                (e.deadline_ms, e.id) for q in self.queues.values() for e in map(self.jobs.__getitem__, q.leased)
+                (e.deadline_ms, e.id) for q in self.numbers.values() for e in map(self.jobs.__getitem__, q.leased)
             ]
             heapq.heapify(self.deadlines)
 
@@ -224,11 +226,12 @@ class Machine:
         if entry.segment in self.live:
             self.live[entry.segment] -= entry.size
 
-    def remove(self, ids: Iterable[int], acked_ms: int | None = None) -> None:
-        """Loose jobs are gone for good. Their keys stay for the queue's window if they were acked, else they go."""
+    def remove(self, ids: Iterable[int], keys_until_ms: int | None = None) -> None:
+        """Loose jobs are gone for good. Their keys stay until that moment if they were acked, else they go."""
         changed = set[int]() if self.changes is None else self.changes.jobs
         live, jobs = self.live, self.jobs
-        may_be_leased, may_be_other = acked_ms is not None or not self.is_live, acked_ms is None or not self.is_live
+        is_acked = keys_until_ms is not None
+        may_be_leased, may_be_other = is_acked or not self.is_live, not is_acked or not self.is_live
         for job_id in ids:
             entry = jobs.pop(job_id, None)
             if entry is None:
@@ -251,10 +254,10 @@ class Machine:
                 changed.discard(job_id)
             if entry.key is None:
                 continue
-            if acked_ms is None:
+            if keys_until_ms is None:
                 self.free_key(entry.queue, entry.key, job_id)
             else:
-                self.end_key(entry.queue, entry.key, job_id, entry.segment, acked_ms)
+                self.end_key(entry.queue, entry.key, job_id, entry.segment, keys_until_ms)
 
     def insert(self, entry: Entry, state: int, now_ms: int) -> None:
         """A whole job from the index or a copy, into the structures of its state."""
@@ -295,11 +298,43 @@ class Machine:
         if state == READY:
             self.wake(entry.queue)
 
-    def add_queue(self, queue: Queue) -> None:
-        self.queues[queue.name] = queue
-        self.numbers[queue.number] = queue
-        self.waiting[queue.number] = Waiting()
-        self.next_queue = max(self.next_queue, queue.number + 1)
+    def changed_queue(self, number: int) -> Queue:
+        """A queue whose totals or configuration are about to change."""
+        if self.changes is not None:
+            self.changes.queues.add(number)
+        return self.numbers[number]
+
+    def add_queue(self, number: int) -> Queue:
+        """A queue whose name is not known yet."""
+        queue = self.numbers[number] = Queue(number, "")
+        self.waiting[number] = Waiting()
+        self.next_queue = max(self.next_queue, number + 1)
+        return queue
+
+    def name_queue(self, number: int, name: str, segment: int) -> None:
+        """A queue, new or not, has this name, and was written in this segment."""
+        queue = self.numbers.get(number) or self.add_queue(number)
+        queue.name = name
+        self.queues[name] = queue
+        self._settle(queue, segment)
+        if self.changes is not None:
+            self.changes.queues.add(number)
+
+    def forget_queue(self, queue: Queue) -> None:
+        self._settle(queue, 0)
+        del self.numbers[queue.number], self.waiting[queue.number]
+        self.queues.pop(queue.name, None)
+        self.woken.discard(queue.name)
+        if self.changes is not None:
+            self.changes.queues.add(queue.number)
+
+    def _settle(self, queue: Queue, segment: int) -> None:
+        """A queue is written in another segment; 0: in none."""
+        if queue.segment in self.homes:
+            self.homes[queue.segment] -= 1
+        queue.segment = segment
+        if segment:
+            self.homes[segment] = self.homes.get(segment, 0) + 1
 
     def wake(self, queue: Queue) -> None:
         if queue.counts[READY] and not queue.config.paused:
@@ -314,13 +349,13 @@ class Machine:
         if key.expires_ms:
             self.expect(key.expires_ms)
 
-    def end_key(self, queue: Queue, text: str, job_id: int, segment: int, now_ms: int) -> None:
-        """The job ended: its key stands for it until the window is over."""
+    def end_key(self, queue: Queue, text: str, job_id: int, segment: int, until_ms: int) -> None:
+        """The job ended: its key stands for it until then; 0: it is free."""
         key = self.keys.get(queue.number, text)
         if key is None or key.job_id != job_id:
             return  # a replay that met the key's next job first
-        if queue.ttl_ms:
-            self.hold_key(queue.number, text, Key(job_id, segment, now_ms + queue.ttl_ms))
+        if until_ms:
+            self.hold_key(queue.number, text, Key(job_id, segment, until_ms))
         else:
             self.keys.forget(queue.number, text)
 

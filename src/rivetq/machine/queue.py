@@ -16,13 +16,14 @@ class Queue:
 
     __slots__ = (
         "acked", "bucket", "buried", "cancelled", "config", "counts", "enqueued", "expired", "keyed", "leased",
-        "limited", "name", "number", "purged", "released", "retried", "started", "token_at_ms", "ttl_ms",
+        "limited", "name", "number", "purged", "released", "retried", "segment", "started", "token_at_ms", "ttl_ms",
         "visibility_ms",
     )  # fmt: skip
 
     def __init__(self, number: int, name: str) -> None:
         self.number = number
-        self.name = name
+        self.name = name  # "": not known yet, in a replay that has not come to it
+        self.segment = 0  # where all of it was written last
         self.leased: set[int] = set()
         self.counts = [0, 0, 0, 0]  # jobs by state
         self.enqueued = self.acked = self.cancelled = self.purged = 0

@@ -5,36 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .advance import next_wakeup_ms
+from .apply import apply
 from .entry import Entry
+from .events import QueueCopied
 from .machine import Machine
 from .queue import READY, Queue
 from .run import RUN_JOBS, Columns, Run
-from .snapshot import QueueSnapshot, Snapshot
+from .snapshot import Place, Session, Snapshot
 from .window import FEW_JOBS, Window
 
 
 def snapshot(machine: Machine) -> Snapshot:
-    """What a segment's header and the index carry besides the jobs."""
-    queues = [
-        QueueSnapshot(q.number, q.name, q.config, q.enqueued, q.acked, q.cancelled, q.purged)
-        for q in machine.numbers.values()
-    ]
-    return Snapshot(machine.next_id, machine.reserved_id, machine.oldest_segment, machine.now_ms, queues)
+    """What a segment's header and the index carry besides jobs, keys and queues."""
+    sessions = [Session(each.id, each.done_below, dict(each.answers)) for each in machine.sessions.values()]
+    return Snapshot(machine.next_id, machine.reserved_id, machine.oldest_segment, machine.now_ms, sessions)
+
+
+def queue_copied(queue: Queue) -> QueueCopied:
+    """All that is known of a queue besides its jobs and keys."""
+    return QueueCopied(
+        queue.number, queue.name, queue.config, queue.enqueued, queue.acked, queue.cancelled, queue.purged
+    )
 
 
 def load(machine: Machine, snapshot: Snapshot) -> None:
     """Start from a snapshot; the machine is empty."""
-    assert not machine.queues, "a snapshot is loaded into an empty machine"
+    assert not machine.numbers, "a snapshot is loaded into an empty machine"
     machine.next_id = snapshot.next_id
     machine.reserved_id = snapshot.reserved_id
     machine.oldest_segment = snapshot.oldest_segment
     machine.now_ms = snapshot.now_ms
-    for saved in snapshot.queues:
-        queue = Queue(saved.number, saved.name)
-        queue.configure(saved.config, snapshot.now_ms)
-        queue.enqueued, queue.acked = saved.enqueued, saved.acked
-        queue.cancelled, queue.purged = saved.cancelled, saved.purged
-        machine.add_queue(queue)
+    machine.sessions = {session.id: session for session in snapshot.sessions}
+
+
+def load_queue(machine: Machine, saved: QueueCopied, segment: int) -> None:
+    """A queue of the index, written in this segment."""
+    apply(machine, saved, machine.now_ms, Place(segment))
+    if machine.changes is not None:
+        machine.changes.queues.discard(saved.number)
 
 
 def load_entry(machine: Machine, entry: Entry, state: int) -> None:
@@ -66,7 +74,7 @@ def crowded(machine: Machine, limit: int) -> list[tuple[int, Window]]:
         return []
     return [
         (state, window)
-        for queue in machine.queues.values()
+        for queue in machine.numbers.values()
         for state, window in machine.waiting[queue.number].each()
         if len(window.loose) > FEW_JOBS
     ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 
-from ..model import QueueConfig
 from .run import Run
 
-RECORD_BYTES, JOB_BYTES, COPY_BYTES, KEY_BYTES = 112, 8, 176, 64
-"""What a record, a job in it, a copied job and a key weigh in the log besides payloads, about: for the garbage ratio
-only, so keys and headers of the caller are not counted."""
+RECORD_BYTES, JOB_BYTES, COPY_BYTES, KEY_BYTES, QUEUE_BYTES = 112, 8, 176, 64, 400
+"""What a record, a job in it, a copied job, a key and a queue weigh in the log besides payloads, about: for the garbage
+ratio only, so keys and headers of the caller are not counted."""
 
 
 @attrs.define
@@ -22,31 +23,31 @@ class Place:
 
 
 @attrs.define
-class QueueSnapshot:
-    number: int
-    name: str
-    config: QueueConfig
-    enqueued: int
-    acked: int
-    cancelled: int
-    purged: int
+class Session:
+    """A caller who numbers its requests, to make them again without doing them twice."""
+
+    id: int
+    done_below: int = 0
+    answers: dict[int, Any] = attrs.Factory(dict)
+    """Of its requests from `done_below` on, by number."""
 
 
 @attrs.define
 class Snapshot:
-    """What must outlive the segments that held it: counters, configurations, the time line."""
+    """What must outlive the segments that held it besides jobs, keys and queues, which are copied."""
 
     next_id: int
     reserved_id: int
     oldest_segment: int
     now_ms: int
-    queues: list[QueueSnapshot]
+    sessions: list[Session]
+    """Those that called last are at the end."""
 
 
 class Changes:
     """What a checkpoint has to write: filled by apply, swapped out by the engine."""
 
-    __slots__ = ("cells", "gone", "jobs", "packed", "runs")
+    __slots__ = ("cells", "gone", "jobs", "packed", "queues", "runs")
 
     def __init__(self) -> None:
         self.jobs: set[int] = set()  # loose jobs
@@ -54,3 +55,4 @@ class Changes:
         self.cells = 0  # jobs that were put into runs: what these weigh in memory
         self.packed: set[int] = set()  # loose jobs that the index knows and that were put into a run since
         self.gone: set[int] = set()  # numbers of saved runs that are used up
+        self.queues: set[int] = set()  # numbers of queues; those that are not there any more were removed

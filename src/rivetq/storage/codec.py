@@ -1,7 +1,8 @@
 """Events <-> bytes, snapshots <-> bytes. The layouts are those of docs/file-format.md; index values are in `values`.
 
-All numbers are little-endian. What is read has passed a checksum first, so a decoding that fails here means a damaged
-checksum or a newer writer; it raises `ValueError` and the caller turns that into `CorruptLogError`.
+All numbers are little-endian. What is read has passed a checksum first. An event or a flag that is not known was
+written by a newer RivetQ: `FormatError`. Any other decoding that fails means damage with a right checksum: it raises
+`ValueError`, and the caller turns that into `CorruptLogError`.
 
 A batch enqueue is in columns (lengths, checksums, payloads joined): its cost per job is that of three array cells.
 """
@@ -11,14 +12,16 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import assert_never
 
 import attrs
 from crc32c import crc32c
 
+from ..errors import FormatError
 from ..machine.events import (
     Acked,
     Buried,
+    Called,
     Cancelled,
     Copied,
     Enqueued,
@@ -29,21 +32,27 @@ from ..machine.events import (
     Leased,
     Purged,
     QueueConfigured,
+    QueueCopied,
     QueueCreated,
     QueueRemoved,
     Redriven,
     Released,
     Retried,
     SegmentsDropped,
+    SessionEnded,
 )
-from ..machine.snapshot import QueueSnapshot, Snapshot
-from ..model import NO_HEADERS, QueueConfig, RateLimit, RetryPolicy, read_only
+from ..machine.snapshot import Session, Snapshot
+from ..model import NO_HEADERS, read_only
+from .answers import answer_from_json, answer_to_json, config_from_json, config_to_json
 from .fields import COUNT, NONSENSE, Reader, policy, spec_bytes, spec_numbers, text_bytes
+from .header import VERSION
 
 _TIME = struct.Struct("<Q")
-_ENQUEUED = struct.Struct("<BIQIBQiqidddBIB")
-_ENQUEUED_START, _ENQUEUED_END, _ENQUEUED_ONE = struct.Struct("<BIQIBQ"), struct.Struct("<IB"), struct.Struct("<IBII")
+_ENQUEUED = struct.Struct("<BIQIBQiqidddBIH")
+_ENQUEUED_START, _ENQUEUED_END, _ENQUEUED_ONE = struct.Struct("<BIQIBQ"), struct.Struct("<IH"), struct.Struct("<IHII")
 """The same in writing: in between are the bytes of its spec."""
+KEYS = 1
+"""The flag of an Enqueued with keys. docs/file-format.md names those that are kept for what is to come."""
 _TAGS: dict[type, int] = {
     QueueCreated: 1,
     QueueConfigured: 2,
@@ -62,6 +71,9 @@ _TAGS: dict[type, int] = {
     KeyCopied: 15,
     SegmentsDropped: 16,
     QueueRemoved: 17,
+    QueueCopied: 18,
+    Called: 19,
+    SessionEnded: 20,
 }
 _ID = struct.Struct("<BQ")
 _ID_MOMENT = struct.Struct("<BQQ")
@@ -69,8 +81,11 @@ _RELEASED = struct.Struct("<BQQI")
 _QUEUE = struct.Struct("<BI")
 _QUEUE_ID = struct.Struct("<BIQ")
 _PLACE = struct.Struct("<IBI")
-_COPIED = struct.Struct("<BQIBBIQiqidddBQQQQII")
+_COPIED = struct.Struct("<BQIHBBIQiqidddBQQQQII")
 _KEY_COPIED = struct.Struct("<BIQQ")
+_ACKED = struct.Struct("<BIQ")
+_QUEUE_COPIED = struct.Struct("<BIQQQQ")
+_CALLED = struct.Struct("<BQQQ")
 
 
 # Records
@@ -100,7 +115,9 @@ def _encode(event: Event) -> list[bytes]:
             if len(places) > 255:  # who reads it finds the jobs without
                 return [columns, b"\0"]
             return [columns, bytes((len(places),)), *[_PLACE.pack(*place) for place in places]]
-        case Acked(queue, ids) | Purged(queue, ids):
+        case Acked(queue, ids, keys_until_ms):
+            return [struct.pack(f"<BIQI{len(ids)}Q", tag, queue, keys_until_ms, len(ids), *ids)]
+        case Purged(queue, ids) | Redriven(queue, ids):
             return [struct.pack(f"<BII{len(ids)}Q", tag, queue, len(ids), *ids)]
         case Retried():
             return [_ID_MOMENT.pack(tag, event.id, event.due_ms), text_bytes(event.error)]
@@ -112,12 +129,10 @@ def _encode(event: Event) -> list[bytes]:
             return [_ID_MOMENT.pack(tag, event.id, event.deadline_ms)]
         case Cancelled():
             return [_QUEUE_ID.pack(tag, event.queue, event.id)]
-        case Redriven():
-            return [bytes((tag,)), _ids(event.ids)]
         case QueueCreated():
             return [_QUEUE.pack(tag, event.number), text_bytes(event.name)]
         case QueueConfigured():
-            return [_QUEUE.pack(tag, event.queue), text_bytes(json.dumps(_config_to_json(event.config)))]
+            return [_QUEUE.pack(tag, event.queue), text_bytes(json.dumps(config_to_json(event.config)))]
         case IdsReserved(number) | SegmentsDropped(number):
             return [_ID.pack(tag, number)]
         case QueueRemoved(number):
@@ -126,6 +141,15 @@ def _encode(event: Event) -> list[bytes]:
             return _encode_copied(event)
         case KeyCopied():
             return [_KEY_COPIED.pack(tag, event.queue, event.job_id, event.expires_ms), text_bytes(event.key)]
+        case QueueCopied():
+            totals = event.enqueued, event.acked, event.cancelled, event.purged
+            texts = text_bytes(event.name), text_bytes(json.dumps(config_to_json(event.config)))
+            return [_QUEUE_COPIED.pack(tag, event.number, *totals), *texts]
+        case Called(session, number, done_below, answer):
+            text = json.dumps(answer_to_json(answer), separators=(",", ":"))
+            return [_CALLED.pack(tag, session, number, done_below), text_bytes(text)]
+        case SessionEnded(session):
+            return [_ID.pack(tag, session)]
         case _:
             assert_never(event)
 
@@ -135,12 +159,12 @@ def _encode_enqueued(event: Enqueued) -> list[bytes]:
     n = len(payloads)
     headers = json.dumps(dict(event.headers)).encode() if event.headers else b""
     event.crcs = crcs = [crc32c(p) for p in payloads]
-    has_keys = event.keys is not None
+    flags = 0 if event.keys is None else KEYS
     spec = spec_bytes(event.max_attempts, event.visibility_ms, event.retry)
     start = _ENQUEUED_START.pack(3, event.queue, event.first_id, n, event.priority, event.due_ms)
-    if n == 1 and not headers and not has_keys:
-        return [start, spec, _ENQUEUED_ONE.pack(0, False, len(payloads[0]), crcs[0]), payloads[0]]
-    parts = [start, spec, _ENQUEUED_END.pack(len(headers), has_keys), headers]
+    if n == 1 and not headers and not flags:
+        return [start, spec, _ENQUEUED_ONE.pack(0, 0, len(payloads[0]), crcs[0]), payloads[0]]
+    parts = [start, spec, _ENQUEUED_END.pack(len(headers), flags), headers]
     if event.keys is not None:
         texts = [b"" if key is None else key.encode() for key in event.keys]
         parts += [struct.pack(f"<{n}H", *map(len, texts)), *texts]
@@ -152,6 +176,7 @@ def _encode_copied(event: Copied) -> list[bytes]:
         14,
         event.id,
         event.queue,
+        0,
         event.state,
         event.priority,
         event.attempts,
@@ -168,12 +193,11 @@ def _encode_copied(event: Copied) -> list[bytes]:
     return [head, text_bytes(event.last_error), text_bytes(headers), text_bytes(event.key), event.payload]
 
 
-def _ids(ids: Sequence[int]) -> bytes:
-    return COUNT.pack(len(ids)) + struct.pack(f"<{len(ids)}Q", *ids)
-
-
 def decode_record(body: bytes) -> tuple[int, list[Event]]:
-    """The moment and the events of one record. Payloads are not copied out: `payload_at` and `lengths` find them."""
+    """The moment and the events of one record. Payloads are not copied out: `payload_at` and `lengths` find them.
+
+    Raises ValueError for what makes no sense, FormatError for what a newer RivetQ wrote.
+    """
     reader = Reader(body)
     events: list[Event] = []
     try:
@@ -193,7 +217,7 @@ def _decode(reader: Reader) -> Event:
             return QueueCreated(number, reader.text() or "")
         case 2:
             _, queue = reader.take(_QUEUE)
-            return QueueConfigured(queue, _config_from_json(json.loads(reader.text() or "")))
+            return QueueConfigured(queue, config_from_json(json.loads(reader.text() or "")))
         case 3:
             return _decode_enqueued(reader)
         case 4:
@@ -204,7 +228,8 @@ def _decode(reader: Reader) -> Event:
             places = [reader.take(_PLACE) for _ in range(known)]
             return Leased(column[:n], column[n : 2 * n], column[3 * n :], column[2 * n : 3 * n], places)
         case 5:
-            return Acked(reader.take(_QUEUE)[1], reader.ids())
+            _, queue, keys_until_ms = reader.take(_ACKED)
+            return Acked(queue, reader.ids(), keys_until_ms)
         case 6:
             _, job_id, due_ms = reader.take(_ID_MOMENT)
             return Retried(job_id, due_ms, reader.text())
@@ -220,8 +245,7 @@ def _decode(reader: Reader) -> Event:
         case 11:
             return Purged(reader.take(_QUEUE)[1], reader.ids())
         case 12:
-            reader.at += 1
-            return Redriven(reader.ids())
+            return Redriven(reader.take(_QUEUE)[1], reader.ids())
         case 13:
             return IdsReserved(reader.take(_ID)[1])
         case 14:
@@ -233,16 +257,32 @@ def _decode(reader: Reader) -> Event:
             return SegmentsDropped(reader.take(_ID)[1])
         case 17:
             return QueueRemoved(reader.take(_QUEUE)[1])
+        case 18:
+            _, number, *totals = reader.take(_QUEUE_COPIED)
+            return QueueCopied(number, reader.text() or "", config_from_json(json.loads(reader.text() or "")), *totals)
+        case 19:
+            _, session, number, done_below = reader.take(_CALLED)
+            return Called(session, number, done_below, answer_from_json(json.loads(reader.text() or "")))
+        case 20:
+            return SessionEnded(reader.take(_ID)[1])
         case _:
-            raise ValueError(f"unknown event {tag}")
+            raise _unknown(f"event {tag}")
+
+
+def _unknown(what: str) -> FormatError:
+    return FormatError(
+        f"{what} is unknown in format version {VERSION}: a newer RivetQ wrote it; open the directory with that one"
+    )
 
 
 def _decode_enqueued(reader: Reader) -> Enqueued:
     values = reader.take(_ENQUEUED)
-    _, queue, first_id, n, priority, due_ms, max_attempts, visibility_ms, *retry, header_size, has_keys = values
+    _, queue, first_id, n, priority, due_ms, max_attempts, visibility_ms, *retry, header_size, flags = values
+    if flags & ~KEYS:
+        raise _unknown(f"flag {flags & ~KEYS:#x} of an enqueue")
     headers = read_only(json.loads(reader.data(header_size))) if header_size else NO_HEADERS
     keys: list[str | None] | None = None
-    if has_keys:
+    if flags & KEYS:
         keys = [reader.data(size).decode() if size else None for size in reader.column(f"<{n}H")]
     numbers = reader.column(f"<{2 * n}I")
     lengths, crcs = numbers[:n], numbers[n:]
@@ -265,7 +305,9 @@ def _decode_enqueued(reader: Reader) -> Enqueued:
 
 
 def _decode_copied(reader: Reader) -> Copied:
-    _, job_id, queue, state, priority, attempts, token, max_attempts, visibility_ms, *rest = reader.take(_COPIED)
+    _, job_id, queue, flags, state, priority, attempts, token, max_attempts, visibility_ms, *rest = reader.take(_COPIED)
+    if flags:
+        raise _unknown(f"flag {flags:#x} of a copied job")
     enqueued_at_ms, due_ms, deadline_ms, died_at_ms, length, crc = rest[5:]
     last_error, headers, key = reader.text(), reader.text(), reader.text()
     return Copied(
@@ -296,8 +338,9 @@ def _decode_copied(reader: Reader) -> Copied:
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     value = attrs.asdict(snapshot, recurse=False)
-    value["queues"] = [
-        {**attrs.asdict(queue, recurse=False), "config": _config_to_json(queue.config)} for queue in snapshot.queues
+    value["sessions"] = [
+        [session.id, session.done_below, [[n, answer_to_json(answer)] for n, answer in session.answers.items()]]
+        for session in snapshot.sessions
     ]
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -306,17 +349,10 @@ def decode_snapshot(data: bytes) -> Snapshot:
     """Raises ValueError if it is none."""
     try:
         value = json.loads(data)
-        queues = [QueueSnapshot(**{**q, "config": _config_from_json(q["config"])}) for q in value.pop("queues")]
-        return Snapshot(queues=queues, **value)
+        value["sessions"] = [
+            Session(number, done_below, {n: answer_from_json(answer) for n, answer in answers})
+            for number, done_below, answers in value["sessions"]
+        ]
+        return Snapshot(**value)
     except NONSENSE as error:
         raise ValueError(f"no snapshot: {error!r}") from error
-
-
-def _config_to_json(config: QueueConfig) -> dict[str, Any]:
-    return attrs.asdict(config)
-
-
-def _config_from_json(value: dict[str, Any]) -> QueueConfig:
-    limit = value.pop("rate_limit")
-    retry = RetryPolicy(**value.pop("retry"))
-    return QueueConfig(retry=retry, rate_limit=None if limit is None else RateLimit(**limit), **value)

@@ -1,6 +1,6 @@
 """What a segment begins with.
 
-Format version 1. To change it: add the new version beside the old reader, raise VERSION, describe both in
+Format version 2. To change it: add the new version beside the old reader, raise VERSION, describe both in
 docs/file-format.md, keep a directory of the old version under tests/ and prove that it opens.
 
 Header, little-endian, padded with zeros to 8 bytes::
@@ -19,7 +19,7 @@ Header, little-endian, padded with zeros to 8 bytes::
     now_ms u64      the queue's time line at that moment
     log id 16 bytes random, the same in all segments of a directory
     boot id 40 bytes      text, padded with zeros
-    snapshot        JSON: what must outlive dropped segments, as of first_lsn
+    snapshot        JSON: counters and sessions, as of first_lsn
 
 The first frame chains to the header's crc.
 """
@@ -34,7 +34,9 @@ from crc32c import crc32c
 from ..errors import CorruptLogError, FormatError
 from .record import ALIGN, mask
 
-VERSION = 1
+VERSION = 2
+UNRELEASED = 1
+"""The version of the time before the first release; it is not read any more."""
 MAGIC = b"RivetQ\0\n"
 _PREFIX = struct.Struct("<8sIII")
 _FIXED = struct.Struct("<IIIQQQQ16s40s")
@@ -101,6 +103,11 @@ def decode_header(data: bytes, path: str) -> Header:
     )
     if not intact:
         raise corrupt(path, 0, "the segment header is damaged or cut short")
+    if version <= UNRELEASED:
+        raise FormatError(
+            f"{path}: format version {version}, of the time before the first release; this RivetQ reads version "
+            f"{VERSION}. Let the RivetQ that wrote it finish its jobs, then begin a new directory"
+        )
     if version != VERSION:
         raise FormatError(
             f"{path}: format version {version}, this RivetQ reads version {VERSION}; open it with the RivetQ that "

@@ -6,8 +6,8 @@ compared before LMDB sees the file; and every value carries a CRC over key and v
 manifest (a crash fell between the commit and the writing of the manifest, or something was damaged) is not opened: the
 caller rebuilds from the log.
 
-Four databases: `runs` (the backlog, some thousand jobs a value; an opening reads only their heads), `jobs` (those that
-are not in a run), `keys` (idempotency keys) and `ends` (the keys by the end of their window).
+Five databases: `runs` (the backlog, some thousand jobs a value; an opening reads only their heads), `jobs` (those that
+are not in a run), `keys` (idempotency keys), `ends` (the keys by the end of their window) and `queues`.
 
 Loading opens the environment read-only, so that a refused opening changes nothing. One thread at a time writes (the
 engine's keeper lock), one process owns the directory, and reads are short and under the engine's lock, so none spans
@@ -29,21 +29,31 @@ from crc32c import crc32c
 
 from ..errors import StorageError
 from ..machine import saving
+from ..machine.events import QueueCopied
 from ..machine.keys import Key
 from ..machine.machine import Machine
 from ..machine.run import Columns
 from ..machine.snapshot import Snapshot
 from .codec import decode_snapshot, encode_snapshot
 from .disk import DIRECTORY_MODE, FILE_MODE, Disk, read_file, replace_file
-from .index_values import decode_columns, decode_entry, decode_key_value, decode_run, encode_key_value, seal, unseal
+from .index_values import (
+    decode_columns,
+    decode_entry,
+    decode_key_value,
+    decode_queue,
+    decode_run,
+    encode_key_value,
+    seal,
+    unseal,
+)
 from .layout import DATA, MANIFEST
 
-FORMAT = 2
+FORMAT = 3
 MAP_BYTES = 2**40  # address space, not memory; halved until the system grants it
 _CHUNK_BYTES = 1 << 22
 _SNAPSHOT_KEY = b"snapshot"
 _COUNTS_KEY = b"keys per segment"
-_NAMES = (b"jobs", b"runs", b"keys", b"ends")
+_NAMES = (b"jobs", b"runs", b"keys", b"ends", b"queues")
 
 
 class Manifest(NamedTuple):
@@ -99,6 +109,8 @@ class Index:
                 if sealed is None:
                     raise ValueError("the index has no snapshot")
                 saving.load(machine, decode_snapshot(unseal(_SNAPSHOT_KEY, bytes(sealed))))
+                for key, value in _items(env, txn, b"queues"):
+                    saving.load_queue(machine, *decode_queue(bytes(key), bytes(value)))
                 queues = machine.numbers
                 for key, value in _items(env, txn, b"jobs"):
                     saving.load_entry(machine, *decode_entry(bytes(key), bytes(value), queues))
@@ -111,6 +123,18 @@ class Index:
         except BaseException:
             self.close()
             raise
+
+    def queues(self) -> list[QueueCopied]:
+        """The queues, for a salvage; none if the index cannot be read."""
+        found: list[QueueCopied] = []
+        with contextlib.suppress(ValueError, lmdb.Error, OSError):
+            env = self._open(readonly=True)
+            try:
+                with env.begin() as txn:
+                    found = [decode_queue(key, value)[0] for key, value in _items(env, txn, b"queues")]
+            finally:
+                env.close()
+        return found
 
     # The shelf of the machine (see run.Shelf). The engine's lock is held; no transaction here outlives a call, so none
     # can meet a page that two commits later is used again.
@@ -203,6 +227,7 @@ class Index:
         *,
         jobs: Iterable[tuple[bytes, bytes | None]] = (),
         runs: Iterable[tuple[bytes, bytes | None]] = (),
+        queues: Iterable[tuple[bytes, bytes | None]] = (),
         keys: Iterable[tuple[tuple[int, str], Key]] = (),
         key_counts: Mapping[int, int] | None = None,
     ) -> None:
@@ -213,7 +238,7 @@ class Index:
         env = self._writable()
         with env.begin(write=True) as txn:
             dbs = {name: env.open_db(name, txn=txn) for name in _NAMES}
-            for db, items in ((dbs[b"jobs"], jobs), (dbs[b"runs"], runs)):
+            for db, items in ((dbs[b"jobs"], jobs), (dbs[b"runs"], runs), (dbs[b"queues"], queues)):
                 for key, value in items:
                     if value is None:
                         txn.delete(key, db=db)

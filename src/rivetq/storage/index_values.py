@@ -17,13 +17,16 @@ from typing import Any
 from crc32c import crc32c
 
 from ..machine.entry import Entry, Spec
+from ..machine.events import QueueCopied
 from ..machine.queue import DEAD, READY, SCHEDULED, Queue
 from ..machine.run import Columns, Run, Shelf
 from ..model import NO_HEADERS, read_only
+from .answers import config_from_json, config_to_json
 from .fields import COUNT, NONSENSE, Reader, policy, spec_numbers, text_bytes
 
 _ENTRY = struct.Struct("<IBBIQiqidddBQQQQIQIIIQiii")
 _KEY_VALUE = struct.Struct("<QQI")
+_QUEUE = struct.Struct("<IQQQQ")
 CACHED_HEADERS = 4096
 """Characters: options with longer headers get an object of their own each, so that 1,024 of them cannot fill memory."""
 
@@ -268,3 +271,21 @@ def unseal(key: bytes, sealed: bytes) -> bytes:
     if len(sealed) < 4 or int.from_bytes(sealed[:4], "little") != crc32c(value, crc32c(key)):
         raise ValueError(f"checksum of the index value of key {key.hex()} does not match")
     return value
+
+
+def encode_queue(queue: QueueCopied, segment: int) -> tuple[bytes, bytes]:
+    """Key and value of a queue that was written last in this segment."""
+    key = queue.number.to_bytes(4, "big")
+    totals = _QUEUE.pack(segment, queue.enqueued, queue.acked, queue.cancelled, queue.purged)
+    return key, seal(key, totals + text_bytes(queue.name) + text_bytes(json.dumps(config_to_json(queue.config))))
+
+
+def decode_queue(key: bytes, sealed: bytes) -> tuple[QueueCopied, int]:
+    """The queue and the segment. Raises ValueError if it is not whole."""
+    reader = Reader(unseal(key, sealed))
+    try:
+        segment, *totals = reader.take(_QUEUE)
+        name, config = reader.text() or "", config_from_json(json.loads(reader.text() or ""))
+        return QueueCopied(int.from_bytes(key, "big"), name, config, *totals), segment
+    except NONSENSE as error:
+        raise ValueError(f"queue {key.hex()} cannot be read: {error!r}") from error

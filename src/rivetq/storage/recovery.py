@@ -15,18 +15,18 @@ import logging
 import os
 import secrets
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import attrs
 import lmdb
 
 from ..clock import Clock, read_together
-from ..errors import CorruptLogError, StorageError
+from ..errors import CorruptLogError, FormatError, StorageError
 from ..machine import saving
 from ..machine.advance import advance
 from ..machine.apply import apply
-from ..machine.events import Event, SegmentsDropped
+from ..machine.events import Event, Leased, SegmentsDropped
 from ..machine.machine import Machine
 from ..machine.snapshot import Place
 from .codec import decode_record, decode_snapshot
@@ -204,11 +204,12 @@ class _Reader:
             rebuilding = True
         else:
             rebuilding = False
+        without_head = rebuilding and self.headers[0].first_lsn > 1
         start = max(i for i, header in enumerate(self.headers) if header.first_lsn <= applied_lsn + 1)
         for i in range(start, len(self.numbers) - 1):
             for record in self.read_sealed(i):
                 if record.frame.lsn > applied_lsn:
-                    apply_record(machine, self.path(i), record, self.numbers[i])
+                    apply_record(machine, self.path(i), record, self.numbers[i], without_head=without_head)
             if rebuilding:
                 logger.info(
                     "rivetq: rebuilding, segment %d of %d done, %d jobs", i + 1, len(self.numbers), len(machine.jobs)
@@ -233,8 +234,9 @@ class _Reader:
             found.end_crc = record.frame.crc
             found.end_offset = record.at + frame_bytes(record.frame.length)
             if record.frame.lsn > applied_lsn:
-                apply_record(machine, self.path(-1), record, last.id)
+                apply_record(machine, self.path(-1), record, last.id, without_head=without_head)
         self._check_oldest(max(oldest, machine.oldest_segment))
+        self._check_names(machine)
         found.sizes = dict(zip(self.numbers, self.sizes, strict=True))
         found.sizes.update(dict.fromkeys(self.dropped, 0))  # so that the log drops them once more
         return found
@@ -287,6 +289,13 @@ class _Reader:
         except ValueError as error:
             raise corrupt(self.path(0), 0, f"the snapshot in the header cannot be read: {error}") from error
 
+    def _check_names(self, machine: Machine) -> None:
+        """Before a segment goes, the queues that were written there last are copied behind it."""
+        nameless = [queue.number for queue in machine.numbers.values() if not queue.name]
+        if nameless:
+            raise corrupt(self.path(0), 0, f"the log has jobs of queue {nameless[0]}, but not its name")
+        machine.woken.discard("")
+
     def _check_oldest(self, oldest: int) -> None:
         """Segments go oldest first and only after the log said so: without its word a missing one is a loss."""
         if self.numbers[0] > oldest:
@@ -303,24 +312,50 @@ def _dropped_upto(path: str, record: Record) -> int:
     return max((event.upto for event in events if isinstance(event, SegmentsDropped)), default=0)
 
 
-def apply_record(machine: Machine, path: str, record: Record, segment: int) -> None:
+def apply_record(machine: Machine, path: str, record: Record, segment: int, *, without_head: bool = False) -> None:
     """Replay one record. Raises CorruptLogError if its checksum is right and its content makes no sense."""
+    place = Place(segment, record.body_offset, record.frame.lsn)
     try:
-        replay(machine, record.body, Place(segment, record.body_offset, record.frame.lsn))
+        replay(machine, record.body, place, without_head=without_head)
+    except FormatError as error:
+        raise _newer(path, record, error) from error
     except (ValueError, LookupError) as error:
         raise corrupt(path, record.at, f"record {record.frame.lsn} cannot be understood: {error!r}") from error
 
 
-def replay(machine: Machine, body: bytes, place: Place) -> None:
-    """Apply the events of one record, as the call that wrote it did. Raises ValueError or LookupError if it is none."""
+def _newer(path: str, record: Record, error: FormatError) -> FormatError:
+    return FormatError(f"{path}: record {record.frame.lsn} at byte {record.at}: {error}")
+
+
+def replay(machine: Machine, body: bytes, place: Place, *, without_head: bool = False) -> None:
+    """Apply the events of one record, as the call that wrote it did. Raises ValueError or LookupError if it is none.
+
+    Args:
+        without_head: the log's oldest segments went, so that the copy of a queue may stand behind what happened in it.
+    """
     now_ms, events = decode_record(body)
     advance(machine, max(machine.now_ms, now_ms))
     for event in events:
+        for number in queues_of(event) if without_head else ():
+            if number not in machine.numbers:
+                machine.add_queue(number)
         apply(machine, event, now_ms, place)
+
+
+def queues_of(event: Event) -> Sequence[int]:
+    """Numbers of the queues that must exist for the event to be applied."""
+    match event:
+        case Leased():
+            return [number for number, _, _ in event.places]
+        case _:
+            number = getattr(event, "queue", None)
+            return () if number is None else (number,)
 
 
 def _decoded(path: str, record: Record) -> tuple[int, list[Event]]:
     try:
         return decode_record(record.body)
+    except FormatError as error:
+        raise _newer(path, record, error) from error
     except ValueError as error:
         raise corrupt(path, record.at, f"record {record.frame.lsn} cannot be understood: {error}") from error

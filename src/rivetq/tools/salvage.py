@@ -33,6 +33,7 @@ from ..machine.events import (
     KeyCopied,
     Leased,
     QueueConfigured,
+    QueueCopied,
     QueueCreated,
     Released,
     Retried,
@@ -44,10 +45,11 @@ from ..storage.backup import under_another_name
 from ..storage.codec import decode_record, decode_snapshot, encode_snapshot
 from ..storage.disk import Disk, read_file, replace_file
 from ..storage.header import HEADER_SALT_AT, Header, corrupt
-from ..storage.layout import LOG, MARK, list_segments, read_mark, segment_name
+from ..storage.index import Index
+from ..storage.layout import INDEX, LOG, MARK, list_segments, read_mark, segment_name
 from ..storage.log import Log
 from ..storage.record import ALIGN, HEADER_BYTES, SALT_AT, Frame, body_of, decode_frame, frame_bytes
-from ..storage.recovery import time_line
+from ..storage.recovery import queues_of, time_line
 from ..storage.segment import SegmentFile, SegmentFiles, read_header
 
 REPORT = "salvage.json"
@@ -141,8 +143,8 @@ class _Wreck:
         self._directory = directory
         files = SegmentFiles(disk, directory)
         self._parts = {number: _Part(files, number) for number in numbers}
-        self._names: dict[int, str] = {}
         self._last_lsn = 0
+        self._configured: dict[int, int] = {}  # in which record each queue was configured last
 
     def read(self) -> None:
         """Fill the machine and the report."""
@@ -157,9 +159,10 @@ class _Wreck:
             self._last_lsn = start.first_lsn - 1
         for part in order:
             self._replay(part)
+        self._name_all()
+        header = self.newest_header()
         for number in range(self.machine.oldest_segment, first):
             self._note(os.path.join(self._directory, segment_name(number)), 0, 0, "the file is missing")
-        header = self.newest_header()
         if header is not None:
             mark = read_file(self._disk, os.path.join(self._directory, MARK))
             self._skip_to(read_mark(mark, header.log_id) + 1)
@@ -197,8 +200,6 @@ class _Wreck:
                 part.snapshot = decode_snapshot(part.header.snapshot)
             except (CorruptLogError, ValueError, OSError) as error:
                 self._note(part.path, 0, 0, f"the header cannot be read: {error}")
-            if part.snapshot is not None:
-                self._names.update((queue.number, queue.name) for queue in part.snapshot.queues)
 
     def _in_order(self) -> list[_Part]:
         """The files as their headers say that they follow each other; those of another log are left out."""
@@ -272,11 +273,7 @@ class _Wreck:
         machine.reserved_id = max(machine.reserved_id, snapshot.reserved_id)
         machine.oldest_segment = max(machine.oldest_segment, snapshot.oldest_segment)
         advance(machine, max(machine.now_ms, snapshot.now_ms))
-        for saved in snapshot.queues:
-            apply(machine, QueueCreated(saved.number, saved.name), machine.now_ms, Place())
-            apply(machine, QueueConfigured(saved.number, saved.config), machine.now_ms, Place())
-            queue = machine.numbers[saved.number]
-            queue.acked, queue.cancelled, queue.purged = saved.acked, saved.cancelled, saved.purged
+        machine.sessions.update((session.id, session) for session in snapshot.sessions)
 
     def _apply(self, part: _Part, at: int, frame: Frame, body: bytes) -> None:
         try:
@@ -290,19 +287,38 @@ class _Wreck:
         advance(machine, now_ms)
         place = Place(part.number, at + HEADER_BYTES, frame.lsn)
         for event in events:
-            for number in _queues_of(event):
+            for number in queues_of(event):
                 if number not in machine.numbers:
-                    apply(machine, QueueCreated(number, self._name(number)), now_ms, place)
+                    machine.add_queue(number)
+            if isinstance(event, QueueCreated | QueueCopied):
+                event.name = self._free_name(event.number, event.name)
+                self._configured[event.number] = frame.lsn
+            elif isinstance(event, QueueConfigured):
+                self._configured[event.queue] = frame.lsn
             for job_id in _delivered(event):
                 self._deliver(job_id, now_ms, place)
             apply(machine, event, now_ms, place)
 
-    def _name(self, number: int) -> str:
-        """Of a queue whose creation cannot be read."""
-        name = self._names.get(number, f"salvaged queue {number}")
-        while name in self.machine.queues:
+    def _free_name(self, number: int, name: str) -> str:
+        """The name, if no other queue has it: the record of that one's removal may be missing."""
+        while name in self.machine.queues and self.machine.queues[name].number != number:
             name += "'"
         return name
+
+    def _name_all(self) -> None:
+        """Queues whose names or configurations cannot be read in the log, as the index has them if that is whole."""
+        header, machine = self.newest_header(), self.machine
+        index = Index(self._disk, os.path.join(os.path.dirname(self._directory), INDEX))
+        manifest = None if header is None else index.manifest(header.log_id)
+        known = {} if manifest is None else {queue.number: queue for queue in index.queues()}
+        for queue in list(machine.numbers.values()):
+            saved = known.get(queue.number)
+            if not queue.name:
+                name = f"salvaged queue {queue.number}" if saved is None else saved.name
+                machine.name_queue(queue.number, self._free_name(queue.number, name), 0)
+            if saved is not None and manifest is not None and saved.name == queue.name:
+                if manifest.applied_lsn > self._configured.get(queue.number, 0):
+                    queue.configure(saved.config, machine.now_ms)
 
     def _deliver(self, job_id: int, now_ms: int, place: Place) -> None:
         """A delivery of the job is about to end; if the record of its beginning is missing, that is made up for."""
@@ -310,18 +326,6 @@ class _Wreck:
         if job_id not in machine.jobs and (entry := look.job(machine, job_id)) is not None:
             leased = Leased([job_id], [machine.next_token], [entry.attempts + 1], [now_ms])
             apply(machine, leased, now_ms, place)
-
-
-def _queues_of(event: Event) -> Sequence[int]:
-    """Numbers of the queues that must exist."""
-    match event:
-        case Leased():
-            return [number for number, _, _ in event.places]
-        case QueueCreated():
-            return []
-        case _:
-            number = getattr(event, "queue", None)
-            return [] if number is None else [number]
 
 
 def _delivered(event: Event) -> Sequence[int]:
@@ -377,16 +381,16 @@ def _frames_with(data: bytes, at: int, salt: int | None) -> Iterator[tuple[int, 
 
 
 def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
-    """A log with the totals in its first header; behind it jobs and keys, as if a compaction had copied them."""
+    """A log with queues, jobs and keys, as if a compaction had copied them."""
     machine, report, header = wreck.machine, wreck.report, wreck.newest_header()
     now_ms, boot_ms = time_line(clock, header, machine.now_ms)
-    _begin(disk, directory, _totals(machine, report), clock.boot_id, boot_ms, now_ms)
+    _begin(disk, directory, _counters(machine, report), clock.boot_id, boot_ms, now_ms)
     engine = LocalEngine(
         directory, fsync="never", fsync_interval=1.0, segment_bytes=_SEGMENT_BYTES, release_on_open=False,
         cache_bytes=0, window_jobs=200_000, clock=clock, disk=disk,
     )  # fmt: skip
     try:
-        batch: list[Event] = []
+        batch: list[Event] = [*_queues(machine)]
         size = 0
         for entry in sorted(look.everything(machine), key=lambda entry: entry.id):
             payload = wreck.payload(entry)
@@ -409,14 +413,18 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
         engine.close()
 
 
-def _totals(machine: Machine, report: Salvage) -> Snapshot:
-    """What the new log begins with. Of each queue as many jobs came in as are there or have ended, by what is known."""
+def _queues(machine: Machine) -> Iterator[QueueCopied]:
+    """Of each queue as many jobs came in as are there or have ended, by what is known."""
+    for queue in machine.numbers.values():
+        queue.enqueued = sum(queue.counts) + queue.acked + queue.cancelled + queue.purged
+        yield saving.queue_copied(queue)
+
+
+def _counters(machine: Machine, report: Salvage) -> Snapshot:
+    """What the new log begins with."""
     snapshot = saving.snapshot(machine)
     snapshot.oldest_segment = 1
     snapshot.next_id = max(snapshot.next_id, snapshot.reserved_id) + (0 if report.is_whole else SKIPPED_IDS)
-    for queue in snapshot.queues:
-        present = sum(machine.numbers[queue.number].counts)
-        queue.enqueued = present + queue.acked + queue.cancelled + queue.purged
     return snapshot
 
 

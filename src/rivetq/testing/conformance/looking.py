@@ -222,3 +222,11 @@ def test_the_oldest_age_is_that_of_the_oldest_ready_job_since_its_enqueue(broker
     for stats in (broker.stats("q"), broker.stats()):
         assert stats.oldest_age is not None
         _assert_about(broker, stats.oldest_age, 0.2)
+
+
+def test_the_queue_of_a_job_is_told(broker: Broker) -> None:
+    waiting = broker.enqueue("q", b"x")
+    leased = _lease_new(broker, "other")
+    assert [broker.queue_of(job_id) for job_id in (waiting, leased.id, leased.id + 1)] == ["q", "other", None]
+    leased.ack()
+    assert broker.queue_of(leased.id) is None

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rivetq import Broker, DuplicateJobError, LeaseLostError, QueueFullError, RateLimit, RateLimitedError, UsageError
+from rivetq.engine import Ack, Enqueue, Once, Operation
 
 from .shared import _NOT_SOON, _assert_due_in, _elsewhere, _facts, _job, _lease, _lease_new, _pass_time, _refuses
 
@@ -179,3 +180,18 @@ def test_a_transaction_that_has_ended_is_refused(broker: Broker, verb: str, endi
     }
     with _refuses(broker, UsageError):
         getattr(tx, verb)(*arguments.get(verb, (lease,)))
+
+
+def test_a_commit_that_is_made_again_with_its_number_is_not_done_twice(broker: Broker) -> None:
+    lease = _lease_new(broker)
+    operations: list[Operation] = [Ack(lease.id, lease.token), Enqueue("next", [b"a", b"b"], keys=["k", None])]
+    first = broker.commit(operations, once=Once(2**64 - 1, 1))
+    before = _facts(broker)
+    again = broker.commit(operations, once=Once(2**64 - 1, 1))
+    assert (again, _facts(broker)) == (first, before)
+    ids = again[1]
+    assert isinstance(ids, list)
+    assert [getattr(each, "created", None) for each in ids] == [True, True]
+    broker.commit(operations[1:], once=Once(2**64 - 1, 2, done_below=2))
+    with _refuses(broker, UsageError):
+        broker.commit(operations, once=Once(2**64 - 1, 1))

@@ -53,8 +53,10 @@ TRACED = {
         "engines/memory", "engines/notifier", "engines/view",
         "storage/ahead", "storage/codec", "storage/disk", "storage/group_commit", "storage/index",
         "storage/index_values", "storage/lock", "storage/log", "storage/segment", "storage/space",
-        "machine/advance", "machine/apply", "machine/cache", "machine/commit", "machine/decide", "machine/keys",
-        "machine/look", "machine/machine", "machine/ratelimit", "machine/run", "machine/saving", "machine/snapshot",
+        "machine/advance", "machine/apply", "machine/apply_enqueued", "machine/cache", "machine/columns",
+        "machine/commit", "machine/decide", "machine/keys",
+        "machine/look", "machine/machine", "machine/ratelimit", "machine/run", "machine/saving", "machine/sessions",
+        "machine/snapshot",
         "machine/window",
     )
 }  # fmt: skip

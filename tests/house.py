@@ -19,9 +19,10 @@ PACKAGE = Path(rivetq.__file__).parent
 ROOMS: dict[str, list[str]] = {
     "words": ["errors", "units", "model", "clock", "histogram", "engine"],
     "machine": [
-        "__init__", "backoff", "ratelimit", "events", "queue", "entry", "run", "window", "waiting", "keys", "snapshot",
+        "__init__", "backoff", "ratelimit", "events", "queue", "entry", "columns", "run", "window", "waiting", "keys",
+        "snapshot",
         "transitions",
-        "cache", "machine", "sessions", "apply", "advance", "look",
+        "cache", "machine", "sessions", "apply_enqueued", "apply", "advance", "look",
         "decide", "commit", "saving", "check",
     ],
     "storage": [

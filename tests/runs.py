@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rivetq.machine.columns import Columns
 from rivetq.machine.entry import Entry, Spec
 from rivetq.machine.queue import READY, SCHEDULED, Queue
-from rivetq.machine.run import Columns, Run
+from rivetq.machine.run import Run
 from rivetq.model import NO_HEADERS, RetryPolicy
 
 QUEUE = Queue(1, "mail")
@@ -40,9 +41,13 @@ def run_of(*keys: int | tuple[int, int]) -> Run:
 
 
 def keys_of(run: Run) -> list[Any]:
-    columns, at = run.peek()
-    ids = columns.ids[at:]
-    return list(zip(columns.dues[at:], ids, strict=True)) if run.by_due else list(ids)
+    """Those of its jobs; the run stays as it is."""
+    if run.columns is None:
+        columns, at = run.peek()
+        cells: Sequence[int] = range(at, len(columns))
+    else:
+        columns, cells = run.columns, run.cells()
+    return [(columns.dues[i], columns.ids[i]) if run.by_due else columns.ids[i] for i in cells]
 
 
 class Shelf:
@@ -54,7 +59,7 @@ class Shelf:
 
     def save(self, run: Run, number: int) -> None:
         run.number = number
-        self.saved[number] = run.load().picked(slice(run.at, None))
+        self.saved[number] = run.load().picked(run.cells())
 
     def columns(self, number: int) -> Columns:
         self.reads += 1

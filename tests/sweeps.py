@@ -66,8 +66,10 @@ PACKAGE = os.path.dirname(rivetq.__file__)
 TRACED = {
     os.path.join(PACKAGE, f"{name}.py")
     for name in (
-        "machine/advance", "machine/apply", "machine/cache", "machine/commit", "machine/decide", "machine/keys",
-        "machine/look", "machine/machine", "machine/run", "machine/saving", "machine/snapshot", "machine/window",
+        "machine/advance", "machine/apply", "machine/apply_enqueued", "machine/cache", "machine/columns",
+        "machine/commit", "machine/decide", "machine/keys",
+        "machine/look", "machine/machine", "machine/run", "machine/saving", "machine/sessions",
+        "machine/snapshot", "machine/window",
         "storage/group_commit", "storage/index", "storage/log", "storage/segment", "storage/space",
         "engines/lessees", "engines/clockwork", "engines/looking", "engines/leasing", "engines/live",
         "engines/durable", "engines/checkpoint", "engines/compaction", "engines/local",

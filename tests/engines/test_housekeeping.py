@@ -397,3 +397,17 @@ def test_a_segment_and_a_checkpoint_say_no_more_with_many_queues(tmp_path: Path)
             with engine._lock:
                 sizes.append(len(encode_snapshot(saving.snapshot(engine._machine))))
     assert max(sizes) - min(sizes) < 20
+
+
+def test_a_job_that_left_from_the_middle_of_a_run_is_not_in_the_index(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with Broker(data, clock=ManualClock()) as broker:
+        ids = [*broker.enqueue_many("q", [b"x"] * 20), *broker.enqueue_many("q", [b"x"] * 20, delay=60)]
+        gone = ids[1:40:7]
+        for job_id in gone:
+            assert broker.cancel(job_id)
+        broker.checkpoint()
+        crashed = shutil.copytree(data, tmp_path / "crashed", ignore=shutil.ignore_patterns("spare-*"))
+    with Broker(crashed, clock=ManualClock()) as broker:
+        inside(broker).audit()
+        assert [job.id for job in broker.jobs("q")] == [job_id for job_id in ids if job_id not in gone]

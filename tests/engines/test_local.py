@@ -22,8 +22,8 @@ from rivetq import Broker, LeaseLostError, LeaseRef, QueueFullError, RateLimit, 
 from rivetq.engine import Commit, Enqueue, Reserve
 from rivetq.engines.local import LocalEngine
 from rivetq.machine import decide
+from rivetq.machine.columns import RUN_JOBS
 from rivetq.machine.queue import LEASED, READY
-from rivetq.machine.run import RUN_JOBS
 from rivetq.storage import index_values as values
 from rivetq.storage.index import Index
 from rivetq.storage.space import Space

@@ -18,6 +18,7 @@ from rivetq.machine import look, saving
 from rivetq.machine.advance import RIPE_JOBS, _ripen, advance, ended_leases, expect_token, next_wakeup_ms, resume
 from rivetq.machine.apply import apply
 from rivetq.machine.check import check, dump
+from rivetq.machine.columns import PAYLOAD_BYTES, Columns
 from rivetq.machine.commit import keys_until_ms
 from rivetq.machine.entry import Entry, Spec
 from rivetq.machine.events import (
@@ -47,7 +48,7 @@ from rivetq.machine.keys import Key
 from rivetq.machine.machine import Machine
 from rivetq.machine.queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, Queue
 from rivetq.machine.ratelimit import TokenBucket
-from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
+from rivetq.machine.run import Run
 from rivetq.machine.snapshot import COPY_BYTES, JOB_BYTES, KEY_BYTES, RECORD_BYTES, Changes, Place, Snapshot
 from rivetq.machine.waiting import Waiting
 from rivetq.machine.window import Window
@@ -1356,7 +1357,7 @@ def small(run_jobs: int, few_jobs: int = 1) -> Iterator[None]:
 def cells(window: Window | None) -> list[list[int]]:
     """The ids in each run of a window."""
     assert window is not None
-    return [list(run.load().ids[run.at :]) for run in window.runs]
+    return [[run.load().ids[i] for i in run.cells()] for run in window.runs]
 
 
 def test_a_batch_fills_the_open_run_and_goes_on_in_new_ones() -> None:
@@ -2086,26 +2087,25 @@ class Writer:
 
 
 class TakenRun(NamedTuple):
-    """A run as it was when a checkpoint began: cells `start` to `stop` of its columns."""
+    """A run as it was when a checkpoint began: these cells of its columns."""
 
     run: Run
     state: int
     columns: Columns
-    start: int
-    stop: int
+    cells: list[int]
 
 
 def take_run(run: Run, machine: Machine) -> TakenRun:
     if not run.number:
         run.number, machine.next_run = machine.next_run, machine.next_run + 1
     columns = run.load()
-    return TakenRun(run, run.state, columns, run.at, len(columns))
+    return TakenRun(run, run.state, columns, list(run.cells()))
 
 
 def put_run(shelf: Shelf, taken: TakenRun) -> None:
     """What is written of it, later on: what was taken has not changed."""
-    run, state, columns, start, stop = taken
-    shelf.runs[run.number] = Saved(run.queue.number, run.priority, state, columns.picked(slice(start, stop)))
+    run, state, columns, cells = taken
+    shelf.runs[run.number] = Saved(run.queue.number, run.priority, state, columns.picked(cells))
 
 
 class Index(NamedTuple):

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import QUEUE, SPECS, Shelf, columns_of, job, keys_of, run_of
 
+import rivetq.machine.run
+from rivetq.machine.columns import PAYLOAD_BYTES, Columns
 from rivetq.machine.entry import Entry
 from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED
-from rivetq.machine.run import PAYLOAD_BYTES, Columns, Run
+from rivetq.machine.run import Run
 
 FIELDS = tuple(name for name in Entry.__slots__ if name != "indexed")
 
@@ -192,6 +194,73 @@ def test_a_scheduled_run_that_grows_by_several_at_once_knows_its_lowest_and_high
     assert (run.low, run.high, run.last) == (1, 31, (20, 31))
 
 
+def test_a_job_that_leaves_from_the_middle_copies_no_cells() -> None:
+    run = run_of(*range(1, 1001))
+    columns = run.load()
+    for job_id in range(999, 501, -1):
+        run.pluck(run.find(job_id))
+    assert run.load() is columns
+    assert (run.left, run.holes, run.last) == (502, 498, 1000)
+    run.check()
+
+
+def test_a_run_of_many_holes_is_copied_without_them() -> None:
+    run = run_of(*range(1, 1001))
+    for job_id in range(2, 601):
+        run.pluck(run.find(job_id))
+    assert len(run.load()) < 600
+    assert keys_of(run) == [1, *range(601, 1001)]
+    run.check()
+
+
+def test_holes_before_the_head_are_passed_over_and_forgotten() -> None:
+    run = run_of(*range(1, 9))
+    for job_id in (2, 3, 5):
+        run.pluck(run.find(job_id))
+    run.pop(1, LEASED)
+    assert (run.head, run.at, run.holes) == (4, 3, 1)
+    run.pop(1, LEASED)
+    assert (run.head, run.at, run.holes, run.gone) == (6, 5, 0, None)
+    with pytest.raises(AssertionError, match="a hole is passed over"):
+        run.pluck(6)
+        run.pop(2, LEASED)
+
+
+def test_a_job_with_an_id_below_a_hole_at_the_end_is_not_appended() -> None:
+    run = run_of(1, 5, 9)
+    run.pluck(2)
+    assert (run.last, run.high) == (5, 5)
+    assert not run.takes(7)
+    assert run.takes(10)
+    run.load().add(job(10))
+    run.grown()
+    run.check()
+    assert keys_of(run) == [1, 5, 10]
+
+
+def test_a_job_that_comes_again_behind_its_hole_is_as_it_came() -> None:
+    run = Run(QUEUE, 5, columns_of([job(1, 10), job(2, 10, attempts=4, last_error="no"), job(3, 10)]), SCHEDULED)
+    before = run.load()
+    extras = before.extras
+    run.pluck(1)
+    before.append(2, 0, 20, 1, 0, 1, 0, 1, 1, SPECS[0], None, None)
+    run.grown()
+    run.check()
+    (again,) = before.entries(3, 4, QUEUE, SCHEDULED)
+    assert (again.id, again.attempts, again.last_error) == (2, 0, None)
+    assert extras is not None
+    assert extras[2][0] == 4, "a checkpoint that reads them is not disturbed"
+
+
+@pytest.mark.parametrize("due_ms", [0, 10])
+def test_a_job_that_left_is_not_found(due_ms: int) -> None:
+    run = Run(QUEUE, 5, columns_of([job(i, due_ms) for i in range(1, 6)]), SCHEDULED if due_ms else READY)
+    for job_id in (3, 5):
+        run.pluck(run.find(job_id))
+    assert [run.find(job_id) for job_id in range(7)] == [-1, 0, 1, -1, 3, -1, -1]
+    assert list(run.between(1, 5)) == [1, 2, 4]
+
+
 def test_what_was_taken_of_a_run_stays_as_it_was() -> None:
     run = run_of(*range(1, 9))
     columns, at, stop = run.load(), run.at, len(run.load())
@@ -200,6 +269,7 @@ def test_what_was_taken_of_a_run_stays_as_it_was() -> None:
     run.pluck(4)
     run.load().add(job(20))
     run.grown()
+    run.close_holes()
     run.split(2)
     run.check()
     assert [fields(columns.entry(i, QUEUE, READY)) for i in range(at, stop)] == before
@@ -287,6 +357,7 @@ steps = st.one_of(
     st.tuples(st.just("split"), st.integers(1, 4)),
     st.tuples(st.just("add"), st.integers(1, 5)),
     st.tuples(st.just("away"), st.none()),
+    st.tuples(st.just("peek"), st.none()),
 )
 
 
@@ -295,10 +366,17 @@ steps = st.one_of(
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=12, unique_by=lambda key: key[1]),
     st.lists(steps, max_size=12),
     st.booleans(),
+    st.sampled_from([-3, 0, 32]),
 )
 def test_a_run_is_a_sorted_list_of_jobs(
-    by_due: bool, keys: list[tuple[int, int]], actions: list[tuple[str, Any]], ordered: bool
+    by_due: bool, keys: list[tuple[int, int]], actions: list[tuple[str, Any]], ordered: bool, few_holes: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rivetq.machine.run, "FEW_HOLES", few_holes)
+        as_a_sorted_list(by_due, keys, actions, ordered)
+
+
+def as_a_sorted_list(by_due: bool, keys: list[tuple[int, int]], actions: list[tuple[str, Any]], ordered: bool) -> None:
     model: list[Any] = sorted(keys) if by_due else sorted(key[1] for key in keys)
     run = run_of(*model)
     for name, value in actions:
@@ -306,7 +384,7 @@ def test_a_run_is_a_sorted_list_of_jobs(
             assert run.left == 0
             return
         if name == "pop":
-            count = min(value, len(model))
+            count = run.hole(run.at, run.at + min(value, len(model))) - run.at
             popped = run.pop(count, LEASED)
             assert [entry.id for entry in popped] == [key[1] if by_due else key for key in model[:count]]
             assert all(entry.state == LEASED for entry in popped)
@@ -318,9 +396,10 @@ def test_a_run_is_a_sorted_list_of_jobs(
             assert entry.state == run.state
         elif name == "keep":
             model = [key for i, key in enumerate(model) if i in value]
-            run.keep([run.at + i for i in sorted(value) if i < run.left])
+            run.keep([cell for i, cell in enumerate(run.cells()) if i in value])
         elif name == "split" and len(model) > 1:
             count = min(value, len(model) - 1)
+            run.close_holes()
             part = run.split(count)
             part.check()
             assert (keys_of(part), part.number, part.queue, part.priority) == (model[:count], 0, QUEUE, 5)
@@ -334,6 +413,10 @@ def test_a_run_is_a_sorted_list_of_jobs(
                     model.append(fresh)
         elif name == "away":
             away(run)
+        elif name == "peek":
+            columns, at = run.peek()
+            found = [columns.ids[i] for i in range(at, len(columns))]
+            assert found == [key[1] if by_due else key for key in model]
         if not model:
             assert run.left == 0
             return
@@ -344,10 +427,15 @@ def test_a_run_is_a_sorted_list_of_jobs(
         cell = run.find(i)
         assert (cell >= 0) == (i in ids)
         assert cell < 0 or run.load().ids[cell] == i
+        assert sorted(run.between(i, i + 5)) == sorted(job_id for job_id in ids if i <= job_id <= i + 5)
         limit = (i // 10, i) if by_due else i
-        assert run.below(limit, run.at) - run.at == len([key for key in model if key < limit])
+        jobs = run.cells()
+        below = run.below(limit, run.at)
+        assert len([cell for cell in jobs if cell < below]) == len([key for key in model if key < limit])
         if not by_due:
-            assert run.after(i) - run.at == len([key for key in model if key <= i])
+            after = run.after(i)
+            assert len([cell for cell in jobs if cell < after]) == len([key for key in model if key <= i])
+            assert after in jobs or after >= jobs[-1]
     if by_due and ordered:
         run.order_by_id()
         run.check()

@@ -179,6 +179,31 @@ def test_only_the_runs_that_may_have_a_range_of_ids_are_looked_at() -> None:
     assert len(w.around(0, 10_000)) == 99
 
 
+def test_holes_are_passed_over_in_a_walk() -> None:
+    w = Window()
+    run = run_of(1, 2, 3, 4, 5, 6)
+    w.insert(run)
+    for job_id in (3, 4):
+        head = run.head
+        run.pluck(run.find(job_id))
+        w.plucked(run, head)
+    w.check()
+    assert walked(w) == [1, 2, 5, 6]
+    assert [walked(w, after) for after in (2, 3, 4, 5)] == [[5, 6], [5, 6], [5, 6], [6]]
+
+
+def test_a_run_by_due_that_got_a_lower_id_is_found_by_it() -> None:
+    w = Window(by_due=True)
+    run = run_of((10, 50))
+    w.insert(run, is_open=True)
+    run.load().add(job(20, 30))
+    w.grown(run, 1)
+    w.check()
+    found = w.find(20)
+    assert found is not None
+    assert found[0] is run
+
+
 ids = st.integers(1, 60)
 
 
@@ -209,7 +234,7 @@ def test_a_window_is_a_sorted_set(by_due: bool, jobs: list[tuple[int, int, int]]
     for action in actions:
         if action < 0 and w.runs:
             run = w.runs[0]
-            count = min(-action, run.left)
+            count = run.hole(run.at, run.at + min(-action, run.left)) - run.at
             for key in keys_of(run)[:count]:
                 model.remove(key)
             run.pop(count, 2)
@@ -217,10 +242,9 @@ def test_a_window_is_a_sorted_set(by_due: bool, jobs: list[tuple[int, int, int]]
         elif (found := w.find(action)) is not None:
             run, i = found
             model.remove(run.key(i))
-            w.remove(run)
+            head = run.head
             run.pluck(i)
-            if run.left:
-                w.insert(run)
+            w.plucked(run, head)
         elif action > 0:
             for key in [key for key in w.loose if (key[1] if by_due else key) == action]:
                 w.discard(key)

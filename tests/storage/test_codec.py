@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from rivetq.engine import Deadline, Lost
 from rivetq.errors import FormatError
+from rivetq.machine.columns import Columns
 from rivetq.machine.entry import Entry, Spec
 from rivetq.machine.events import (
     Acked,
@@ -44,7 +45,7 @@ from rivetq.machine.events import (
     Took,
 )
 from rivetq.machine.queue import DEAD, LEASED, READY, SCHEDULED, Queue
-from rivetq.machine.run import Columns, Run
+from rivetq.machine.run import Run
 from rivetq.machine.snapshot import Session, Snapshot
 from rivetq.model import NO_HEADERS, JobId, QueueConfig, RateLimit, RetryPolicy, read_only
 from rivetq.storage.codec import decode_record, decode_snapshot, encode_record, encode_snapshot

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, starmap
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ import lmdb
 
 from ..clock import Clock
 from ..machine import saving
+from ..machine.columns import Columns
 from ..machine.events import QueueCopied
 from ..machine.machine import Machine
-from ..machine.run import Columns, Run
+from ..machine.run import Run
 from ..machine.snapshot import Changes, Snapshot
 from ..storage.index import Index
 from ..storage.index_values import encode_entry, encode_queue, encode_run
@@ -193,7 +194,7 @@ class CheckpointingEngine(DurableEngine):
         if not run.number:
             run.number, self._machine.next_run = self._machine.next_run, self._machine.next_run + 1
         columns = run.load()
-        return _TakenRun(run, run.state, columns, run.at, len(columns))
+        return _TakenRun(run, run.state, columns, run.at, len(columns), bytes(run.gone or b""))
 
     def _take_queue(self, number: int) -> tuple[QueueCopied, int] | None:
         # Caller holds self._lock. None: it was removed.
@@ -278,18 +279,22 @@ class CheckpointingEngine(DurableEngine):
 
 
 class _TakenRun(NamedTuple):
-    """A run as it was when a checkpoint began: cells `start` to `stop` of its columns."""
+    """A run as it was when a checkpoint began: cells `start` to `stop` of its columns, without the holes in `gone`."""
 
     run: Run
     state: int
     columns: Columns
     start: int
     stop: int
+    gone: bytes
 
 
 def _encode_run(taken: _TakenRun) -> tuple[bytes, bytes]:
-    run, state, columns, start, stop = taken
-    columns = columns.picked(slice(start, stop))  # others may append to it meanwhile
+    run, state, columns, start, stop, gone = taken
+    cells: Sequence[int] | slice = slice(start, stop)  # others may append to it meanwhile
+    if gone:
+        cells = [i for i in range(start, stop) if i >= len(gone) or not gone[i]]
+    columns = columns.picked(cells)
     return run.number.to_bytes(8, "big"), encode_run(run.number, run.queue, run.priority, state, columns)
 
 

@@ -212,13 +212,24 @@ class LiveEngine(LeasingEngine):
         return config
 
     def _purge(self, request: Purge) -> int:
-        machine = self._machine
+        machine, state = self._machine, number_of(request.state)
         below_id: int | None = None
+
+        def few(now_ms: int) -> tuple[list[Event], int | None]:
+            here = decide.purgeable(machine, request.queue, state)
+            event = decide.purge(machine, request.queue, state) if here <= decide.PART_JOBS else None
+            if event is None or len(event.ids) < here:
+                return [], None if here else 0
+            return [event], here
+
+        count: int | None = self._change(few, once=request.once)
+        if count is not None:
+            return count
 
         def plan(step: int, done: int) -> Purged | None:
             nonlocal below_id
             below_id = machine.next_id if below_id is None else below_id  # what comes later stays
-            return decide.purge(machine, request.queue, number_of(request.state), below_id)
+            return decide.purge(machine, request.queue, state, below_id)
 
         return self._change_parts(plan, once=request.once)
 
@@ -269,8 +280,8 @@ class LiveEngine(LeasingEngine):
     def _redrive(self, request: Redrive) -> int:
         machine, most, queue, limit = self._machine, decide.PART_JOBS, request.queue, request.limit
         ids = None if request.job_ids is None else sorted(set(request.job_ids))
-        dead = self._count(queue, DEAD)
-        if (dead if ids is None else len(ids)) <= most:
+        dead = self._count(queue, DEAD) if ids is None else len(ids)
+        if dead <= most:
 
             def plan(now_ms: int) -> tuple[list[Event], int]:
                 event = decide.redrive(machine, queue, ids, limit)

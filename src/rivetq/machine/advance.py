@@ -52,6 +52,7 @@ def _ripen(machine: Machine, queue: Queue, priority: int, now_ms: int, room: int
     while window.runs and window.runs[0].head[0] <= now_ms:  # in any order: all of them go
         run = window.runs[0]
         if run.last[0] > now_ms:
+            run.close_holes()
             count = run.below((now_ms + 1, 0), run.at) - run.at
             part = run.split(count)
             window.popped(run, count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from .run import Columns
+from .columns import Columns
 
 
 class Cache:

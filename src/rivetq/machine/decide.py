@@ -197,14 +197,27 @@ def purge(machine: Machine, name: str, state: int | None, below_id: int | None =
     queue = machine.queues.get(name)
     if queue is None:
         return None
-    wanted = (READY, SCHEDULED, DEAD) if state is None else (state,)
+    wanted = _purged_states(state)
     ids = look.some_ids(machine, queue, wanted, machine.next_id if below_id is None else below_id, PART_JOBS)
     return Purged(queue.number, ids) if ids else None
 
 
+def _purged_states(state: int | None) -> tuple[int, ...]:
+    return (READY, SCHEDULED, DEAD) if state is None else (state,)
+
+
+def purgeable(machine: Machine, name: str, state: int | None) -> int:
+    """How many jobs a purge removes."""
+    queue = machine.queues.get(name)
+    return 0 if queue is None else sum(queue.counts[each] for each in _purged_states(state))
+
+
 def cancel(machine: Machine, job_id: int) -> Cancelled | None:
-    entry = look.job(machine, job_id)
-    return None if entry is None or entry.state == LEASED else Cancelled(entry.queue.number, job_id)
+    entry = machine.jobs.get(job_id)
+    if entry is not None:
+        return None if entry.state == LEASED else Cancelled(entry.queue.number, job_id)
+    found = machine.locate(job_id, machine.numbers.values())
+    return None if found is None else Cancelled(found[2].queue.number, job_id, found)
 
 
 def redrive_some(machine: Machine, name: str, job_ids: Sequence[int] | None, most: int) -> Redriven | None:
@@ -226,14 +239,18 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
     if job_ids is None:
         ids = [] if queue is None else machine.waiting[queue.number].ids(DEAD)[:limit]
     else:
-        ids = sorted(set(job_ids))
+        ids, found = sorted(set(job_ids)), None
         for job_id in ids:
-            entry = None if queue is None else look.job(machine, job_id, queue.number)
-            if entry is None or entry.queue is not queue or entry.state != DEAD:
+            entry = machine.jobs.get(job_id)
+            if entry is None and queue is not None:
+                found = machine.locate(job_id, (queue,), DEAD)
+            if (entry is None and found is None) or (entry is not None and (entry.queue, entry.state) != (queue, DEAD)):
                 raise JobNotFoundError(
                     f"redrive: job {quoted(job_id)} is no dead letter of queue {name!r}; nothing was changed",
                     job_id=job_id,
                 )
+        if queue is not None and len(ids) == 1 and limit != 0:
+            return Redriven(queue.number, ids, found)
         ids = ids[:limit]
     return Redriven(queue.number, ids) if queue is not None and ids else None
 

@@ -121,6 +121,8 @@ class Extended:
 class Cancelled:
     queue: int
     id: int
+    found: Any = attrs.field(default=None, eq=False, repr=False)
+    """Where the decision found it, so that it is not searched for once more; not in the log."""
 
 
 @attrs.define
@@ -133,6 +135,8 @@ class Purged:
 class Redriven:
     queue: int
     ids: Sequence[int]
+    found: Any = attrs.field(default=None, eq=False, repr=False)
+    """Of a single job: as `Cancelled.found`."""
 
 
 @attrs.define

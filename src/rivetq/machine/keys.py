@@ -14,7 +14,7 @@ from typing import Any
 
 from sortedcontainers import SortedList
 
-from .run import Shelf
+from .columns import Shelf
 
 
 class Key:

@@ -13,15 +13,19 @@ import heapq
 from collections.abc import Callable, Iterable
 
 from .cache import Cache
+from .columns import Columns
 from .entry import Entry
 from .events import Event
 from .keys import Key, Keys
 from .queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, Queue
-from .run import Columns, Run
+from .run import Run
 from .snapshot import Changes, Session
 from .transitions import FROM, GONE, name
 from .waiting import Waiting
 from .window import FEW_JOBS, Window
+
+Found = tuple[int, Window, Run, int]
+"""State, window, run and cell of a job."""
 
 
 class Machine:
@@ -150,8 +154,8 @@ class Machine:
 
     def locate(
         self, job_id: int, queues: Iterable[Queue], state: int | None = None, priority: int | None = None
-    ) -> tuple[int, Window, Run, int] | None:
-        """State, window, run and cell of a job that is in a run of one of these queues."""
+    ) -> Found | None:
+        """Where a job is that is in a run of one of these queues. Costs two bisections for each of their windows."""
         for queue in queues:
             for each, window in self.waiting[queue.number].each(priority):
                 if window.runs and (state is None or state == each) and (found := window.find(job_id)) is not None:
@@ -166,16 +170,37 @@ class Machine:
         found = self.locate(job_id, queues, state)
         if found is None:
             return None
-        _, window, run, i = found
-        window.remove(run)
-        entry = run.pluck(i)
-        if run.left:
-            window.insert(run)
-        self.touch(run)
-        self.jobs[job_id] = entry
+        entry, window = self.take_out(found), found[1]
+        entry.queue.counts[entry.state] += 1
         window.add((entry.due_ms, job_id) if window.by_due else job_id)
+        return entry
+
+    def take_out(self, found: Found) -> Entry:
+        """A job that was in a run, as an object, which is in the set of no state: for its caller to say."""
+        state, window, run, i = found
+        head = run.head
+        entry = run.pluck(i)
+        window.plucked(run, head)
+        self.touch(run)
+        run.queue.counts[state] -= 1
+        self.jobs[entry.id] = entry
         self.note(entry)
         return entry
+
+    def lose(self, found: Found) -> None:
+        """A job in a run is gone for good, and its key is free."""
+        state, window, run, i = found
+        columns, queue, head = run.load(), run.queue, run.head
+        job_id, segment = columns.ids[i], columns.segments[i]
+        key = None if columns.keys is None else columns.keys[i]
+        if segment in self.live:
+            self.live[segment] -= columns.sizes[i]
+        run.cut(i)
+        window.plucked(run, head)
+        self.touch(run)
+        queue.counts[state] -= 1
+        if key is not None:
+            self.free_key(queue, key, job_id)
 
     def numbered(self, number: int) -> tuple[Queue, ...]:
         """The queue of a number, unless it was removed."""

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 
 from .advance import next_wakeup_ms
 from .apply import apply
+from .columns import RUN_JOBS, Columns
 from .entry import Entry
 from .events import QueueCopied
 from .machine import Machine
 from .queue import READY, Queue
-from .run import RUN_JOBS, Columns, Run
+from .run import Run
 from .snapshot import Place, Session, Snapshot
 from .window import FEW_JOBS, Window
 

@@ -9,10 +9,11 @@ Sort keys are ids (ready and dead jobs) or (due_ms, id) (scheduled ones).
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from heapq import heappop, heappush
 from itertools import pairwise
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from sortedcontainers import SortedList
@@ -25,16 +26,20 @@ FEW_JOBS = 64
 """Batches below this size that come out of order are not worth a run of their own."""
 
 
+_low, _head = itemgetter(0), attrgetter("head")
+
+
 class Window:
     """Keys in order, each at most once."""
 
-    __slots__ = ("by_due", "count", "loose", "opens", "runs", "span")
+    __slots__ = ("by_due", "by_low", "count", "loose", "opens", "runs", "span")
 
     def __init__(self, *, by_due: bool = False) -> None:
         self.by_due = by_due
         self.count = 0
         self.loose: SortedList[Any] = SortedList()
         self.runs: list[Run] = []  # by head
+        self.by_low: list[tuple[int, Run]] = []  # the same by their lowest ids when they came or grew; by due only
         self.span = 0  # no run has ids further apart than this
         self.opens: list[Run] = []  # those of them that take more jobs, the one with the highest end first
 
@@ -70,7 +75,9 @@ class Window:
 
     def grown(self, run: Run, count: int) -> None:
         """`count` jobs were appended to one of the runs."""
+        self._delist(run)
         run.grown()
+        self._enlist(run)
         self.count += count
         if run.high - run.low > self.span:
             self.span = run.high - run.low
@@ -90,9 +97,10 @@ class Window:
 
     def insert(self, run: Run, *, is_open: bool = False) -> None:
         """Add a whole run; if it is open, others may follow it."""
-        self.runs.insert(bisect_left(self.runs, run.head, key=lambda each: each.head), run)
+        self.runs.insert(bisect_left(self.runs, run.head, key=_head), run)
         self.count += run.left
         self.span = max(self.span, run.high - run.low)
+        self._enlist(run)
         if is_open:
             # The one with the lowest end goes: what comes is usually higher.
             self.opens = sorted([run, *self.opens], key=lambda each: each.last, reverse=True)[:OPEN_RUNS]
@@ -101,7 +109,19 @@ class Window:
         """Take a whole run out."""
         self.runs.remove(run)
         self.count -= run.left
+        self._delist(run)
         self._close(run)
+
+    def _enlist(self, run: Run) -> None:
+        if self.by_due:
+            insort(self.by_low, (run.low, run), key=_low)
+
+    def _delist(self, run: Run) -> None:
+        """Costs a bisection: the lowest id of a run may have risen since it was listed."""
+        if self.by_due:
+            end = bisect_right(self.by_low, run.high, key=_low)
+            at = next(i for i in range(end - 1, -1, -1) if self.by_low[i][1] is run)
+            del self.by_low[at]
 
     def _close(self, run: Run) -> None:
         if run in self.opens:
@@ -115,9 +135,17 @@ class Window:
             return
         runs.remove(run)
         if run.left:
-            runs.insert(bisect_left(runs, run.head, key=lambda each: each.head), run)
+            runs.insert(bisect_left(runs, run.head, key=_head), run)
         else:
+            self._delist(run)
             self._close(run)
+
+    def plucked(self, run: Run, head: Any) -> None:
+        """A job left this run, whose head it was before that."""
+        if run.left and run.head == head:
+            self.count -= 1
+        else:
+            self.popped(run, 1)
 
     def find(self, job_id: int) -> tuple[Run, int] | None:
         """The run and the cell of a job."""
@@ -127,11 +155,18 @@ class Window:
         return None
 
     def around(self, first_id: int, last_id: int) -> list[Run]:
-        """The runs that may have ids in this range: not many, however many there are."""
+        """The runs that may have ids in this range. Costs two bisections, and those that are told."""
         runs = self.runs
-        if not self.by_due:  # in order of ids, and none is wider than `span`
-            start = bisect_left(runs, first_id - self.span, key=lambda each: each.head)
-            stop = bisect_left(runs, last_id + 1, key=lambda each: each.head)
+        if not runs:
+            return []
+        if self.by_due:  # none is wider than `span`
+            listed = self.by_low
+            start = bisect_left(listed, first_id - self.span, key=_low)
+            stop = bisect_left(listed, last_id + 1, key=_low)
+            runs = [run for _, run in listed[start:stop]]
+        else:  # in order of ids
+            start = bisect_left(runs, first_id - self.span, key=_head)
+            stop = bisect_left(runs, last_id + 1, key=_head)
             runs = runs[start:stop]
         return [run for run in runs if run.low <= last_id and run.high >= first_id]
 
@@ -148,7 +183,7 @@ class Window:
         coming, at = 0, 0
         if after is not None:
             at = loose.bisect_right(after)
-            coming = bisect_left(runs, after + 1, key=lambda each: each.head)
+            coming = bisect_left(runs, after + 1, key=_head)
             for index in range(coming):
                 if runs[index].last > after:
                     cell = runs[index].after(after)
@@ -178,7 +213,9 @@ class Window:
             # window does not change under a walk.
             limit = min(limits, default=None)
             end = len(columns) if limit is None or run.last < limit else run.below(limit, cell)
+            end = run.hole(cell, end)
             yield run, cell, end
+            end = run.job(end)
             if end < len(columns):
                 heappush(active, (run.key(end), index, end))
 
@@ -190,6 +227,13 @@ class Window:
         assert all(a.head <= b.head for a, b in pairwise(self.runs)), "window: runs out of order"
         assert set(self.opens) <= set(self.runs), "window: an open run is not among its runs"
         assert self.count == len(keys) + sum(run.left for run in self.runs), f"window: the count {self.count} is off"
+        if self.by_due:
+            assert {id(run) for _, run in self.by_low} == set(map(id, self.runs)), (
+                "window: other runs by their lowest id"
+            )
+            assert all(low <= run.low for low, run in self.by_low), "window: a run is listed behind its lowest id"
+            assert all(a[0] <= b[0] for a, b in pairwise(self.by_low)), "window: runs out of order by their lowest id"
+            assert all(run.high - low <= self.span for low, run in self.by_low), "window: a listed run is too wide"
         for run in self.runs:
             assert run.high - run.low <= self.span, f"window: run {run.number} is wider than {self.span}"
             assert run.by_due == self.by_due, f"window: run {run.number} is in another order"

@@ -29,10 +29,10 @@ from crc32c import crc32c
 
 from ..errors import StorageError
 from ..machine import saving
+from ..machine.columns import Columns
 from ..machine.events import QueueCopied
 from ..machine.keys import Key
 from ..machine.machine import Machine
-from ..machine.run import Columns
 from ..machine.snapshot import Snapshot
 from .codec import decode_snapshot, encode_snapshot
 from .disk import DIRECTORY_MODE, FILE_MODE, Disk, read_file, replace_file

@@ -16,10 +16,11 @@ from typing import Any
 
 from crc32c import crc32c
 
+from ..machine.columns import Columns, Shelf
 from ..machine.entry import Entry, Spec
 from ..machine.events import QueueCopied
 from ..machine.queue import DEAD, READY, SCHEDULED, Queue
-from ..machine.run import Columns, Run, Shelf
+from ..machine.run import Run
 from ..model import NO_HEADERS, read_only
 from .answers import config_from_json, config_to_json
 from .fields import COUNT, NONSENSE, Reader, policy, spec_numbers, text_bytes

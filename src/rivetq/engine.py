@@ -244,6 +244,7 @@ class Take(Request[list[Grant]]):
 
     queues: Sequence[str]
     max_jobs: int
+    """A large lease may be taken in parts, in the order of the queue as it is by then; with `once` it is one part."""
     visibility_ms: int | None = None
     """None: the job's own, else the queue's."""
     wait_ms: int | None = 0

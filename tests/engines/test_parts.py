@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 from inside import inside, waiting_of
 
+import rivetq.engines.leasing
 import rivetq.engines.live
 import rivetq.engines.looking
-from rivetq import Broker, BrokerClosedError, JobNotFoundError, JobState, RetryPolicy, StorageError
+from rivetq import Broker, BrokerClosedError, JobNotFoundError, JobState, Lease, RateLimit, RetryPolicy, StorageError
+from rivetq.engine import Once, Take
 from rivetq.engines.local import LocalEngine
 from rivetq.machine import saving
 from rivetq.machine.decide import PART_JOBS
-from rivetq.machine.events import Purged, Redriven
+from rivetq.machine.events import Leased, Purged, Redriven
 from rivetq.testing import ManualClock
 
 MANY = 3 * PART_JOBS + 7
@@ -299,3 +302,116 @@ def test_a_job_that_changes_while_a_listing_goes_on_is_there_once(
     found = [job.id for job in broker.jobs("q", limit=1000)]
     assert looks > 3
     assert found == list(range(first, first + 201))
+
+
+# Leases
+
+LARGE = 25
+
+
+@pytest.fixture
+def leased(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many jobs each record of a lease has; ten at most."""
+    monkeypatch.setattr(rivetq.engines.leasing, "PART_LEASES", 10)
+    found: list[int] = []
+    engine = inside(broker)
+    record = engine._record
+
+    def noting(events: Any, now_ms: int, keep_reserve: bool = False) -> int:
+        found.extend(len(event.ids) for event in events if isinstance(event, Leased))
+        return record(events, now_ms, keep_reserve)
+
+    monkeypatch.setattr(engine, "_record", noting)
+    return found
+
+
+def leases_soon(broker: Broker, **options: Any) -> list[Lease]:
+    over = threading.Event()
+    told: list[Any] = []
+    broker.lease_soon("q", LARGE, lambda *each: (told.append(each), over.set())[0], **options)
+    assert over.wait(20)
+    ((leases, error),) = told
+    assert error is None
+    return list(leases)
+
+
+def leases_at_once(broker: Broker, **options: Any) -> list[Lease]:
+    return broker.lease_many("q", LARGE, **options)
+
+
+def leases_that_wait(broker: Broker, **options: Any) -> list[Lease]:
+    return broker.lease_many("q", LARGE, wait=20, **options)
+
+
+HOW = [leases_at_once, leases_that_wait, leases_soon]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("waiting", [9, 10, 11, 20, 25, 40])
+def test_a_large_lease_is_taken_in_records_of_a_bounded_size(
+    broker: Broker, leased: list[int], how: Callable[..., list[Lease]], waiting: int
+) -> None:
+    ids = broker.enqueue_many("q", [b"job"] * waiting)
+    leases = how(broker, visibility_timeout=30)
+    assert [lease.id for lease in leases] == list(ids)[:LARGE]
+    assert {lease.granted for lease in leases} == {30}
+    assert len({lease.token for lease in leases}) == len(leases)
+    assert max(leased) <= 10
+    assert sum(leased) == len(leases) == broker.stats("q").leased
+    broker.ack_many(leases)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_the_parts_of_a_large_lease_share_its_bytes(
+    broker: Broker, leased: list[int], how: Callable[..., list[Lease]]
+) -> None:
+    broker.enqueue_many("q", [b"x" * 10] * 40)
+    assert len(how(broker, max_bytes=145)) == 14
+    assert leased == [10, 4]
+    assert len(how(broker, max_bytes=105)) == 10
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_large_lease_keeps_to_the_rate_of_its_queue(
+    broker: Broker, leased: list[int], how: Callable[..., list[Lease]]
+) -> None:
+    broker.configure_queue("q", rate_limit=RateLimit(1, 13))
+    broker.enqueue_many("q", [b"x"] * 40)
+    assert len(how(broker)) == 13
+    assert sum(leased) == 13
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_what_a_large_lease_took_is_handed_out_though_its_rest_fails(
+    broker: Broker, leased: list[int], how: Callable[..., list[Lease]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.enqueue_many("q", [b"x"] * 40)
+
+    def full() -> None:
+        raise StorageError("no space")
+
+    monkeypatch.setattr(rivetq.engines.leasing, "give_turn", full)
+    assert len(how(broker)) == 10
+    monkeypatch.undo()
+
+
+def test_other_calls_get_their_turn_between_two_parts_of_a_lease(
+    broker: Broker, leased: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.enqueue_many("q", [b"x"] * 40)
+    told: list[int] = []
+
+    def urgent() -> None:
+        told.append(broker.enqueue("q", b"now", priority=9))
+
+    monkeypatch.setattr(rivetq.engines.leasing, "give_turn", lambda: urgent() if not told else None)
+    ids = [lease.id for lease in broker.lease_many("q", LARGE)]
+    assert ids[10] == told[0], "each part takes the most urgent ones that there are by then"
+
+
+def test_a_large_lease_with_a_number_is_one_part(broker: Broker, leased: list[int]) -> None:
+    broker.enqueue_many("q", [b"x"] * 40)
+    request = Take(["q"], LARGE, once=Once(1, 1))
+    grants = broker._engine.call(request)
+    assert len(grants) == 10
+    assert [grant.token for grant in broker._engine.call(request)] == [grant.token for grant in grants]

@@ -7,16 +7,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import attrs
+
 from ..engine import Done, Grant, Take
 from ..errors import RivetQError
 from ..machine import decide
 from ..machine.entry import Entry
 from ..machine.events import Called, Event, Leased, Took
 from ..machine.sessions import told
-from .clockwork import NeedRoomError
+from .clockwork import NeedRoomError, give_turn
 from .lessees import Lessee, SleepingLessee
 from .looking import LookingEngine
 
+PART_LEASES = 5000
+"""Jobs that one record of a lease takes at most, so that other calls get their turn in between."""
 _Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
 """Jobs that were leased and not handed out yet: the lsn, the moment and the event of the lease; the jobs, and their
 last errors as they were then."""
@@ -31,7 +35,7 @@ class LeasingEngine(LookingEngine):
             self._ready_for_unbegun()
         if request.wait_ms == 0:
             taken = self._take_now(request)
-            return [] if taken is None else self._hand_out(taken)
+            return [] if taken is None else self._hand_out_all(request, taken)
         lessee = SleepingLessee()
         try:
             taken = self._wait_for_jobs(request, lessee)
@@ -41,7 +45,7 @@ class LeasingEngine(LookingEngine):
                     self._lessees.remove(lessee, request.queues)
                     self._wake_lessees(request.queues)
             raise
-        return [] if taken is None else self._hand_out(taken)
+        return [] if taken is None else self._hand_out_all(request, taken)
 
     def _take_soon(self, request: Take, done: Done) -> SoonLease:
         self._check()
@@ -68,12 +72,12 @@ class LeasingEngine(LookingEngine):
     def _note_unbegun(self, event: Leased) -> None:
         """These leases are taken in advance: with files, an opening after a crash will know."""
 
-    def _take_now(self, request: Take) -> _Taken | None:
+    def _take_now(self, request: Take, *, one_at_least: bool = True) -> _Taken | None:
         while True:
             if self._ended is not None:
                 self._check()
             try:
-                return self._attempt(request, None, waits=False)
+                return self._attempt(request, None, waits=False, one_at_least=one_at_least)
             except NeedRoomError as need:
                 self._make_room(need)
 
@@ -95,7 +99,9 @@ class LeasingEngine(LookingEngine):
             if self._ended is None:  # else whoever ended it may have looked for lessees before this one was there
                 lessee.park(timeout_s)
 
-    def _attempt(self, request: Take, lessee: Lessee | None, *, waits: bool) -> _Taken | None:
+    def _attempt(
+        self, request: Take, lessee: Lessee | None, *, waits: bool, one_at_least: bool = True
+    ) -> _Taken | None:
         """Look for jobs once. A lessee that finds nothing and `waits` is woken from now on, in order of arrival."""
         machine, queues, begun = self._machine, request.queues, request.begun
         with self._lock:
@@ -107,8 +113,9 @@ class LeasingEngine(LookingEngine):
             once = request.once
             if once is not None and (before := told(machine, once, now_ms)) is not None:
                 return self._granted_before(request, lessee, before.answer, now_ms)
+            most = min(request.max_jobs, PART_LEASES)
             event, limited = decide.lease(
-                machine, queues, request.max_jobs, request.visibility_ms, now_ms, request.max_bytes
+                machine, queues, most, request.visibility_ms, now_ms, request.max_bytes, one_at_least
             )
             if event is None:
                 for queue in limited:
@@ -149,6 +156,27 @@ class LeasingEngine(LookingEngine):
             self._lessees.remove(lessee, request.queues)
             lessee.over = True
         return self._last_lsn(), now_ms, event, entries, [entry.last_error for entry in entries]
+
+    def _hand_out_all(self, request: Take, taken: _Taken) -> list[Grant]:
+        """What was taken, and of a larger lease the rest, a part at a time: other calls get their turn in between."""
+        grants = self._hand_out(taken)
+        if request.max_jobs <= PART_LEASES or request.once is not None:
+            return grants
+        part, left_bytes = len(taken[3]), request.max_bytes
+        try:
+            while part == PART_LEASES and len(grants) < request.max_jobs:
+                if left_bytes is not None:
+                    left_bytes -= sum(entry.length for entry in taken[3])
+                give_turn()
+                rest = attrs.evolve(request, max_jobs=request.max_jobs - len(grants), wait_ms=0, max_bytes=left_bytes)
+                more = self._take_now(rest, one_at_least=False)
+                if more is None:
+                    break
+                taken, part = more, len(more[3])
+                grants += self._hand_out(taken)
+        except RivetQError:
+            pass  # what was leased before is handed out
+        return grants
 
     def _hand_out(self, taken: _Taken) -> list[Grant]:
         lsn, at_ms, event, entries, errors = taken
@@ -262,7 +290,7 @@ class SoonLease:
             grants = None
             if error is None:
                 try:
-                    grants = engine._hand_out(taken)
+                    grants = engine._hand_out_all(self._request, taken)
                 except BaseException as failure:
                     error = failure
             self._tell(grants, error)
@@ -272,8 +300,8 @@ class SoonLease:
             is_open = engine._ended is None
             if is_open and engine._settle_soon(max((entry.lsn for entry in entries), default=0), tell):
                 return
-            if is_open and any(entry.payload is None for entry in entries):
-                engine._notifier.call(partial(tell, None))  # they are read from the disk
+            if is_open and (len(entries) == PART_LEASES or any(entry.payload is None for entry in entries)):
+                engine._notifier.call(partial(tell, None))  # they are read from the disk, or more are taken
                 return
         try:
             engine._check()

@@ -81,10 +81,11 @@ def lease(
     visibility_ms: int | None,
     now_ms: int,
     max_bytes: int | None = None,
+    one_at_least: bool = True,
 ) -> tuple[Leased | None, list[Queue]]:
     """The most urgent jobs of the queues in the order given, and the queues whose rate limit refused some.
 
-    Their payloads have `max_bytes` together at most; but one job is leased in any case.
+    Their payloads have `max_bytes` together at most; but one job is leased in any case, if `one_at_least`.
     """
     ids: list[int] = []
     attempts: list[int] = []
@@ -112,7 +113,7 @@ def lease(
             wanted = room
             if max_bytes is not None:
                 wanted, size = look.within(machine, window, room, max_bytes)
-                if not wanted and not ids:
+                if not wanted and not ids and one_at_least:
                     wanted, size = 1, max_bytes
                 if wanted < min(room, window.count):
                     max_jobs = len(ids) + wanted  # the next one is too large

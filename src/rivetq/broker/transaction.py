@@ -96,6 +96,11 @@ class Block:
         self._settled = settled
         self.operations += answers
 
+    def reserve(self, operation: Enqueue) -> Reserve:
+        """For an enqueue of some jobs without keys: what is to be asked. `promised` gets the answer."""
+        self.check_open()
+        return Reserve(operation.queue, len(operation.payloads))
+
     def enqueue(self, operation: Enqueue) -> Steps[list[int]]:
         """Ids are told now; the jobs exist when the block ends."""
         self.check_open()
@@ -103,8 +108,8 @@ class Block:
         if not operation.payloads:
             return []
         if keys is None:
-            first: int = yield Reserve(queue, len(operation.payloads))
-            return self._promised(operation, first)
+            first: int = yield self.reserve(operation)
+            return self.promised(operation, first)
         (standing,) = yield Check([operation])
         answer: list[int | None] = [None] * len(keys)
         fresh: list[int] = []
@@ -135,13 +140,13 @@ class Block:
                 operation, payloads=[operation.payloads[i] for i in fresh], keys=[keys[i] for i in fresh]
             )
             first = yield Reserve(queue, len(fresh))
-            for i, job_id in zip(fresh, self._promised(part, first), strict=True):
+            for i, job_id in zip(fresh, self.promised(part, first), strict=True):
                 answer[i] = JobId(job_id, created=True)
                 if (key := keys[i]) is not None:
                     self._keys[queue, key] = job_id
         return [JobId(self._keys[queue, keys[i] or ""]) if job is None else job for i, job in enumerate(answer)]
 
-    def _promised(self, operation: Enqueue, first: int) -> list[int]:
+    def promised(self, operation: Enqueue, first: int) -> list[int]:
         operation.promised = first
         self.operations.append(operation)
         return list(range(first, first + len(operation.payloads)))
@@ -222,7 +227,10 @@ class Transaction:
             keys,
             on_duplicate,
         )
-        return self._do(self._block.enqueue(operation))[0]
+        if idempotency_key is not None:
+            return self._do(self._block.enqueue(operation))[0]
+        first = self._broker._engine.call(self._block.reserve(operation))
+        return self._block.promised(operation, first)[0]
 
     def enqueue_many(
         self,

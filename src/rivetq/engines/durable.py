@@ -117,7 +117,7 @@ class DurableEngine(LiveEngine):
             lsn = place.lsn
             if IdsReserved in map(type, events):
                 self._must_sync = (*(each for each in self._must_sync if each > log.durable_lsn), lsn)
-            log.jobs += sum(map(_jobs, events))
+            log.jobs += _jobs(events[0]) if len(events) == 1 else sum(map(_jobs, events))
             self._unsaved_bytes += length
             if (lsn % LOOK_RECORDS == 0 or length > LOOK_BYTES) and (self._is_due() or log.space.is_wanted()):
                 self._keeper_poked.set()

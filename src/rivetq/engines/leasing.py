@@ -35,6 +35,8 @@ class LeasingEngine(LookingEngine):
             self._ready_for_unbegun()
         if request.wait_ms == 0:
             taken = self._take_now(request)
+            if taken is not None and request.max_jobs <= PART_LEASES:
+                return self._hand_out(taken)
             return [] if taken is None else self._hand_out_all(request, taken)
         lessee = SleepingLessee()
         try:
@@ -113,7 +115,7 @@ class LeasingEngine(LookingEngine):
             once = request.once
             if once is not None and (before := told(machine, once, now_ms)) is not None:
                 return self._granted_before(request, lessee, before.answer, now_ms)
-            most = min(request.max_jobs, PART_LEASES)
+            most = request.max_jobs if request.max_jobs < PART_LEASES else PART_LEASES
             event, limited = decide.lease(
                 machine, queues, most, request.visibility_ms, now_ms, request.max_bytes, one_at_least
             )

@@ -50,7 +50,9 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
         case Leased():
             _apply_leased(machine, event, now_ms)
         case Acked():
-            machine.changed_queue(event.queue).acked += len(event.ids)
+            machine.numbers[event.queue].acked += len(event.ids)
+            if machine.changes is not None:
+                machine.changes.queues.add(event.queue)
             machine.remove(event.ids, event.keys_until_ms)
         case Retried():
             machine.meets(Retried, entry := machine.known(event.id))

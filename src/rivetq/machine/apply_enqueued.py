@@ -14,7 +14,9 @@ from .window import FEW_JOBS, Window
 
 
 def apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place) -> None:
-    queue = machine.changed_queue(event.queue)
+    queue = machine.numbers[event.queue]
+    if machine.changes is not None:
+        machine.changes.queues.add(event.queue)
     count, first_id, lengths = len(event.lengths), event.first_id, event.lengths
     if count == 1 and first_id >= machine.next_id and event.keys is None and event.due_ms <= now_ms:
         window = machine.waiting[queue.number].ready[event.priority]

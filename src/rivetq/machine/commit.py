@@ -154,7 +154,7 @@ def _acked(machine: Machine, operations: Sequence[Ack], now_ms: int) -> list[Eve
         entry = held(machine, job_id, operation.token, now_ms)
         if entry.queue is not queue:
             queue, ids = entry.queue, []
-            events.append(Acked(queue.number, ids, keys_until_ms(queue, now_ms)))
+            events.append(Acked(queue.number, ids, now_ms + queue.ttl_ms if queue.ttl_ms else 0))
         ids.append(job_id)
     return events
 

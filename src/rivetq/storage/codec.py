@@ -94,13 +94,13 @@ _CALLED = struct.Struct("<BQQQ")
 def encode_record(events: Sequence[Event], now_ms: int) -> bytes:
     """The body of one record. Sets `payload_at` and `crcs` of the events that carry payloads."""
     parts = [_TIME.pack(now_ms)]
-    size = _TIME.size
+    size = counted = 0  # bytes of the first parts, and how many these are
     for event in events:
-        new = _encode(event)
-        parts += new
-        size += sum(map(len, new))
+        parts += _encode(event)
         if type(event) is Enqueued or type(event) is Copied:
-            event.payload_at = size - len(new[-1])  # the payloads are the last part of their event
+            size += sum(map(len, parts[counted:]))
+            counted = len(parts)
+            event.payload_at = size - len(parts[-1])  # the payloads are the last part of their event
     return b"".join(parts)
 
 

@@ -35,7 +35,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "broker": ["__init__", "arguments", "requests", "transaction", "broker"],
     "face": ["aio", "__init__"],
-    "tools": ["directory", "salvage", "dumping", "looking", "verifying", "repair", "__init__"],
+    "tools": ["directory", "salvage", "dumping", "looking", "verifying", "repair", "commands", "__init__"],
     "commands": ["__main__"],
 }  # fmt: skip
 """The spine, from the ground up: a file imports from the rooms before its own, and from the files before it in its own.

@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, Self
 import attrs
 
 from .errors import LeaseLostError, RivetQError, UsageError
-from .units import Duration, checked_int, checked_number, checked_seconds, shown_value
+from .units import Duration, checked_int, checked_number, seconds_of, shown_value
 
 Jitter = Literal["full", "equal", "none"]
 LimitOn = Literal["lease", "enqueue"]
@@ -32,11 +32,11 @@ class JobState(StrEnum):
 
 
 def _base(value: Duration) -> float:
-    return checked_seconds(value, "base")
+    return seconds_of(value, "base")
 
 
 def _max_delay(value: Duration) -> float:
-    return checked_seconds(value, "max_delay")
+    return seconds_of(value, "max_delay")
 
 
 def _factor(value: float) -> float:

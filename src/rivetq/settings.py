@@ -27,6 +27,7 @@ from rivetq import Broker, UsageError
 
 from .tasks.app import App
 from .texts import quoted
+from .units import seconds_of
 from .worker.options import Concurrency
 from .worker.worker import Worker
 
@@ -87,10 +88,10 @@ def _bytes(low: int, high: int = MOST) -> Parser:
 
 
 def _seconds(value: Any) -> float:
-    number = value.total_seconds() if isinstance(value, timedelta) else _number(value, float)
-    if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= 3.1e9:
-        raise ValueError("seconds, a number from 0 to 3.1e9, expected")
-    return float(number)
+    try:
+        return seconds_of(value if isinstance(value, timedelta) else _number(value, float), "")
+    except UsageError as error:
+        raise ValueError("seconds, a number from 0 to 3.1e9, expected") from error
 
 
 def _some_seconds(value: Any) -> float:

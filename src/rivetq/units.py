@@ -104,6 +104,7 @@ def checked_number(value: object, name: str, low: float) -> float:
     return float(value)
 
 
-def checked_seconds(value: Duration, name: str) -> float:
+def seconds_of(value: Duration, name: str) -> float:
+    """Seconds of a duration that a caller gave. Raises UsageError."""
     duration_ms(value, name)
     return value.total_seconds() if isinstance(value, timedelta) else float(value)

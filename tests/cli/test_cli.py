@@ -383,7 +383,7 @@ def test_what_takes_long_shows_on_a_terminal_how_far_it_is(filled: Run, monkeypa
             time.sleep(0.01)
         return verify(path, progress=progress)
 
-    monkeypatch.setattr(tools, "verify", slow)
+    monkeypatch.setattr("rivetq.tools.commands.verify", slow)
     assert filled("verify").startswith("whole")
     assert "30%" in terminal.getvalue()
     assert "reading every byte" in terminal.getvalue()

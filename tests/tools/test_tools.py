@@ -1069,10 +1069,10 @@ def test_the_commands_end_in_words_not_in_a_traceback(
 ) -> None:
     for error, status in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)):
 
-        def fail(*args: object, error: BaseException = error) -> None:
+        def fail(*args: object, error: BaseException = error, **options: object) -> None:
             raise error
 
-        monkeypatch.setattr(tools, "verify", fail)
+        monkeypatch.setattr("rivetq.tools.commands.verify", fail)
         assert main(["verify", str(closed)]) == status
         assert capsys.readouterr().err.startswith("rivetq: ")
 

@@ -22,9 +22,11 @@ import click
 from rivetq import BrokerLockedError, CorruptLogError, RivetQError, __version__
 
 from ..settings import Settings, load
+from ..tools import Status
 from .showing import complain
 
-DONE, DAMAGED, NOT_DONE, LOG_WHOLE, NO_JOB, LOCKED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+DONE, DAMAGED, NOT_DONE, INTERRUPTED = map(int, (Status.WHOLE, Status.DAMAGED, Status.NOT_DONE, Status.INTERRUPTED))
+NO_JOB, LOCKED = 4, 5
 
 
 class _Group(click.Group):

@@ -177,6 +177,6 @@ def show(job_id: int) -> int:
 @command()
 @click.option("--payloads", is_flag=True, help="With the payloads, in base64.")
 def dump(payloads: bool) -> None:
-    """The records of the log, a line of JSON each."""
+    """Print the records of the log as lines of JSON."""
     for record in tools.dump(settings_of().path, payloads=payloads):
         click.echo(json.dumps(record))

@@ -1,50 +1,36 @@
-"""Commands on a directory: verify, rebuild-index, backup, salvage."""
+"""The commands of `rivetq.tools`: verify, rebuild-index, salvage, backup."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from .. import tools
-from .command import DAMAGED, DONE, LOG_WHOLE, command, settings_of
-from .showing import complain, jobs_of, report, slow, told
+from ..tools import COMMANDS, Command
+from .command import command, settings_of
+from .showing import complain, report, slow, told
 
 
-@command()
-def verify() -> int:
-    """Read every byte, check every checksum, compare the index with the log."""
-    with slow("reading every byte") as progress:
-        found = tools.verify(settings_of().path, progress=progress)
-    for problem in (found.log, found.index, found.mark):
-        if problem is not None:
-            complain(f"{problem.file}: {problem.what}")
-    report(found, "whole" if found.is_whole else "damaged")
-    return DONE if found.is_whole else DAMAGED if found.log else LOG_WHOLE
+def _add(each: Command) -> None:
+    def run(**given: Any) -> int:
+        out = [given.pop("out")] if each.has_out else []
+        with slow(each.doing) as progress:
+            done = each.run(settings_of().path, *out, **given, progress=progress)
+        for complaint in done.complaints:
+            complain(complaint)
+        if isinstance(done.report, dict):
+            told(done.report, done.says)
+        else:
+            report(done.report, done.says)
+        return done.status
+
+    run.__doc__ = each.text
+    for name, text in each.options:
+        run = click.option(f"--{name}", is_flag=True, help=text)(run)
+    if each.has_out:
+        run = click.argument("out", type=click.Path())(run)
+    command(each.name)(run)
 
 
-@command()
-def rebuild_index() -> None:
-    """Build the index anew from the log."""
-    path = settings_of().path
-    with slow("building the index") as progress:
-        count = tools.rebuild_index(path, progress=progress)
-    told({"path": path, "jobs": count}, jobs_of(count))
-
-
-@command()
-@click.argument("out", type=click.Path())
-@click.option("--copy", is_flag=True, help="Copy all bytes, link none.")
-def backup(out: str, copy: bool) -> None:
-    """Copy the directory to OUT and read the copy back; also while a broker has it open."""
-    with slow("copying") as progress:
-        found = tools.backup(settings_of().path, out, link=not copy, progress=progress)
-    report(found, "done")
-
-
-@command()
-@click.argument("out", type=click.Path())
-def salvage(out: str) -> int:
-    """Write what can be read of a damaged log into the new directory OUT."""
-    with slow("reading what can be read") as progress:
-        found = tools.salvage(settings_of().path, out, progress=progress)
-    report(found, "whole" if found.is_whole else "something was missing, see salvage.json")
-    return DONE if found.is_whole else DAMAGED
+for _each in COMMANDS:
+    _add(_each)

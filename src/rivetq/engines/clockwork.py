@@ -42,8 +42,6 @@ from .notifier import Notifier, Tell
 
 ROOM_RETRY_S = 1.0
 """After the disk had no space for the record of ended leases."""
-EXPIRY_ROUNDS = 4
-"""Records of ended leases that one call writes at most: a storm of them is shared among the calls and the timer."""
 JOIN_S = 2.0
 """How long close() waits for one of its threads: far longer than a slice of their work takes."""
 TURN_S = 0.0001
@@ -251,18 +249,16 @@ class Clockwork:
             return now_ms
         self._advance(now_ms)
         self._needs_room = None
-        for _ in range(EXPIRY_ROUNDS):
-            ended = decide.expiry(machine, now_ms)
-            if not ended:
-                break
+        ended = decide.expiry(machine, now_ms)  # of a storm a part: the timer and the next calls go on with it
+        if ended:
             try:
                 self._record(ended, now_ms)
             except NeedRoomError as need:
                 self._needs_room = need  # these leases end when there is room, which the timer makes
                 self._timer_poked.set()
-                break
-            tally_expired(machine, ended)
-            self._advance(now_ms)
+            else:
+                tally_expired(machine, ended)
+                self._advance(now_ms)
         self._behind = machine.wake_ms <= now_ms and self._needs_room is None
         return now_ms
 

@@ -13,6 +13,8 @@ from .ratelimit import TokenBucket
 
 RIPE_JOBS = 5000
 """Loose jobs that one call to `advance` moves at most, so that no caller pays for a storm; the rest is moved next."""
+RUN_COST = 3
+"""A run that is moved, or a window in which something is due, costs as much as so many loose jobs."""
 
 
 def advance(machine: Machine, now_ms: int) -> None:
@@ -43,12 +45,13 @@ def advance(machine: Machine, now_ms: int) -> None:
 
 
 def _ripen(machine: Machine, queue: Queue, priority: int, now_ms: int, room: int) -> int:
-    """Make the due jobs of one window ready; whole runs at a time where that goes. How many single ones moved."""
+    """Make the due jobs of one window ready; whole runs at a time where that goes. What it cost, in loose jobs."""
     window = machine.waiting[queue.number].scheduled[priority]
     if window is None:
         return 0
     ready = machine.waiting[queue.number].window(READY, priority)
     moved = before = window.count
+    cost = RUN_COST
     while window.runs and window.runs[0].head[0] <= now_ms:  # in any order: all of them go
         run = window.runs[0]
         if run.last[0] > now_ms:
@@ -64,6 +67,7 @@ def _ripen(machine: Machine, queue: Queue, priority: int, now_ms: int, room: int
         if run.order_by_id():
             machine.touch(run)
         ready.insert(run)
+        cost += RUN_COST
     loose = window.loose
     keys = list(loose.islice(0, min(room, loose.bisect_left((now_ms + 1, 0)))))
     for key in keys:
@@ -78,7 +82,7 @@ def _ripen(machine: Machine, queue: Queue, priority: int, now_ms: int, room: int
     machine.wake(queue)
     if (first := window.first()) is not None:
         heapq.heappush(machine.due, (first[0], queue.number, priority))
-    return len(keys)
+    return cost + len(keys)
 
 
 def next_wakeup_ms(machine: Machine) -> int | None:

@@ -45,17 +45,11 @@ def apply_enqueued(machine: Machine, event: Enqueued, now_ms: int, place: Place)
         part = slice(at, stop)
         whole = stop - at == count
         columns.add_batch(
-            job_id,
-            lengths if whole else lengths[part],
-            event.crcs if whole else event.crcs[part],
-            _spec(event, columns),
-            now_ms,
-            event.due_ms,
-            (segment, offset, place.lsn),
-            overhead,
+            job_id, lengths if whole else lengths[part], event.crcs if whole else event.crcs[part],
+            _spec(event, columns), now_ms, event.due_ms, (segment, offset, place.lsn), overhead,
             None if event.keys is None else event.keys[part],
             (event.payloads if whole else event.payloads[part]) if keep else None,
-        )
+        )  # fmt: skip
         if not whole:
             offset += sum(lengths[part])
         if run is None:

@@ -39,7 +39,7 @@ from .queue import DEAD, LEASED, PRIORITIES, READY, SCHEDULED, Queue
 PART_JOBS = 1000
 """Jobs that one record of a purge or a redrive changes at most, so that other calls get their turn in between."""
 EXPIRY_BATCH = 1000
-"""Leases that end in one record, so that a storm of expiries does not become one giant record."""
+"""Leases that one call ends at most, in one record: a storm of expiries is shared among the calls and the timer."""
 LEASE_EXPIRED = "lease expired"
 OWNER_GONE = "owner gone"
 
@@ -96,8 +96,7 @@ def lease(
         queue = machine.queues.get(name)
         if queue is None or queue.config.paused or not queue.counts[READY]:
             continue
-        room = max_jobs - len(ids)
-        bucket = queue.bucket
+        room, bucket = max_jobs - len(ids), queue.bucket
         if bucket is not None and bucket.limit.on == "lease":
             allowed = bucket.available(now_ms)
             if not allowed:

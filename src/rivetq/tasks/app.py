@@ -23,8 +23,9 @@ from rivetq import Broker, BrokerClosedError, Duration, Lease, RetryPolicy, Tran
 from ..schedules.when import TICK_HEADER, Every, Misfire, Schedule, key, spec_of
 from ..texts import quoted, shown
 from ..typedjson import Codec, TypedJson, hints
+from ..units import seconds_of
 from .current import CurrentJob
-from .outcomes import Reject, is_name, seconds_of
+from .outcomes import Reject, is_name
 from .task import TASK_HEADER, Call, Hook, MakesTask, Options, Pool, Task
 
 if TYPE_CHECKING:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 from rivetq import Duration, UsageError
 
 from ..texts import quoted
-
-MOST_S = 100 * 366 * 86_400
-"""The longest duration, as for a broker."""
+from ..units import seconds_of
 
 
 class Outcome(Exception):  # it is no error, it is raised to get out of the handler
@@ -63,11 +59,3 @@ def is_name(value: object) -> bool:
         return isinstance(value, str) and bool(value.encode())
     except UnicodeEncodeError:
         return False
-
-
-def seconds_of(value: Duration, name: str) -> float:
-    """Seconds of a duration that a caller gave. Raises UsageError."""
-    seconds = value.total_seconds() if isinstance(value, timedelta) else value
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= MOST_S:
-        raise UsageError(f"{name}: seconds or a timedelta expected, got {quoted(value)}")
-    return float(seconds)

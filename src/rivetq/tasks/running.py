@@ -16,8 +16,9 @@ import attrs
 from rivetq import Broker, Lease
 
 from ..texts import ERROR_CHARS, MESSAGE_CHARS, cut
+from ..units import seconds_of
 from .current import CurrentJob, running
-from .outcomes import Outcome, Reject, Retry, Snooze, seconds_of
+from .outcomes import Outcome, Reject, Retry, Snooze
 from .task import Hook, Task
 
 logger = logging.getLogger("rivetq.worker")

@@ -17,8 +17,9 @@ from rivetq import Broker, Duration, Lease, RetryPolicy, Transaction, UsageError
 from ..schedules.when import SCHEDULES
 from ..texts import quoted
 from ..typedjson import Codec
+from ..units import seconds_of
 from .current import CurrentJob
-from .outcomes import is_name, seconds_of
+from .outcomes import is_name
 
 P = ParamSpec("P")
 R = TypeVar("R")

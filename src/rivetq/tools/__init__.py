@@ -3,6 +3,7 @@
 They work on a directory, not on a broker. `python -m rivetq` is the same as commands.
 """
 
+from .commands import COMMANDS, DUMP, Command, Done, Status
 from .directory import Path, Progress, check
 from .dumping import dump
 from .looking import Look, look
@@ -11,11 +12,16 @@ from .salvage import Salvage
 from .verifying import Problem, Verification, verify
 
 __all__ = [
+    "COMMANDS",
+    "DUMP",
+    "Command",
+    "Done",
     "Look",
     "Path",
     "Problem",
     "Progress",
     "Salvage",
+    "Status",
     "Verification",
     "backup",
     "check",

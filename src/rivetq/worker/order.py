@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from rivetq import UsageError
 
 from ..schedules.when import SCHEDULES
-from ..tasks.outcomes import is_name, seconds_of
+from ..tasks.outcomes import is_name
 from ..tasks.running import Delivery
 from ..texts import quoted
+from ..units import seconds_of
 from .pools import Pool
 
 PREFETCH_S = 0.02

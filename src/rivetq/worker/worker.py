@@ -27,8 +27,8 @@ from ..schedules.scheduler import Scheduler
 from ..schedules.when import SCHEDULES
 from ..tasks.app import App
 from ..tasks.current import here
-from ..tasks.outcomes import seconds_of
 from ..texts import quoted
+from ..units import seconds_of
 from .fetcher import Fetcher
 from .held import LEAST_S, Held
 from .limits import Limits

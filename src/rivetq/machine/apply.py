@@ -133,6 +133,7 @@ def _apply_leased(machine: Machine, event: Leased, now_ms: int) -> None:
             machine.meets(Leased, entry)
             continue
         queue, job_id = entry.queue, entry.id
+        queue.delivered += 1
         if entry.state != LEASED:
             machine.meets(Leased, entry)
             machine.leave(entry)

@@ -15,8 +15,8 @@ class Queue:
     """One queue: its configuration, how many jobs are in each state, its totals. Which wait where: see `waiting`."""
 
     __slots__ = (
-        "acked", "bucket", "buried", "cancelled", "config", "counts", "enqueued", "expired", "keyed", "leased",
-        "limited", "name", "number", "purged", "released", "retried", "segment", "started", "token_at_ms", "ttl_ms",
+        "acked", "bucket", "buried", "cancelled", "config", "counts", "delivered", "enqueued", "expired", "keyed",
+        "leased", "limited", "name", "number", "purged", "released", "retried", "segment", "token_at_ms", "ttl_ms",
         "visibility_ms",
     )  # fmt: skip
 
@@ -27,10 +27,8 @@ class Queue:
         self.leased: set[int] = set()
         self.counts = [0, 0, 0, 0]  # jobs by state
         self.enqueued = self.acked = self.cancelled = self.purged = 0
-        # Tallies since the opening, no part of the state: ended deliveries by kind, refusals of the rate limit, and
-        # (leased, acked) at the start.
-        self.retried = self.released = self.buried = self.expired = self.limited = 0
-        self.started = (0, 0)
+        # Tallies since the opening, no part of the state: deliveries, their ends by kind, refusals of the rate limit.
+        self.delivered = self.retried = self.released = self.buried = self.expired = self.limited = 0
         self.bucket: TokenBucket | None = None
         self.keyed = True  # False: it never had a key, which is known of queues that were made since the opening
         self.token_at_ms = NEVER_MS  # when those who wait for a token are woken
@@ -48,15 +46,13 @@ class Queue:
 
     def start_tallies(self) -> None:
         """What was replayed does not count."""
-        self.retried = self.released = self.buried = self.expired = self.limited = 0
-        self.started = (self.counts[LEASED], self.acked)
+        self.delivered = self.retried = self.released = self.buried = self.expired = self.limited = 0
 
     def deliveries(self) -> Deliveries:
-        """Every delivery ended in one of these ways or is held."""
-        held, acked = self.counts[LEASED] - self.started[0], self.acked - self.started[1]
+        """What became of the deliveries since the opening."""
         failed = self.retried + self.buried
         return Deliveries(
-            leased=held + acked + failed + self.released,
+            leased=self.delivered,
             nacked=failed - self.expired,
             released=self.released,
             expired=self.expired,

@@ -338,9 +338,9 @@ BUGS = (
     ),
     Bug(
         "salvage says done",
-        "cli/repairing.py",
-        'see salvage.json")\n    return DONE if found.is_whole else DAMAGED',
-        'see salvage.json")\n    return DONE',
+        "tools/commands.py",
+        "says, Status.WHOLE if found.is_whole else Status.DAMAGED)",
+        "says, Status.WHOLE)",
         "test_cli.py::test_salvage_of_a_log_with_a_hole_is_status_1",
     ),
     Bug(

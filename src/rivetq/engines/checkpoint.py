@@ -163,6 +163,7 @@ class CheckpointingEngine(DurableEngine):
 
     def _write_index(self, lsn: int, snapshot: Snapshot, **changes: Any) -> bool:
         """False: the transaction did not happen; what the index holds is as it was, and still needed."""
+        assert lsn <= self._log.durable_lsn, f"the index is to have record {lsn}, on disk is {self._log.durable_lsn}"
         try:
             self._index.write(self._log.log_id, lsn, snapshot, **changes)
         except (lmdb.Error, OSError, ValueError) as error:

@@ -121,6 +121,7 @@ class CompactingEngine(CheckpointingEngine):
         """Drop the segments up to this one, after what lives in them was copied. Caller holds _keeper_lock."""
         if not upto:
             return
+        assert upto < max(self._log.sizes), f"segment {upto} is to be dropped and is the tail"
         self._flush()  # the successor's header must be in its file
         for segment in [s for s in sorted(self._log.sizes) if s <= upto]:
             self._copy_segment(segment)

@@ -87,9 +87,7 @@ def lease(
 
     Their payloads have `max_bytes` together at most; but one job is leased in any case, if `one_at_least`.
     """
-    ids: list[int] = []
-    attempts: list[int] = []
-    deadlines: list[int] = []
+    ids, attempts, deadlines = list[int](), list[int](), list[int]()
     places: list[tuple[int, int, int]] = []
     limited: list[Queue] = []
     for name in names:
@@ -121,7 +119,9 @@ def lease(
             if not wanted:
                 break
             here, before, visibilities = look.head(machine, window, wanted)
-            room -= (count := len(here))
+            count = len(here)
+            assert count <= room, f"{count} jobs are leased, {room} were asked for"
+            room -= count
             ids += here
             attempts += [n + 1 for n in before]
             if visibility_ms is not None:
@@ -178,6 +178,7 @@ def failed(
     first_at_once: bool = False,
 ) -> Retried | Buried:
     """The end of a delivery without an ack: a retry counted from `from_ms`, or a dead letter."""
+    assert entry.state == LEASED, f"job {entry.id} failed and is not leased"
     spec = entry.spec
     if spec.max_attempts is not None and entry.attempts >= spec.max_attempts:
         return Buried(entry.id, from_ms, error)

@@ -148,6 +148,7 @@ class GroupCommit:
         durable_lsn = self._target.sync()
         self._sync_s = 0.8 * self._sync_s + 0.2 * (time.perf_counter() - started)
         with self._lock:
+            assert self._leader is not None, "a sync without a leader"
             before = len(self._waiters)
             self._wake(durable_lsn)
             self._company = 1 + before

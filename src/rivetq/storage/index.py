@@ -77,6 +77,7 @@ class Index:
         self._dbs: dict[bytes, Any] = {}
         self._may_write = False
         self._is_forgotten = False  # this is a forked child
+        self._applied_lsn = 0  # of the last write
         self.distrusted = False
         """Damage was met: no manifest vouches for this file any more."""
         self.reads = 0
@@ -235,6 +236,7 @@ class Index:
         if self.distrusted:
             self._withdraw()
             raise OSError("the index is damaged; the next opening rebuilds it")
+        assert applied_lsn >= self._applied_lsn, f"an index of {self._applied_lsn} is to go back to {applied_lsn}"
         env = self._writable()
         with env.begin(write=True) as txn:
             dbs = {name: env.open_db(name, txn=txn) for name in _NAMES}
@@ -256,6 +258,7 @@ class Index:
         manifest = Manifest(FORMAT, log_id.hex(), applied_lsn, size, crc)
         text = json.dumps(manifest._asdict()).encode()
         replace_file(self._disk, os.path.join(self._path, MANIFEST), seal(b"manifest", text))
+        self._applied_lsn = applied_lsn
 
     @staticmethod
     def _write_key(txn: lmdb.Transaction, dbs: dict[bytes, Any], number: int, text: str, held: Key) -> None:

@@ -202,6 +202,7 @@ class Log:
         if not frames:
             return
         data, start, lsn = frames[0]
+        assert lsn == self.written_lsn + 1, f"record {lsn} is written after record {self.written_lsn}"
         if len(frames) > 1:
             lsn = frames[-1][2]
             data = b"".join([frame[0] for frame in frames])

@@ -237,6 +237,7 @@ class _Reader:
                 apply_record(machine, self.path(-1), record, last.id, without_head=without_head)
         self._check_oldest(max(oldest, machine.oldest_segment))
         self._check_names(machine)
+        assert found.applied_lsn <= end_lsn, f"the index has record {found.applied_lsn}, the log ends with {end_lsn}"
         found.sizes = dict(zip(self.numbers, self.sizes, strict=True))
         found.sizes.update(dict.fromkeys(self.dropped, 0))  # so that the log drops them once more
         return found

@@ -142,6 +142,7 @@ class SegmentFile(OwnFile):
 
     def write(self, data: bytes, offset: int) -> int:
         """Write frames; zeros go ahead of them in steps. Returns where they end."""
+        assert offset % ALIGN == 0, f"a frame at byte {offset}, which is no multiple of {ALIGN}"
         self.check()
         end = offset + len(data)
         written = offset + self._disk.pwrite(self._fd, data, offset)

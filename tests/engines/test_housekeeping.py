@@ -411,3 +411,40 @@ def test_a_job_that_left_from_the_middle_of_a_run_is_not_in_the_index(tmp_path: 
     with Broker(crashed, clock=ManualClock()) as broker:
         inside(broker).audit()
         assert [job.id for job in broker.jobs("q")] == [job_id for job_id in ids if job_id not in gone]
+
+
+def test_a_job_that_leaves_its_run_just_before_a_checkpoint_takes_it_is_in_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was single when the checkpoint before wrote it, was packed into a run for this one, and is leased again."""
+    data = tmp_path / "data"
+    with Broker(data, clock=ManualClock(), window_jobs=1024) as broker:
+
+        def more_single_jobs() -> None:
+            broker.enqueue_many("q", [b"x"] * 100)
+            for lease in broker.lease_many("q", 1000):
+                lease.release()
+
+        engine = inside(broker)
+        monkeypatch.setattr(engine, "_is_due", lambda: False)  # none but those below
+        more_single_jobs()
+        broker.checkpoint()
+        more_single_jobs()
+        tidy = engine._tidy
+
+        def tidy_and_lease() -> None:
+            tidy()
+            changes = engine._machine.changes
+            assert changes is not None
+            packed = set(changes.packed)
+            assert packed & {lease.id for lease in broker.lease_many("q", 100)}
+            assert packed - changes.packed
+
+        monkeypatch.setattr(engine, "_tidy", tidy_and_lease)
+        broker.checkpoint()
+        monkeypatch.undo()
+        engine.audit()
+        crashed = shutil.copytree(data, tmp_path / "crashed", ignore=shutil.ignore_patterns("spare-*"))
+    with Broker(crashed, clock=ManualClock()) as broker:
+        inside(broker).audit()
+        assert [job.id for job in broker.jobs("q", limit=1000)] == list(range(1, 201))

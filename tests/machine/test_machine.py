@@ -2298,7 +2298,7 @@ class Keeper:
         now = queues_in(machine)
         queues = {number: now.get(number) for number in taken.queues}
         runs = [take_run(run, machine) for run in taken.runs]
-        loose = taken.jobs & machine.jobs.keys()  # the others are gone, or in a run: that is where they are written
+        loose = taken.jobs - taken.packed  # the others are in a run, which is where they are written
         jobs: dict[int, tuple[Entry, int] | None] = {}
         self.call(calls)
         for part in (0, 1):
@@ -2338,7 +2338,11 @@ class Keeper:
         changes = self.writer.machine.changes
         assert changes is not None
         changes.jobs |= taken.jobs
-        changes.packed |= taken.packed
+        for job_id in taken.packed:
+            if (entry := self.writer.machine.jobs.get(job_id)) is None:
+                changes.packed.add(job_id)
+            else:
+                entry.indexed = True
         changes.gone |= taken.gone
         changes.queues |= taken.queues
         for run in taken.runs:

@@ -234,8 +234,8 @@ class UnspeakableError(Exception):
     ("end", "last_error"),
     [
         (lambda: UnspeakableError(), "UnspeakableError: (its text cannot be made: ValueError)"),
-        (lambda: Retry(-1), "UsageError: delay: seconds or a timedelta expected, got -1"),
-        (lambda: Snooze("soon"), "UsageError: delay: seconds or a timedelta expected, got 'soon'"),
+        (lambda: Retry(-1), "UsageError: delay: 0 seconds to 100 years expected, got -1"),
+        (lambda: Snooze("soon"), "UsageError: delay: seconds (int, float) or a timedelta expected, got str 'soon'"),
         (lambda: Reject(7), "UsageError: reason: a str expected, got 7"),
         (lambda: ValueError("x" * 5000), "ValueError: " + "x" * (4096 - 12)),
         (lambda: ValueError("\ud800"), "ValueError: \\ud800"),

@@ -122,13 +122,13 @@ class CheckpointingEngine(DurableEngine):
                 snapshot, lsn = saving.snapshot(machine), self._last_lsn()
                 runs = [self._take_run(run) for run in changes.runs]
                 queues = [(number, self._take_queue(number)) for number in changes.queues]
-                # What is in a run now is written with it, whoever takes it out before its slice.
-                loose = changes.jobs & machine.jobs.keys()
                 unsaved = self._unsaved_bytes
                 # Last, and at once: whatever breaks in finds them in one place or in the other.
                 taken, machine.changes, self._unsaved_bytes = changes, Changes(), 0
-            jobs = [item for part in self._slices(sorted(loose)) for item in self._take_jobs(part)]
-            jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs - loose]
+            # What was in a run at that moment is written with it, even if it leaves it before its slice.
+            loose = sorted(taken.jobs - taken.packed)
+            jobs = [item for part in self._slices(loose) for item in self._take_jobs(part)]
+            jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs & taken.packed]
             with self._lock:
                 # Last: a job that ended after `lsn` and before its slice is gone from the index, and replay skips the
                 # end of a job that it does not know: the key that it left behind must be in the index as well.
@@ -163,7 +163,6 @@ class CheckpointingEngine(DurableEngine):
 
     def _write_index(self, lsn: int, snapshot: Snapshot, **changes: Any) -> bool:
         """False: the transaction did not happen; what the index holds is as it was, and still needed."""
-        assert lsn <= self._log.durable_lsn, f"the index is to have record {lsn}, on disk is {self._log.durable_lsn}"
         try:
             self._index.write(self._log.log_id, lsn, snapshot, **changes)
         except (lmdb.Error, OSError, ValueError) as error:
@@ -248,7 +247,11 @@ class CheckpointingEngine(DurableEngine):
             assert changes is not None
             self._unsaved_bytes += unsaved
             changes.jobs |= taken.jobs
-            changes.packed |= taken.packed
+            for job_id in taken.packed:
+                if (entry := machine.jobs.get(job_id)) is None:
+                    changes.packed.add(job_id)
+                else:  # it left its run meanwhile
+                    entry.indexed = True
             changes.cells += taken.cells
             changes.gone |= taken.gone
             changes.queues |= taken.queues

@@ -183,6 +183,7 @@ def _lease_from(machine: Machine, queue: Queue, priority: int, ids: Sequence[int
         machine.touch(run)
         for entry in popped:
             jobs[entry.id] = entry
+        machine.unpack(popped)
         queue.leased.update(column[first : first + count])
         queue.counts[READY] -= count
         queue.counts[LEASED] += count

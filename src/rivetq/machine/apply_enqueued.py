@@ -152,5 +152,6 @@ def _enqueue_loose(
         )  # fmt: skip
         offset += length
         machine.jobs[entry.id] = entry
+        machine.unpack((entry,))
         machine.note(entry)
         machine.line_up(entry)

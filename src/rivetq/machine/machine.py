@@ -184,8 +184,17 @@ class Machine:
         self.touch(run)
         run.queue.counts[state] -= 1
         self.jobs[entry.id] = entry
+        self.unpack((entry,))
         self.note(entry)
         return entry
+
+    def unpack(self, entries: Iterable[Entry]) -> None:
+        """These jobs just left runs. What the index has of them from the time before is theirs again."""
+        if self.changes is not None and self.changes.packed:
+            for entry in entries:
+                if entry.id in self.changes.packed:
+                    self.changes.packed.discard(entry.id)
+                    entry.indexed = True
 
     def lose(self, found: Found) -> None:
         """A job in a run is gone for good, and its key is free."""

@@ -53,6 +53,6 @@ class Changes:
         self.jobs: set[int] = set()  # loose jobs
         self.runs: set[Run] = set()
         self.cells = 0  # jobs that were put into runs: what these weigh in memory
-        self.packed: set[int] = set()  # loose jobs that the index knows and that were put into a run since
+        self.packed: set[int] = set()  # loose jobs that the index knows and that are in a run, or gone, since
         self.gone: set[int] = set()  # numbers of saved runs that are used up
         self.queues: set[int] = set()  # numbers of queues; those that are not there any more were removed

@@ -1,7 +1,7 @@
-"""Checkpoints: what changed since the last one goes into the index, so that a recovery replays only the log behind it.
+"""Checkpoints: write all changes since the last one into the index. A recovery then replays only the log behind it.
 
-They keep memory within bounds, too. What is in the index need not be in memory: runs are put away, keys are frozen.
-All of it runs in the keeper's thread, in slices under the lock while calls go on.
+They also keep memory within bounds. What is in the index need not be in memory: runs are put away, keys are frozen.
+All of this runs in the keeper's thread, in slices under the lock while calls go on.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from .durable import DurableEngine
 logger = logging.getLogger("rivetq")
 
 CHECKPOINT_BYTES = 64 * 2**20
-"""Log that a recovery may have to replay, about; a smaller segment lowers it."""
+"""About how many bytes of log a recovery may have to replay. A smaller segment lowers it."""
 CHECKPOINT_S = 30.0
 SLICE = 50
 """Jobs per hold of the lock during a checkpoint: some 200 us."""
 WORK_S, REST_S = 0.001, 0.0001
-"""A background thread that computes without a pause makes every other thread wait for the interpreter's 5 ms switch
-interval after each of its system calls; one that rests for a moment after each millisecond of work does not. It does
-not rest more often, since it may wait that long itself to go on."""
+"""A background thread that never pauses makes every other thread wait for the interpreter's 5 ms switch interval after
+each system call. To avoid that, this one rests for a moment after each millisecond of work. It does not rest more
+often: after each rest it may have to wait that long itself."""
 SWEEP_KEYS = 100_000
-"""Ended keys that one checkpoint removes at most."""
+"""The most ended keys that one checkpoint removes."""
 PACK_SLICE = 128
 """Loose jobs that are put into a run per hold of the lock."""
 RESIDENT_RUNS = 2
 """Runs at the head of a window that stay in memory: the one that is leased from, and the next."""
 LOOSE_SHARE = 8
-"""A job or key that is an object weighs some eight times as much as one in a run."""
+"""A job or key that is an object takes some eight times as much memory as one in a run."""
 RUNS_READ = 64
 """Runs read back from the index after which those not at a head are put away again."""
 
@@ -56,7 +56,7 @@ class CheckpointingEngine(DurableEngine):
         machine, clock, now_ms, boot_ms, durable: see `DurableEngine`.
         index: of the same directory, open.
         segment_bytes: the size of a segment.
-        window_jobs: so many jobs, or fewer, wait in memory for a checkpoint.
+        window_jobs: the most jobs that wait in memory for a checkpoint.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class CheckpointingEngine(DurableEngine):
         self._checkpoint_bytes = min(CHECKPOINT_BYTES, segment_bytes)
         self._window_jobs = window_jobs
         self._keeper_lock = threading.Lock()  # one checkpoint or compaction at a time
-        self._runs_read = 0  # what the index had read back when runs were last put away
-        self._not_before_s = 0.0  # no checkpoint by itself before this: the last one failed, and each takes all anew
+        self._runs_read = 0  # how many runs the index had read back when runs were last put away
+        self._not_before_s = 0.0  # no automatic checkpoint before this: one failed, and each attempt starts from zero
         self._rested_s = 0.0  # when the keeper last gave way to others
         self._checkpoints = 0
         super().__init__(machine, clock, now_ms, boot_ms, **durable)
@@ -89,11 +89,11 @@ class CheckpointingEngine(DurableEngine):
         return value
 
     def _keeps_much(self) -> bool:
-        """Runs that were read back since others were put away."""
+        """Whether many runs were read back since runs were last put away."""
         return self._index.reads - self._runs_read > RUNS_READ
 
     def _is_due(self) -> bool:
-        """A checkpoint: the log to replay, or what waits in memory for one, got long."""
+        """Whether a checkpoint is due: the log to replay, or what waits in memory for one, is long."""
         machine = self._machine
         changes = machine.changes
         return changes is not None and (
@@ -105,11 +105,11 @@ class CheckpointingEngine(DurableEngine):
     def _checkpoint(self, *, last: bool = False) -> None:
         """Write what changed since the last one into the index. Caller holds _keeper_lock, not _lock.
 
-        Runs are written as they were at `lsn`: their columns are shared, nobody changes what was taken. Loose jobs and
-        keys are taken in slices while calls go on; replay from `lsn` makes them whole (see events).
+        Runs are written as they were at `lsn`: their columns are shared, and the part that was taken never changes.
+        Loose jobs and keys are taken in slices while calls go on; replay from `lsn` makes them whole (see events).
         """
         if not last:
-            self._check()  # whoever waited for _keeper_lock while close() had it comes too late
+            self._check()  # close() may have run while this caller waited for _keeper_lock
         with self._or_fail():
             self._check_files()
         machine = self._machine
@@ -123,21 +123,21 @@ class CheckpointingEngine(DurableEngine):
                 runs = [self._take_run(run) for run in changes.runs]
                 queues = [(number, self._take_queue(number)) for number in changes.queues]
                 unsaved = self._unsaved_bytes
-                # Last, and at once: whatever breaks in finds them in one place or in the other.
+                # Last, and in one statement: an exception finds the changes either here or there.
                 taken, machine.changes, self._unsaved_bytes = changes, Changes(), 0
             # What was in a run at that moment is written with it, even if it leaves it before its slice.
             loose = sorted(taken.jobs - taken.packed)
             jobs = [item for part in self._slices(loose) for item in self._take_jobs(part)]
             jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs & taken.packed]
             with self._lock:
-                # Last: a job that ended after `lsn` and before its slice is gone from the index, and replay skips the
-                # end of a job that it does not know: the key that it left behind must be in the index as well.
+                # Keys last. A job that ended after `lsn` and before its slice is missing in the index, and replay skips
+                # the end of a job that it does not know. So the index must have the key that the job left behind.
                 keys = machine.keys.freeze()
                 key_counts = dict(machine.keys.counts)
                 last_lsn = self._last_lsn()
             self._wait_durable(last_lsn)  # the index is never ahead of the disk
             with self._or_fail():
-                self._check_files()  # once more: it took a while
+                self._check_files()  # once more: the write took a while
             gone = [(number.to_bytes(8, "big"), None) for number in sorted(taken.gone)]
             is_written = self._write_index(
                 lsn,
@@ -153,7 +153,7 @@ class CheckpointingEngine(DurableEngine):
                 return
             with self._lock:
                 machine.keys.written(self._index)
-        except BaseException:  # also behind a write that succeeded: then the same is written once more
+        except BaseException:  # even if the write succeeded: then the same is written once more
             self._take_back(taken, unsaved)
             raise
         if self._keeps_much():
@@ -162,7 +162,7 @@ class CheckpointingEngine(DurableEngine):
             self._put_away({run.queue.number for run in taken.runs})
 
     def _write_index(self, lsn: int, snapshot: Snapshot, **changes: Any) -> bool:
-        """False: the transaction did not happen; what the index holds is as it was, and still needed."""
+        """False: the transaction did not happen. The index is unchanged, and its content is still needed."""
         try:
             self._index.write(self._log.log_id, lsn, snapshot, **changes)
         except (lmdb.Error, OSError, ValueError) as error:
@@ -197,18 +197,18 @@ class CheckpointingEngine(DurableEngine):
         return _TakenRun(run, run.state, columns, run.at, len(columns), bytes(run.gone or b""))
 
     def _take_queue(self, number: int) -> tuple[QueueCopied, int] | None:
-        # Caller holds self._lock. None: it was removed.
+        # Caller holds self._lock. None: the queue was removed.
         queue = self._machine.numbers.get(number)
         return None if queue is None else (saving.queue_copied(queue), queue.segment)
 
     def _put_away_all(self) -> None:
-        """`_put_away` for all queues. Costs a walk over these."""
-        self._runs_read = self._index.reads  # first: what is read meanwhile is put away the next time
+        """`_put_away` for all queues. Costs a walk over all of them."""
+        self._runs_read = self._index.reads  # first: runs that are read meanwhile are put away the next time
         self._put_away(list(self._machine.waiting))
 
     def _put_away(self, numbers: Iterable[int]) -> None:
-        """Let go of the columns of runs of these queues that are in the index as they are: not of the head of a window,
-        nor of one that still grows or has payloads in memory."""
+        """Let go of the columns of these queues' runs that are unchanged in the index. Exceptions: runs at the head of
+        a window, and runs that still grow or have payloads in memory."""
         machine = self._machine
         with self._lock:
             found = (machine.waiting.get(number) for number in numbers)
@@ -240,7 +240,7 @@ class CheckpointingEngine(DurableEngine):
         return items
 
     def _take_back(self, taken: Changes, unsaved: int) -> None:
-        """The checkpoint did not happen: what it took is still to be written."""
+        """The checkpoint did not happen: the changes that it took must be written by the next one."""
         machine = self._machine
         with self._lock:
             changes = machine.changes

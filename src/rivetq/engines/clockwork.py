@@ -1,6 +1,6 @@
 """The lock, the time and the end of an engine that lives in this process: everything that its verbs share.
 
-One call goes like this: take the lock, let the clock act, decide, record, apply, wake who waits; drop the lock; wait
+Each call takes these steps: take the lock, let the clock act, decide, record, apply, wake lessees; drop the lock; wait
 until the record is safe. Everything under the lock takes microseconds and never waits for a disk or calls user code.
 
 The engine stops for good (`_fail`) when log and machine may differ, or when the disk can no longer be trusted. Every
@@ -45,12 +45,12 @@ ROOM_RETRY_S = 1.0
 JOIN_S = 2.0
 """How long close() waits for one of its threads: far longer than a slice of their work takes."""
 TURN_S = 0.0001
-"""Between two parts of a large change, for others to take the lock: a thread that takes it again at once gets it before
-those who wait."""
+"""The pause between two parts of a large change, so that others get the lock. A thread that takes it again at once
+would get it before those who wait."""
 
 
 class NeedRoomError(Exception):
-    """Internal: the record does not fit into the space that is ready; make room outside the lock and decide again."""
+    """Internal: the record does not fit into the space that is ready. Make room outside the lock and decide again."""
 
     def __init__(self, body_length: int, snapshot_length: int | None, keep_reserve: bool) -> None:
         super().__init__(body_length)
@@ -82,14 +82,14 @@ class Clockwork:
         self._failure: BaseException | None = None
         self._lessees = Lessees()
         self._behind = False  # the last tick left something for the next
-        self._needs_room: NeedRoomError | None = None  # the record of ended leases did; the timer makes it
-        self._timer_at_ms = NEVER_MS  # when the timer thread wakes by itself, or was told to look
+        self._needs_room: NeedRoomError | None = None  # for the record of ended leases; the timer makes the room
+        self._timer_at_ms = NEVER_MS  # when the timer thread wakes by itself, or was poked for
         self._timer_poked = threading.Event()
         self._stopping = threading.Event()  # close() has begun
         self._close_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._unsubscribe: Callable[[], None] = _nothing
-        self._soon: Notifier | None = None  # made when it is needed: it refers to the engine, and most live without
+        self._soon: Notifier | None = None  # made when it is needed: most engines never need one
         self._soon_lock = threading.Lock()
         _live.add(self)
 
@@ -98,7 +98,7 @@ class Clockwork:
         found = self._soon
         if found is None:
             with self._soon_lock:
-                self._check()  # close() ends the one that is there; none comes after it
+                self._check()  # close() ends the one that is there; none may start after that
                 found = self._soon = self._soon or Notifier(self._settle, self._start_thread, self._fail)
         return found
 
@@ -115,7 +115,7 @@ class Clockwork:
     # With files
 
     def _record(self, events: Sequence[Event], now_ms: int, keep_reserve: bool = False) -> int:
-        """Write down and apply what was decided; the lsn of the record. It may raise NeedRoomError: nothing is done."""
+        """Record and apply the events; returns the record's lsn. After a NeedRoomError nothing was done."""
         # Caller holds self._lock.
         try:
             self._apply(events, now_ms, Place())
@@ -132,11 +132,11 @@ class Clockwork:
         """Return when the record has been handed to the operating system and, if `sync`, is as durable as promised."""
 
     def _settle_enqueues(self, lsn: int) -> None:
-        """`_settle` for jobs that are leased: mostly their records were settled long ago."""
+        """`_settle` for jobs that are leased. The records of most of them were settled long ago."""
 
     def _settle_soon(self, lsn: int, tell: Tell) -> bool:
-        """Leave `tell` to be called when the record is as durable as promised; False: `_settle` does not wait."""
-        # Caller holds self._lock: whoever closes the engine tells all who came before.
+        """Have `tell` called when the record is as durable as promised; False: `_settle` would not wait."""
+        # Caller holds self._lock: then close() tells everything that was left here before it.
         return False
 
     def _payloads(self, entries: Sequence[Entry]) -> list[bytes | None]:
@@ -157,7 +157,10 @@ class Clockwork:
         sync: bool = True,
         once: Once | None = None,
     ) -> Any:
-        """Decide, record, apply, and wait until it is durable (`sync`); the answer of `plan`, or of the first time."""
+        """Decide, record, apply, and wait until the record is durable (`sync`).
+
+        Returns the answer of `plan`, or the one remembered for `once`.
+        """
         while True:
             if self._ended is not None:  # before the lock: in a forked child its holder may not exist
                 self._check()
@@ -189,8 +192,8 @@ class Clockwork:
         return events, answer
 
     def _apply(self, events: Sequence[Event], now_ms: int, place: Place) -> None:
-        # Caller holds self._lock, and fails the engine if this does not come to its end: log and machine differ then,
-        # or a lessee sleeps that should not. That goes for any exception, KeyboardInterrupt included.
+        # Caller holds self._lock. It fails the engine on any exception from here, KeyboardInterrupt included: log and
+        # machine differ then, or a lessee sleeps that should not.
         machine = self._machine
         for event in events:
             apply(machine, event, now_ms, place)
@@ -200,12 +203,12 @@ class Clockwork:
             self._poke_timer()
 
     def _poke_timer(self) -> None:
-        # Caller holds self._lock. The clock acts earlier than the timer thinks; one poke is enough.
+        # Caller holds self._lock. The clock acts earlier than the timer expects; one poke is enough.
         self._timer_at_ms = self._machine.wake_ms
         self._timer_poked.set()
 
     def _wake_lessees(self, names: Iterable[str] | None = None) -> None:
-        # Caller holds self._lock. Without names: those of the queues that something came to since the last time.
+        # Caller holds self._lock. Without names: the queues that got jobs since the last time.
         machine = self._machine
         if self._lessees.lines:
             without_token = self._lessees.wake(machine, machine.woken if names is None else names)
@@ -236,7 +239,7 @@ class Clockwork:
     # Time
 
     def _tick(self) -> int:
-        # Caller holds self._lock. First thing in every call: nothing is decided on a state that time has overtaken.
+        # Caller holds self._lock. Every call begins with this: no decision rests on a state that is out of date.
         if self._ended is not None:
             self._check()
         machine = self._machine
@@ -254,7 +257,7 @@ class Clockwork:
             try:
                 self._record(ended, now_ms)
             except NeedRoomError as need:
-                self._needs_room = need  # these leases end when there is room, which the timer makes
+                self._needs_room = need  # these leases end when the timer has made room
                 self._timer_poked.set()
             else:
                 tally_expired(machine, ended)
@@ -269,7 +272,7 @@ class Clockwork:
             if self._machine.woken:
                 self._wake_lessees()
         except BaseException as error:
-            # What the clock changes is in no record: a machine that is half changed may not go on.
+            # No record holds the clock's changes, so a machine that is half changed may not go on.
             self._fail(error)
             raise
 
@@ -299,7 +302,7 @@ class Clockwork:
             self._timer_poked.wait(None if timeout_s is None else min(timeout_s, LONGEST_SLEEP_S))
 
     def _room_for_ends(self, need: NeedRoomError) -> bool:
-        """Make room for the record of ended leases; whether there is some now."""
+        """Make room for the record of ended leases. Returns whether there is room now."""
         try:
             self._make_room(need)
         except DiskFullError:

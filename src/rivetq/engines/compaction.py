@@ -1,4 +1,4 @@
-"""Compaction: which segments of the log go, and copying what lives in them to the tail first."""
+"""Compaction: choose the segments to drop, and copy what lives in them to the tail first."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..storage.segment import Record, Scan, read_header
 from .checkpoint import CheckpointingEngine
 
 MANY_SEGMENTS, SMALL_SEGMENT_BYTES = 16, 2**20
-"""Every opening begins a segment. More than so many, and one more for each so many bytes of log, are swept up though
-they hold little."""
+"""Every opening begins a segment. Above this number, plus one for each so many bytes of log, small segments are swept
+up although there is little to gain."""
 SWEEP_BYTES, SWEEP_BYTES_MOST = 2**20, 16 * 2**20
-"""Log that an opening sweeps up for each MANY_SEGMENTS that there are, and at most: a program that opens, makes one
-call and closes gives the keeper no turn."""
+"""Bytes of log that an opening sweeps up: for each MANY_SEGMENTS that there are, and at most. A program that opens,
+makes one call and closes gives the keeper no turn."""
 COPY_JOBS, COPY_BYTES = 32, 256 * 1024
 """Jobs and payload bytes per record of a compaction."""
 COPY_QUEUES = 64
 """Queues per record of a compaction."""
 FEW_QUEUES = 0.125
-"""A segment in which nothing lives but queues, with a share of no more than this, goes as if it held nothing."""
+"""If only queues live in a segment, and their share is no more than this, it counts as empty."""
 WORTH_COPYING = 0.75
-"""On demand, a segment with a larger share of live bytes than this is left alone."""
+"""A compaction on demand leaves a segment alone if its share of live bytes is larger than this."""
 
 
 class CompactingEngine(CheckpointingEngine):
-    """Gives back the disk of what is gone."""
+    """Frees the disk space of jobs that are gone."""
 
     def __init__(self, machine: Machine, clock: Clock, now_ms: int, boot_ms: int, **checkpointing: Any) -> None:
         self._short_of_space = False  # the keeper met a full disk
@@ -46,8 +46,8 @@ class CompactingEngine(CheckpointingEngine):
     def _garbage_upto(self) -> int:
         """The last segment that is worth dropping now, 0 if none: oldest first, until half of the log is live.
 
-        A segment in which nothing is live is dropped without copying, but for a few queues. What is rewritten stays
-        below what is reclaimed, so the write amplification is below 2.
+        A segment in which nothing is live but a few queues is dropped; only these queues are copied. Fewer bytes are
+        rewritten than reclaimed, so the write amplification is below 2.
         """
         with self._lock:
             sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
@@ -67,8 +67,8 @@ class CompactingEngine(CheckpointingEngine):
     def _small_upto(self, sizes: dict[int, int], room: int) -> int:
         """If many segments hold little: the last of the oldest ones that have no more than `room` bytes, 0 if none.
 
-        What is large and lies before them has to be copied first, a segment at a time. That is why so many bytes allow
-        one segment more: sweeping goes on until the small ones are one, and not before it is worth its while.
+        A large segment that lies before them has to be copied first, one at a time. For that reason the allowed number
+        grows with the bytes of the log: sweeping begins when it is worth that, and ends when the small ones are one.
         """
         small = min(SMALL_SEGMENT_BYTES, self._segment_bytes // 4)
         upto = 0
@@ -81,7 +81,7 @@ class CompactingEngine(CheckpointingEngine):
         return upto
 
     def _copyable_upto(self) -> int:
-        """On demand: the last segment with a fair share of garbage; all before it must go first."""
+        """On demand: the last segment with a fair share of garbage. All segments before it must go first."""
         with self._lock:
             sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
         return max((s for s in sorted(sizes)[:-1] if live.get(s, 0) <= WORTH_COPYING * sizes[s]), default=0)
@@ -91,8 +91,8 @@ class CompactingEngine(CheckpointingEngine):
     def _sweep(self) -> None:
         """At an opening: if many segments hold little, put what lives in the oldest of them into the new one.
 
-        The more there are, the more it may copy: what an opening pays on average has a limit, and so has their number.
-        Damage is left for the keeper to meet: no opening is refused, after it changed something, for the sake of this.
+        The more there are, the more it may copy. That bounds both their number and the average cost of an opening.
+        Damage is left for the keeper to meet: an opening that has changed something is not refused because of it.
         """
         sizes = dict(self._log.sizes)
         upto = self._small_upto(sizes, min(SWEEP_BYTES_MOST, SWEEP_BYTES * len(sizes) // MANY_SEGMENTS))
@@ -118,7 +118,7 @@ class CompactingEngine(CheckpointingEngine):
     # Copying
 
     def _compact(self, upto: int) -> None:
-        """Drop the segments up to this one, after what lives in them was copied. Caller holds _keeper_lock."""
+        """Copy what lives in the segments up to this one, then drop them. Caller holds _keeper_lock."""
         if not upto:
             return
         assert upto < max(self._log.sizes), f"segment {upto} is to be dropped and is the tail"
@@ -139,7 +139,7 @@ class CompactingEngine(CheckpointingEngine):
             self._log.drop(upto)
 
     def _copy_queues(self, upto: int) -> None:
-        """Rewrite at the tail the queues that were written in these segments last."""
+        """Rewrite at the tail the queues whose last copy is in these segments."""
         machine = self._machine
 
         def plan(part: Sequence[int], now_ms: int) -> tuple[list[Event], None]:

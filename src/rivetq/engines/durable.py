@@ -1,7 +1,7 @@
 """A log behind the running machine: every change is a record, and is answered when the record is as safe as promised.
 
-The mode `fsync` says when that is: after a sync ("always"), or as soon as the operating system has it ("interval",
-"never"). In a relaxed mode a few records are synced all the same, such as those that promise ids.
+The mode `fsync` says when a record is safe: after a sync ("always"), or as soon as the operating system has it
+("interval", "never"). In a relaxed mode a few records are synced all the same, such as those that promise ids.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .live import LiveEngine
 from .notifier import Tell
 
 LOOK_RECORDS, LOOK_BYTES = 8, 4096
-"""One record in so many, and every large one, looks whether the keeper has something to do."""
+"""Every so many records, and after a large one, the engine checks whether the keeper has something to do."""
 
 
 class DurableEngine(LiveEngine):
@@ -62,7 +62,7 @@ class DurableEngine(LiveEngine):
 
     capabilities = Capabilities(durable=True, shared=False, strict_order=True)
     _ahead: Ahead
-    """Which leases were taken in advance. There as soon as the former owner's leases have been looked through."""
+    """Notes which leases were taken in advance. Set once the former owner's leases have been examined."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class DurableEngine(LiveEngine):
         fsync: FsyncMode,
         fsync_interval: float,
     ) -> None:
-        # All of it before the engine is known to those that a fork tells.
+        # Set all of this before `super().__init__` makes the engine known to the fork handlers.
         self._path = path
         self._disk = disk
         self._owner = owner
@@ -87,7 +87,7 @@ class DurableEngine(LiveEngine):
         self._fsync = fsync
         self._fsync_interval = fsync_interval
         self._sync_poked = threading.Event()
-        self._must_sync: tuple[int, ...] = ()  # records that are synced in every mode and are not known to be
+        self._must_sync: tuple[int, ...] = ()  # records that are synced in every mode, and may not be yet
         self._unsaved_bytes = 0  # log written since the last checkpoint began
         self._keeper_poked = threading.Event()
         super().__init__(machine, clock, now_ms, boot_ms)
@@ -98,13 +98,13 @@ class DurableEngine(LiveEngine):
             self._start_thread("rivetq-sync", self._run_sync)
 
     def _is_due(self) -> bool:
-        """Whether a checkpoint is: the keeper is poked then."""
+        """Whether a checkpoint is due; the keeper is poked then."""
         raise NotImplementedError
 
     # Records (see Clockwork, "With files")
 
     def _record(self, events: Sequence[Event], now_ms: int, keep_reserve: bool = False) -> int:
-        # Caller holds self._lock. Every change passes here, so it goes straight on.
+        # Caller holds self._lock. Every change passes here, so this code calls as little as it can.
         body = encode_record(events, now_ms)
         length, log = len(body), self._log
         if length > MAX_BODY_BYTES:
@@ -128,7 +128,7 @@ class DurableEngine(LiveEngine):
         return lsn
 
     def _room_for(self, length: int, keep_reserve: bool) -> bytes | None:
-        """The snapshot of the segment that begins with a record of this length; None: it fits into the tail."""
+        """The snapshot for a new segment, if a record of this length needs one; None: the record fits into the tail."""
         space = self._log.space
         snapshot = snapshot_length = None
         if not space.fits(length) and not space.can_extend(length):
@@ -143,7 +143,7 @@ class DurableEngine(LiveEngine):
         try:
             self._log.begin_segment(snapshot, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms, body_length=body_length)
         except BaseException as error:
-            # The log may be half in the old segment and half in the new one: nobody may go on from here.
+            # The log may be half in the old segment and half in the new one: the engine must not go on.
             self._fail(error)
             raise
 
@@ -184,7 +184,7 @@ class DurableEngine(LiveEngine):
         return not self._must_sync or self._must_sync[-1] <= self._log.durable_lsn
 
     def _is_to_sync(self, lsn: int) -> bool:
-        """Who answers for this record waits for the disk: in a relaxed mode, for one up to it that must not go."""
+        """Whether the answer waits for a sync. In a relaxed mode: only if a record up to this one must be synced."""
         if self._fsync == "always":
             return True
         must_sync, durable_lsn = self._must_sync, self._log.durable_lsn  # ascending
@@ -203,17 +203,17 @@ class DurableEngine(LiveEngine):
         self._group.fail(error)
 
     def record(self, events: Sequence[Event]) -> None:
-        """Write down what was decided elsewhere; not synced (see salvage)."""
+        """Record events that were decided elsewhere, without a sync (see salvage)."""
         self._change(lambda now_ms: (list(events), None), sync=False)
 
     def _flush(self) -> None:
-        """Write the log's buffer, a begun segment without records included."""
+        """Write the log's buffer, including the header of a segment that has no records yet."""
         with self._or_fail():
             self._log.flush()
 
     @contextmanager
     def _or_fail(self) -> Iterator[None]:
-        """What the disk refuses stops the broker, and so does what breaks into a write or a sync."""
+        """An error of the disk stops the broker, and so does an exception that interrupts a write or a sync."""
         try:
             yield
         except Exception as error:
@@ -231,7 +231,7 @@ class DurableEngine(LiveEngine):
         self._wait_durable(lsn)
 
     def _wait_durable(self, lsn: int) -> None:
-        """Whatever the mode."""
+        """Return when the record is on disk, in every mode."""
         with self._or_fail():
             self._group.wait(lsn)
 
@@ -306,7 +306,7 @@ class DurableEngine(LiveEngine):
         ]
 
     def _read_many(self, entries: Sequence[Entry]) -> list[bytes | None]:
-        """Payloads from the log; None for those that are somewhere else by now."""
+        """Payloads from the log; None for a job that was copied elsewhere meanwhile."""
         with self._reading():
             self._log.write(max(entry.lsn for entry in entries))
             return self._log.read_many([(entry.segment, entry.offset, entry.length, entry.crc) for entry in entries])
@@ -330,7 +330,7 @@ class DurableEngine(LiveEngine):
         try:
             yield
         except (StorageError, OSError) as error:
-            self._check()  # closed meanwhile: that is the reason
+            self._check()  # if the broker was closed meanwhile, that is the reason
             self._fail(error)
             if isinstance(error, StorageError):
                 raise
@@ -348,7 +348,7 @@ class DurableEngine(LiveEngine):
     def _check_files(self) -> None:
         """Raises OSError if the program closed files of ours.
 
-        Then that of the index, whose descriptor is LMDB's own, may be another's as well, and the lock is gone.
+        Then the lock is gone, and LMDB's own descriptor, the index, may belong to another file as well.
         """
         self._owner.check()
         self._log.check()

@@ -20,10 +20,10 @@ from .lessees import Lessee, SleepingLessee
 from .looking import LookingEngine
 
 PART_LEASES = 5000
-"""Jobs that one record of a lease takes at most, so that other calls get their turn in between."""
+"""The most jobs that one record of a lease takes, so that other calls get their turn in between."""
 _Taken = tuple[int, int, Leased, list[Entry], list[str | None]]
 """Jobs that were leased and not handed out yet: the lsn, the moment and the event of the lease; the jobs, and their
-last errors as they were then."""
+last errors at that moment."""
 _grant: Callable[[tuple[Any, ...]], Grant] = partial(tuple.__new__, Grant)  # a third of the time of a call of the class
 
 
@@ -43,7 +43,7 @@ class LeasingEngine(LookingEngine):
             taken = self._wait_for_jobs(request, lessee)
         except BaseException:
             if self._ended is None:
-                with self._lock:  # KeyboardInterrupt, just when it was woken: hand the wake-up on
+                with self._lock:  # a KeyboardInterrupt may come just as it is woken: pass the wake-up on
                     self._lessees.remove(lessee, request.queues)
                     self._wake_lessees(request.queues)
             raise
@@ -56,23 +56,23 @@ class LeasingEngine(LookingEngine):
             self._ready_for_unbegun()
         found = SoonLease(self, request, done)
         found.look()
-        if self._ended == "forked":  # meanwhile: in the child there is no thread to tell
+        if self._ended == "forked":  # forked meanwhile: the child has no thread that could tell
             self._check()
         return found
 
     def begin(self, token: int) -> None:
-        """What is leased in memory ends with the process, so no opening asks for it."""
+        """Nothing to do: leases in memory end with the process, so no opening asks whether they began."""
         if self._ended is not None:
             self._check()
 
     def _ready_for_unbegun(self) -> None:
-        """What `_note_unbegun` needs from the disk."""
+        """Get from the disk what `_note_unbegun` needs."""
 
     def _forget_unbegun(self, event: Leased) -> None:
         """The record of these leases could not be made."""
 
     def _note_unbegun(self, event: Leased) -> None:
-        """These leases are taken in advance: with files, an opening after a crash will know."""
+        """Note that these leases are taken in advance. With files, an opening after a crash will know it."""
 
     def _take_now(self, request: Take, *, one_at_least: bool = True) -> _Taken | None:
         while True:
@@ -98,7 +98,7 @@ class LeasingEngine(LookingEngine):
                 continue
             if taken is not None or over:
                 return taken
-            if self._ended is None:  # else whoever ended it may have looked for lessees before this one was there
+            if self._ended is None:  # else the engine may have woken all lessees before this one was in the line
                 lessee.park(timeout_s)
 
     def _attempt(
@@ -131,7 +131,7 @@ class LeasingEngine(LookingEngine):
                 return None
             try:
                 if not begun:
-                    self._note_unbegun(event)  # first: a crash behind the record finds it
+                    self._note_unbegun(event)  # first: after a crash behind the record the note must be there
                 events: list[Event] = [event]
                 if once is not None:
                     answer = Took(event.ids, event.tokens)
@@ -150,7 +150,7 @@ class LeasingEngine(LookingEngine):
             return lsn, now_ms, event, entries, [entry.last_error for entry in entries]
 
     def _granted_before(self, request: Take, lessee: Lessee | None, took: Took, now_ms: int) -> _Taken:
-        # Caller holds self._lock. What the same request leased before, as far as it is in force.
+        # Caller holds self._lock. The leases that the same request took before, as far as they are in force.
         entries = [self._machine.jobs[job_id] for job_id in took.ids]
         deadlines = [entry.deadline_ms for entry in entries]
         event = Leased(took.ids, took.tokens, [entry.attempts for entry in entries], deadlines)
@@ -160,7 +160,7 @@ class LeasingEngine(LookingEngine):
         return self._last_lsn(), now_ms, event, entries, [entry.last_error for entry in entries]
 
     def _hand_out_all(self, request: Take, taken: _Taken) -> list[Grant]:
-        """What was taken, and of a larger lease the rest, a part at a time: other calls get their turn in between."""
+        """Hand out what was taken. The rest of a large lease is taken in parts, so that other calls get their turn."""
         grants = self._hand_out(taken)
         if request.max_jobs <= PART_LEASES or request.once is not None:
             return grants
@@ -177,7 +177,7 @@ class LeasingEngine(LookingEngine):
                 taken, part = more, len(more[3])
                 grants += self._hand_out(taken)
         except RivetQError:
-            pass  # what was leased before is handed out
+            pass  # the jobs that were leased before are handed out
         return grants
 
     def _hand_out(self, taken: _Taken) -> list[Grant]:
@@ -187,7 +187,7 @@ class LeasingEngine(LookingEngine):
         # With a sync in every call nothing is handed out that a power cut could still take back.
         self._settle_enqueues(max([entry.lsn for entry in entries], default=0))
         now_ms = self.clock.boot_ms() + self._offset_ms
-        # What may have changed since is taken from the event. No payload: the lease ended while it was read.
+        # The event has the values that may have changed since. No payload: the lease ended while it was read.
         return [
             _grant((
                 entry.id, entry.queue.name, payload, entry.spec.headers, entry.spec.priority, attempt, token,
@@ -212,13 +212,13 @@ class SoonLease:
         self._done = done
         self._woken = False  # guarded by the engine's lock, as is `over`
         self.over = False  # it has leased, failed or been cancelled
-        self._told = False  # or wants to be told no more
+        self._told = False  # its caller was told, or wants to be told no more
 
     def wake(self) -> None:
         # Caller holds the engine's lock.
         if not self._woken:
             self._engine._notifier.call(self.look)
-            self._woken = True  # last: what breaks in between costs a second look, not the only one
+            self._woken = True  # last: an exception in between costs a second look, not the only one
 
     def reset(self) -> None:
         # Caller holds the engine's lock and is about to look at the state: no wake-up is lost.
@@ -247,12 +247,12 @@ class SoonLease:
         self._engine._notifier.call(give_up)
 
     def look(self) -> None:
-        """Take what there is and tell it, else wait to be woken. An exception that breaks in is told, too."""
+        """Take jobs and tell the caller, or wait to be woken. An exception in here is told, too."""
         try:
             taken = self._attempt()
             if taken is not None:
                 self._hand_out(taken)
-            elif self._engine._ended is not None:  # perhaps before this one was in the line, where it is told
+            elif self._engine._ended is not None:  # perhaps before this one was in the line, and so it was not woken
                 self._engine._check()
         except BaseException as error:
             self._end(error)
@@ -266,11 +266,11 @@ class SoonLease:
             try:
                 return engine._attempt(self._request, self, waits=True)
             except NeedRoomError as need:
-                # Here, not in the notifier's thread: whoever does not wait at all must not be told that there is none.
+                # Here, not in the notifier's thread: a caller that does not wait must not be told that there is no job.
                 engine._make_room(need)
 
     def _end(self, error: BaseException) -> None:
-        """It is over for a reason of its own. Jobs that it took meanwhile stay leased until their deadline."""
+        """End with this error. Jobs that it took meanwhile stay leased until their deadline."""
         engine = self._engine
         with engine._lock:
             self.over = True
@@ -285,7 +285,7 @@ class SoonLease:
             self._done(grants, error)
 
     def _hand_out(self, taken: _Taken) -> None:
-        """At once if nothing has to be waited for, else from the notifier's thread."""
+        """Tell the caller at once if no wait is needed, else from the notifier's thread."""
         engine, entries = self._engine, taken[3]
 
         def tell(error: BaseException | None) -> None:
@@ -298,12 +298,12 @@ class SoonLease:
             self._tell(grants, error)
 
         with engine._lock:
-            # An end since they were taken: the notifier may have gone, so nothing is left with it any more.
+            # If the engine ended since the jobs were taken, the notifier may be gone: nothing may be left with it.
             is_open = engine._ended is None
             if is_open and engine._settle_soon(max((entry.lsn for entry in entries), default=0), tell):
                 return
             if is_open and (len(entries) == PART_LEASES or any(entry.payload is None for entry in entries)):
-                engine._notifier.call(partial(tell, None))  # they are read from the disk, or more are taken
+                engine._notifier.call(partial(tell, None))  # payloads are read from the disk, or more jobs are taken
                 return
         try:
             engine._check()

@@ -1,8 +1,7 @@
-"""Who waits for jobs to lease: one line per queue, in order of arrival.
+"""The lessees: one line per queue, in order of arrival.
 
-A lessee stands in the lines of all queues that it leases from, and is woken when one of them may have a job for it. It
-then looks by itself. It keeps its place until it has taken jobs, or gives up. All of this is guarded by the engine's
-lock.
+A lessee stands in the lines of all queues that it leases from. It is woken when one of them may have a job for it, and
+then looks by itself. It keeps its place until it has taken jobs or gives up. The engine's lock guards all of this.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ LONGEST_SLEEP_S = 3600.0
 
 
 class Lessee(Protocol):
-    """What stands in a line."""
+    """A member of a line."""
 
     over: bool
     """It has taken jobs, failed or been cancelled, and wants no more."""
 
     def wake(self) -> None:
-        """Look again, soon. The caller holds the engine's lock, unless the engine has failed or this is a child."""
+        """Make it look again soon. The caller holds the engine's lock, unless the engine failed or this is a child."""
 
     def reset(self) -> None:
         """From here on it can be woken again. The caller holds the engine's lock and is about to look."""
 
 
 class SleepingLessee:
-    """A thread that waits for a first job. A bare lock, free when it was woken: half the work of an Event."""
+    """A thread that waits for a first job. It sleeps on a bare lock, which is half the work of an Event."""
 
     __slots__ = ("_asleep", "over")
 
@@ -62,7 +61,7 @@ class Lessees:
         """By the name of the queue; none is empty."""
 
     def add(self, lessee: Lessee, queues: Sequence[str]) -> None:
-        """At the end of the lines that it does not stand in yet."""
+        """Put it at the end of each line that it is not in yet."""
         for name in queues:
             self.lines.setdefault(name, {})[lessee] = None
 
@@ -75,13 +74,13 @@ class Lessees:
                     del self.lines[name]
 
     def wake_all(self) -> None:
-        """Also without the lock: a broker that fails, and a forked child, hold it perhaps."""
+        """May be called without the lock: when a broker fails or was forked, the lock may be held."""
         for line in list(self.lines.values()):
             for lessee in list(line):
                 lessee.wake()
 
     def wake(self, machine: Machine, names: Iterable[str]) -> list[Queue]:
-        """Wake as many as there are jobs to take in these queues: none in vain, and none is forgotten.
+        """Wake as many lessees as there are jobs to take in these queues: none in vain, and none is forgotten.
 
         Returns the queues that have lessees and ready jobs, but no token of their rate limit.
         """
@@ -100,9 +99,9 @@ class Lessees:
         return without_token
 
     def wake_early(self, machine: Machine, operations: Sequence[Operation]) -> None:
-        """Wake those who will get the jobs of these enqueues, before it is done: to wake a thread takes longer.
+        """Wake waiting lessees before the enqueues are applied: a thread takes longer to wake than an enqueue to run.
 
-        Nothing rests on it. Whoever is too early waits again, and is woken again when the jobs are there.
+        This is only a hint. A lessee that looks too early waits again, and is woken again when the jobs are there.
         """
         for operation in operations:
             if isinstance(operation, Enqueue) and (line := self.lines.get(operation.queue)):

@@ -56,9 +56,9 @@ from .looking import number_of
 
 A = TypeVar("A")
 ID_BLOCK = 1024
-"""Ids written down at once as "told" (transactions): so many may be skipped after a crash."""
+"""Ids reserved at a time for transactions. At most this many are skipped after a crash."""
 MANY_JOBS = 500
-"""After a part of a change with so many jobs others get the lock."""
+"""After a part of a change with this many jobs, other calls get the lock."""
 
 
 class LiveEngine(LeasingEngine):
@@ -83,7 +83,7 @@ class LiveEngine(LeasingEngine):
         if isinstance(request, Commit) and request.once is None:
             self._commit_soon(request, done)
         elif isinstance(request, Check | Unreserve) or (isinstance(request, Reserve) and self._has_ids(request.count)):
-            done(_VERBS[type(request)](self, request), None)  # it waits for nothing
+            done(_VERBS[type(request)](self, request), None)  # this request never waits
         else:
             verb = _VERBS.get(type(request)) or _unknown(request)
             self._check()
@@ -102,7 +102,7 @@ class LiveEngine(LeasingEngine):
                 self._lessees.wake_early(self._machine, operations)
         if request.once is not None:
             return self._commit_once(request, enqueues)
-        while True:  # as `_change`, straight on
+        while True:  # like `_change`, but inlined
             if self._ended is not None:
                 self._check()
             try:
@@ -189,13 +189,13 @@ class LiveEngine(LeasingEngine):
         return first_id
 
     def _has_ids(self, count: int) -> bool:
-        """Whether so many can be told without a wait for the disk."""
+        """Whether this many ids can be told without a wait for the disk."""
         with self._lock:
             self._check()
             return decide.ids(self._machine, count, 0) is None and self._is_reservation_settled()
 
     def _settle_reservation(self) -> None:
-        """Return when the last reservation of ids is on disk: it may be another caller's, on its way there."""
+        """Return when the last reservation of ids is on disk. It may be another caller's, and still be on its way."""
 
     def _is_reservation_settled(self) -> bool:
         return True
@@ -228,7 +228,7 @@ class LiveEngine(LeasingEngine):
 
         def plan(step: int, done: int) -> Purged | None:
             nonlocal below_id
-            below_id = machine.next_id if below_id is None else below_id  # what comes later stays
+            below_id = machine.next_id if below_id is None else below_id  # jobs that come later stay
             return decide.purge(machine, request.queue, state, below_id)
 
         return self._change_parts(plan, once=request.once)
@@ -236,11 +236,11 @@ class LiveEngine(LeasingEngine):
     def _change_parts(
         self, plan: Callable[[int, int], Purged | Redriven | None], steps: int | None = None, once: Once | None = None
     ) -> int:
-        """Change many jobs, some in each record, and let others have the lock in between; how many.
+        """Change many jobs, some in each record, and let others have the lock in between. Returns the number of jobs.
 
         Args:
-            plan: the part of this step, after so many have been changed; None: there is none.
-            steps: how many there are; without, it ends with the first that has none.
+            plan: gets the step and the number of jobs changed so far; returns the event, or None if nothing is left.
+            steps: how many steps there are; without, the first None ends it.
             once: the last record has the answer.
         """
         step = count = 0
@@ -262,10 +262,10 @@ class LiveEngine(LeasingEngine):
             called: list[Event] = []
             if once is not None and count:
                 called.append(Called(once.session, once.number, once.done_below, count))
-            self._change(lambda now_ms: (called, None))  # it waits until all of it is durable
+            self._change(lambda now_ms: (called, None))  # waits until all parts are durable
         except RivetQError as error:
             if count:
-                error.outcome = "unknown"  # a part was done
+                error.outcome = "unknown"  # some parts were done
             raise
         return count
 
@@ -290,14 +290,14 @@ class LiveEngine(LeasingEngine):
             count: int = self._change(plan, once=request.once)
             return count
         if ids is None and (limit is None or limit >= dead):
-            # No more than there were: a job that dies again meanwhile is not brought back for ever.
+            # No more than there were at the start: else a job that keeps dying would be brought back for ever.
             return self._change_parts(
                 lambda _, done: decide.redrive_some(machine, queue, None, dead - done), once=request.once
             )
         if ids is None:
             ids = [job_id for job_id, _ in self._lowest(queue, DEAD, 0, limit or 0)]
         else:
-            for start in range(0, len(ids), most):  # all of them first: nothing is changed if one is none
+            for start in range(0, len(ids), most):  # check all of them first: if one is not dead, nothing changes
                 part = ids[start : start + most]
                 self._look(partial(timeless, partial(decide.redrive, machine, queue, part, None)))
             ids = ids[:limit]
@@ -344,7 +344,7 @@ def _unknown(request: Request[Any]) -> NoReturn:
 
 
 def _tell(call: Callable[[], Any], done: Done) -> None:
-    """In the notifier's thread."""
+    """Make the call and tell its answer; in the notifier's thread."""
     try:
         answer = call()
     except BaseException as error:
@@ -364,7 +364,7 @@ class _Over:
 
 
 class _Exchange:
-    """An exchange that was left with the engine: the commit, which cannot be taken back, then the lease."""
+    """An exchange in the background: first the commit, which cannot be taken back, then the lease."""
 
     def __init__(self, engine: LiveEngine, take: Take, done: Done) -> None:
         self._engine = engine
@@ -373,7 +373,7 @@ class _Exchange:
         self._answers: list[Answer] = []
         self._lock = threading.Lock()
         self._leasing: Call | None = None
-        self._unwanted = False  # no lease is wanted any more: the answers are told alone
+        self._unwanted = False  # no lease is wanted any more: only the answers are told
 
     def committed(self, answers: Any, error: BaseException | None) -> None:
         if error is not None:
@@ -396,7 +396,7 @@ class _Exchange:
         self._done(Exchanged(self._answers, [] if error is not None else grants), None)
 
     def cancel(self, done: Callable[[bool], None]) -> None:
-        """Wait for jobs no more; the answers are told in any case."""
+        """Stop waiting for jobs. The answers are told in any case."""
         with self._lock:
             self._unwanted, leasing = True, self._leasing
         if leasing is not None:

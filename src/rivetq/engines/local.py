@@ -1,7 +1,7 @@
 """The durable engine: a directory that this process owns. It is opened, kept in order and closed here.
 
-Threads besides the timer: `rivetq-keeper` makes spare segments, checkpoints and compacts; `rivetq-sync`, with
-``fsync="interval"`` only, syncs. A failure in one of them fails the broker: the next call raises it.
+Threads in addition to the timer: `rivetq-keeper` makes spare segments, checkpoints and compacts; `rivetq-sync` syncs, with
+``fsync="interval"`` only. A failure in one of them fails the broker: the next call raises it.
 
 Lock order: _keeper_lock, then the engine's _lock, then the log's own.
 """
@@ -44,7 +44,7 @@ from .compaction import CompactingEngine
 logger = logging.getLogger("rivetq")
 
 RELAXED_ID_BLOCK = 65_536
-"""Without a sync per call a power cut can forget ids that were told; so many are written down, synced, at a time."""
+"""Without a sync per call, a power cut can lose ids that callers were told. A synced record reserves this many."""
 
 
 class LocalEngine(CompactingEngine):
@@ -84,7 +84,7 @@ class LocalEngine(CompactingEngine):
                 except StorageError as error:
                     if not self._index.distrusted:
                         raise
-                    # An opening may end at any point and be made again, as after a crash; now without the index.
+                    # An opening may stop at any point and be repeated, as after a crash. This time without the index.
                     logger.warning("rivetq: %s: the index cannot be used, rebuilding it: %s", path, error)
                     self._index.close()
                     self._open(clock, release_on_open)
@@ -97,7 +97,7 @@ class LocalEngine(CompactingEngine):
         self._recovery_ms = round((time.monotonic() - started) * 1000)
         try:
             self.start()
-        except BaseException as error:  # the threads that run end, and the directory is free
+        except BaseException as error:  # end the threads that run, and free the directory
             self.close()
             if isinstance(error, RuntimeError):  # "can't start new thread"
                 raise StorageError(f"{path}: cannot be used as a broker's directory: {error}") from error
@@ -137,7 +137,7 @@ class LocalEngine(CompactingEngine):
         return log
 
     def _open_log(self, found: Recovered) -> None:
-        """A new segment and epoch; what recovery found but nobody knows to be on disk is written again first."""
+        """Begin a new segment and epoch. Records that may not be on disk yet are written again first."""
         log = self._log
         log.space.adopt()
         snapshot = encode_snapshot(saving.snapshot(self._machine))
@@ -161,7 +161,7 @@ class LocalEngine(CompactingEngine):
             self._index.clear()
 
     def _take_over(self, found: Recovered, release_on_open: bool) -> None:
-        """End the former owner's leases, or keep them; from here on this one serves."""
+        """End the former owner's leases, or keep them. From here on this engine serves."""
         machine = self._machine
         ahead = os.path.join(self._path, AHEAD)
         machine.unbegun = read_ahead(ahead)
@@ -183,7 +183,7 @@ class LocalEngine(CompactingEngine):
         machine = self._machine
 
         def plan(job_ids: Sequence[int], now_ms: int) -> tuple[list[Event], list[Event]]:
-            # Leases whose deadline passed meanwhile end as such: in every call the clock comes first.
+            # A lease whose deadline passed meanwhile ends as expired: in every call the clock acts first.
             events = decide.owner_gone(machine, now_ms, job_ids)
             return events, events
 
@@ -218,7 +218,7 @@ class LocalEngine(CompactingEngine):
 
     def _keep(self, *, overdue: bool) -> None:
         try:
-            self._log.space.refill()  # first: somebody may soon wait for it
+            self._log.space.refill()  # first: a caller may soon wait for this space
         finally:  # on a full disk too: a compaction makes room
             with self._keeper_lock:
                 wanted = self._is_due() or (overdue and self._unsaved_bytes)
@@ -243,7 +243,7 @@ class LocalEngine(CompactingEngine):
 
     def compact(self) -> None:
         self._check()
-        with suppress(DiskFullError):  # then without the tail: what is dropped makes room
+        with suppress(DiskFullError):  # then compact without the tail: dropped segments make room
             self._rotate()
         with self._keeper_lock:
             self._compact(self._copyable_upto())
@@ -264,7 +264,7 @@ class LocalEngine(CompactingEngine):
         self._keeper_poked.set()
 
     def _finish(self, save: bool) -> None:
-        with ExitStack() as last:  # each of them, whatever becomes of the others
+        with ExitStack() as last:  # each runs, even if another one raises
             last.callback(self._owner.release)
             last.callback(self._index.close)
             last.callback(self._ahead.close)
@@ -276,19 +276,19 @@ class LocalEngine(CompactingEngine):
                 logger.exception("rivetq: %s: closing could not save all", self._path)
             try:
                 self._check_files()
-            except OSError:  # LMDB would close a number that may be another file's
+            except OSError:  # LMDB would close a descriptor that may belong to another file by now
                 self._index.forget()
 
     def _save(self) -> None:
         machine = self._machine
         with self._lock:
             try:
-                # A clean end: no id was told above this one.
+                # A clean end: no caller was told an id above this one.
                 self._record([IdsReserved(machine.next_id)], machine.now_ms)
             except NeedRoomError:
                 logger.warning("rivetq: %s: no space to note a clean end", self._path)
         with self._keeper_lock:
-            self._checkpoint(last=True)  # which waits for all records to be on disk
+            self._checkpoint(last=True)  # waits until all records are on disk
         self._group.close()
         self._log.close()
 

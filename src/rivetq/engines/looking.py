@@ -64,7 +64,7 @@ class LookingEngine(Clockwork):
         return self._with_payloads(found)
 
     def _listing(self, queue: str, number: int | None, after: int, limit: int) -> list[_Told]:
-        """What `Jobs` tells of each but for the payload. A long one is read in parts: other calls do not wait long."""
+        """The answer to `Jobs` without payloads. A long one is read in parts, so that other calls do not wait long."""
         machine = self._machine
         apart = number in (None, SCHEDULED) and self._count(queue, SCHEDULED) > FEW_SCHEDULED
         found = self._scheduled(queue, after, limit) if apart else {}
@@ -81,16 +81,16 @@ class LookingEngine(Clockwork):
             if len(part) < count:
                 break
             left, first = left - count, part[-1][0].id
-        if apart and number is None:  # those that came back meanwhile, whose turn among the others had not come
+        if apart and number is None:  # jobs that became scheduled meanwhile, before the listing reached them
             found = self._scheduled(queue, after, limit, in_runs=False) | found
         return [found[i] for i in sorted(found)[:limit]]
 
     def _scheduled(self, name: str, after: int, limit: int, *, in_runs: bool = True) -> dict[int, _Told]:
-        """The scheduled jobs with the lowest ids, of many that are in order of their due moments."""
+        """The scheduled jobs with the lowest ids; the machine holds them in order of their due moments."""
         return self._told_of(name, SCHEDULED, self._lowest(name, SCHEDULED, after, limit, in_runs=in_runs))
 
     def _latest(self, name: str, number: int | None, below: int, limit: int) -> list[_Told]:
-        """The jobs with the highest ids, below this one unless it is 0, descending. It is read in parts, too."""
+        """The jobs with the highest ids below `below` (0: no bound), descending. They are read in parts, too."""
         machine, below = self._machine, below or NEVER_MS
 
         def begin(now_ms: int) -> tuple[list[tuple[int, Run | None]], list[Run]]:
@@ -116,7 +116,7 @@ class LookingEngine(Clockwork):
         return [told[i] for i in sorted(told, reverse=True)]
 
     def _told_of(self, name: str, number: int | None, found: list[tuple[int, Run | None]]) -> dict[int, _Told]:
-        """What is told of jobs that were in these runs, or loose, if they are still in this state."""
+        """The fields of jobs that were in these runs, or loose, if they are still in this state."""
         machine = self._machine
         places: dict[Run | None, list[int]] = {}
         for job_id, run in found:
@@ -139,7 +139,7 @@ class LookingEngine(Clockwork):
     ) -> list[tuple[int, Run | None]]:
         """The lowest ids above `after` of jobs that wait in a state, each with its run, if it is in one.
 
-        However many there are, other calls go on: it is read in parts. So it need not be what was there at one moment.
+        They are read in parts, so that other calls go on. The result may mix the states of several moments.
         """
         machine = self._machine
 
@@ -180,7 +180,7 @@ class LookingEngine(Clockwork):
         return deliveries
 
     def _count(self, name: str, state: int) -> int:
-        """Of the jobs of a queue in a state."""
+        """How many jobs of a queue are in a state."""
 
         def read(now_ms: int) -> int:
             queue = self._machine.queues.get(name)
@@ -192,7 +192,7 @@ class LookingEngine(Clockwork):
     def is_paused(self, queue: str) -> bool | None:
         if self._ended is not None:
             self._check()
-        found = self._machine.queues.get(queue)  # no lock: a change puts another configuration in the place of this one
+        found = self._machine.queues.get(queue)  # no lock: a change replaces the whole configuration object
         return None if found is None else found.config.paused
 
 
@@ -205,7 +205,7 @@ def number_of(state: JobState | None) -> int | None:
 
 
 def _view(entry: Entry) -> dict[str, Any]:
-    """The fields of a Job besides its payload."""
+    """The fields of a Job, without its payload."""
     spec = entry.spec
     return {
         "id": entry.id,

@@ -1,11 +1,11 @@
-"""One thread that waits in place of all who left a callback: for the disk, or for a job to lease.
+"""One thread that waits for the disk, or for a job to lease, on behalf of callers that left a callback.
 
-A caller that cannot block, such as an event loop, hands over what is to happen next and goes on. The thread takes all
-that came since it looked last, waits once until the latest of their records is durable (so one sync covers them all,
-together with whoever waits in a thread of his own), and tells each. It starts with the first callback.
+A caller that cannot block, such as an event loop, leaves a callback and goes on. The thread takes all callbacks that
+came since its last turn, waits once until the latest of their records is durable, and calls each. One sync covers them
+all, together with threads that wait for themselves. The thread starts with the first callback.
 
-A callback that raises, which none should, is logged, and the others are told all the same: everybody who waits like
-this shares the thread.
+A callback must not raise. If one does, the exception is logged and the others are called all the same, since all of
+them share the thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 logger = logging.getLogger("rivetq")
 
 Tell = Callable[[BaseException | None], None]
-"""Gets None when the record is durable, else why it never will be. Must not raise, and must not wait."""
+"""Gets None when the record is durable, else the error why it never will be. Must not raise, and must not wait."""
 
 
 class Notifier:
@@ -27,7 +27,7 @@ class Notifier:
     Args:
         wait: returns when a record is as durable as was promised, or raises.
         start: starts a thread.
-        failed: told if the thread itself cannot go on.
+        failed: called if the thread itself cannot go on.
     """
 
     def __init__(
@@ -47,34 +47,34 @@ class Notifier:
         self._batch: list[tuple[int, Tell]] = []  # those of the records that are told now
 
     def start(self) -> None:
-        """The thread is there when this returns, unless it was stopped. Raises RuntimeError if there can be none."""
+        """Start the thread unless it runs or was stopped. Raises RuntimeError if no thread can be started."""
         if not self._started:
             with self._lock:
                 if not self._started and not self._stopping:
                     self._start("rivetq-notifier", self._run)
-                    # Last: what breaks into the start may leave a thread behind, and the next one finds that it runs.
+                    # Last: an exception in the start may leave a thread behind; the next thread sees that one runs.
                     self._started = True
 
     def when_durable(self, lsn: int, tell: Tell) -> None:
-        """Wait for a record in place of the caller. The thread was started, and `stop` comes later."""
+        """Wait for a record on behalf of the caller. Call it after `start` and before `stop`."""
         self._records.append((lsn, tell))
         self._poked.set()
 
     def call(self, do: Callable[[], None]) -> None:
-        """Call `do` in the thread; it may wait for the disk. May be called with locks held; otherwise as above."""
+        """Call `do` in the thread, where it may wait for the disk. May be called with locks held; else as above."""
         self._later.append(do)
         self._poked.set()
 
     def stop(self) -> None:
-        """Tell all who are waiting, then end; nothing is left here after this. Its thread is joined elsewhere."""
+        """Call all callbacks that are left, then end the thread. The thread is joined elsewhere."""
         with self._lock:
             self._stopping = True
         self._poked.set()
 
     def forked(self) -> None:
-        """In the child: the thread is not here, and the holders of its locks are not.
+        """In the child: neither the thread nor the holders of its locks exist here.
 
-        If it was the thread itself that forked, in a callback, it ends.
+        If the thread itself forked, in a callback, it ends in the child.
         """
         self._lock, self._poked = threading.Lock(), threading.Event()
         self._stopping = True
@@ -98,13 +98,13 @@ class Notifier:
                 pass
 
     def _turn(self) -> bool:
-        """Do what is there, else wait for more; False: it is over."""
+        """Make one round: call what is there, else wait for more. Returns False at the end."""
         self._poked.clear()
-        stopping = self._stopping  # before the looks below: what was left before the end is still told
+        stopping = self._stopping  # read it before the queues below: what was left before the stop is still called
         while self._later:
             _guarded(self._later[0])
             if self._later:  # a fork in there empties it
-                self._later.popleft()  # last: what breaks in leaves it for the end
+                self._later.popleft()  # last: after an exception in here it is still called at the end
         batch = self._batch = list(self._records)
         for _ in batch:
             self._records.popleft()
@@ -119,7 +119,7 @@ class Notifier:
             error = failure
         for _, tell in batch:
             if not _guarded(tell, error):
-                _guarded(tell, error)  # it may have been broken into before it told its caller
+                _guarded(tell, error)  # once more: an exception may have come before it told its caller
         self._batch = []
         return True
 

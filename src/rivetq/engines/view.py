@@ -1,8 +1,8 @@
-"""A look at a directory that somebody else may have open: read from its files, nothing is locked or changed.
+"""Reads a directory that another process may have open. It uses the files only: nothing is locked or changed.
 
-The index as it was at its last checkpoint is copied first (LMDB files must not be read while another process writes
-them without its locks), and vouched for by its manifest; then the log behind it is replayed. Without a usable index the
-log alone gives the same. What the owner decided and has not written yet is not seen.
+First the index of the last checkpoint is copied and checked against its manifest. (LMDB files must not be read without
+its locks while another process writes them.) Then the log behind it is replayed. Without a usable index the log alone
+gives the same. Changes that the owner has not written yet are not seen.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .live import LiveEngine
 
 
 class MovedError(Exception):
-    """The owner moved a payload, or the job ended, since the state was read: it is to be read anew."""
+    """The owner moved a payload, or the job ended, since the state was read. The state must be read again."""
 
 
 class ViewEngine(LiveEngine):
-    """The looking half of an engine, over a state that stands still. It is never started."""
+    """The reading half of an engine, over a state that stands still. It is never started."""
 
     def __init__(self, disk: Disk, directory: str) -> None:
         self._disk = disk
         self._log_path = os.path.join(directory, LOG)
         self._copy = tempfile.mkdtemp(prefix="rivetq-view-")
         self._index = Index(disk, self._copy)
-        # Also of a look that is never closed, at the latest when the process ends.
+        # The copy goes even if the engine is never closed, at the latest when the process ends.
         self._drop_copy = weakref.finalize(self, _drop, self._index, self._copy, os.getpid())
         try:
             found = self._read(directory)
@@ -51,11 +51,11 @@ class ViewEngine(LiveEngine):
             raise
         super().__init__(machine, SystemClock(), machine.now_ms, 0)  # time stands still
         self.record = found.end_lsn + len(found.surplus)
-        """The last one that was read."""
+        """The last record that was read."""
 
     @property
     def as_of(self) -> datetime:
-        """The moment of the last record: the owner may have done more since, and not much that it did not write."""
+        """The moment of the last record. The owner may have done more since; little of it is unwritten."""
         return moment(self._machine.now_ms)
 
     def _read(self, directory: str) -> Recovered:
@@ -89,7 +89,7 @@ class ViewEngine(LiveEngine):
             raise StorageError(f"job {entry.id}: its payload cannot be read: {error}") from error
 
     def _tick(self) -> int:
-        # Time stands still: what would be due or expired by now is the owner's to say.
+        # Time stands still: only the owner decides which jobs are due and which leases expire.
         self._check()
         return self._machine.now_ms
 
@@ -98,13 +98,13 @@ class ViewEngine(LiveEngine):
 
 
 def _drop(index: Index, copy: str, process: int) -> None:
-    if os.getpid() == process:  # what it forked has the copy, too, and it is not its own
+    if os.getpid() == process:  # a forked child has this finalizer too, and must not delete the parent's copy
         index.close()
         shutil.rmtree(copy, ignore_errors=True)
 
 
 def served(found: Recovered) -> Machine:
-    """The state that an opening would serve: with the records that it would write again."""
+    """The state that an opening would serve, including the records that it would write again."""
     machine = found.machine
     for lsn, body in enumerate(found.surplus, found.end_lsn + 1):
         replay(machine, body, Place(lsn=lsn))
@@ -112,7 +112,7 @@ def served(found: Recovered) -> Machine:
 
 
 def copy_index(path: str, out: str) -> None:
-    """As far as it is there; a copy that was taken in the middle of a checkpoint does not match its manifest."""
+    """Copy the files that are there. A copy taken in the middle of a checkpoint does not match its manifest."""
     os.makedirs(out, exist_ok=True)
     for name in (MANIFEST, DATA):
         try:

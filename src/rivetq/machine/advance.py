@@ -1,6 +1,6 @@
-"""What the clock alone changes: delays fall due, tokens come, keys end. And when it acts next.
+"""The changes that the clock alone makes, and when it acts next: delays fall due, tokens come, keys end.
 
-Nothing of this is logged: the clock says it again after a recovery.
+None of this is logged: after a recovery the clock makes the same changes again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ RUN_COST = 3
 
 
 def advance(machine: Machine, now_ms: int) -> None:
-    """Let the clock act: due jobs become ready, ended keys are forgotten. Not logged: the clock says it again.
+    """Let the clock act: due jobs become ready, ended keys are forgotten. Not logged: a replay does the same again.
 
     A storm is taken in parts: then `wake_ms` stays at or below `now_ms`, and the next call goes on.
     """
@@ -154,7 +154,7 @@ def ended_leases(machine: Machine, now_ms: int, limit: int) -> list[tuple[int, i
 def _first_deadline(machine: Machine) -> tuple[int, int] | None:
     heap = machine.deadlines
     if not machine.leased_count:
-        heap.clear()  # at once: after a storm that is a hundred thousand of them
+        heap.clear()  # in one step: after a storm there may be a hundred thousand
     while heap:
         deadline_ms, job_id = heap[0]
         entry = machine.jobs.get(job_id)
@@ -165,7 +165,7 @@ def _first_deadline(machine: Machine) -> tuple[int, int] | None:
 
 
 def resume(machine: Machine, now_ms: int, first_token: int) -> None:
-    """After a recovery: told ids are not told again, tokens go on above all former ones, buckets are full."""
+    """After a recovery: told ids are not told again, tokens continue above all former ones, buckets are full."""
     machine.next_id = max(machine.next_id, machine.reserved_id)
     machine.next_token = max(machine.next_token, first_token)
     for queue in machine.numbers.values():

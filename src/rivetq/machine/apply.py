@@ -43,7 +43,7 @@ from .window import FEW_JOBS, Window
 
 
 def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
-    """Make it so. Cannot fail; tolerates events that the state already includes (see events)."""
+    """Change the state as the event says. Cannot fail; tolerates events that it already includes (see events)."""
     match event:
         case Enqueued():
             apply_enqueued(machine, event, now_ms, place)
@@ -157,7 +157,7 @@ def _apply_leased(machine: Machine, event: Leased, now_ms: int) -> None:
 
 
 def _lease_from(machine: Machine, queue: Queue, priority: int, ids: Sequence[int], entries: list[Entry | None]) -> None:
-    """Add the jobs of these ids to `entries`; those in a run become objects. Usually they are the head of one."""
+    """Add the jobs of these ids to `entries`; jobs in a run become objects. Usually they are the head of a run."""
     window = machine.waiting[queue.number].window(READY, priority)
     jobs, at, n = machine.jobs, 0, len(ids)
     while at < n:
@@ -223,7 +223,7 @@ def _apply_purged(machine: Machine, queue: Queue, ids: Sequence[int]) -> None:
 
 
 def _extract(machine: Machine, window: Window, ids: Sequence[int]) -> Iterator[tuple[Run, Columns]]:
-    """Take the jobs of these ids out of the runs of a window: each run, and what left it."""
+    """Take the jobs of these ids out of the runs of a window. Yields each run and the columns of its jobs that left."""
     wanted = set(ids)
     low, high = min(ids), max(ids)
     for run in [run for run in window.runs if run.low <= high and run.high >= low]:
@@ -259,7 +259,7 @@ def _apply_redriven(machine: Machine, event: Redriven, now_ms: int) -> None:
 
 
 def _revive_in_runs(machine: Machine, queue: Queue, ids: Sequence[int], now_ms: int) -> int:
-    """Those of these jobs that are dead letters in runs of a queue; how many."""
+    """Revive those of these jobs that are dead letters in runs of a queue. Returns the number of jobs."""
     revived, low, high = 0, min(ids), max(ids)
     if len(ids) < FEW_JOBS:
         for job_id in ids:
@@ -370,7 +370,7 @@ def _apply_copied(machine: Machine, event: Copied, now_ms: int, place: Place) ->
 
 
 def tally_expired(machine: Machine, events: Sequence[Event]) -> None:
-    """These retries and deaths, just applied, were not an answer's. What never began has not expired."""
+    """Count these retries and deaths, just applied, as expired leases. A lease that never began does not count."""
     for event in events:
         if isinstance(event, Released):
             continue

@@ -1,4 +1,4 @@
-"""What an `Enqueued` changes: its jobs go into the runs of their window, a batch with a handful of array operations."""
+"""Applying an `Enqueued`: its jobs go into the runs of their window, a batch with a handful of array operations."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _enqueue_next(
 
 
 def _spec(event: Enqueued, columns: Columns) -> Spec:
-    """What the jobs of the event share; the one object of the jobs before them if that is the same."""
+    """The `Spec` that the jobs of the event share. It is the object of the jobs before them, if that is equal."""
     last = columns.specs[-1] if columns.specs else None
     if (
         last is not None

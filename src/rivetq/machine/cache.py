@@ -17,7 +17,7 @@ class Cache:
     def __init__(self, most: int) -> None:
         self.most = most
         self.size = 0
-        """Bytes, about: what was leased meanwhile still counts until the next `trim`."""
+        """About how many bytes are cached. Payloads that were leased meanwhile still count until the next `trim`."""
         self._columns: deque[Columns] = deque()  # those with payloads, oldest first
 
     def add(self, columns: Columns, size: int) -> None:

@@ -97,7 +97,7 @@ def _check_segments(machine: Machine, jobs: dict[int, Entry]) -> None:
 
 
 def facts(e: Entry) -> tuple[Any, ...]:
-    """All that makes a job what it is, besides its place in the log; for comparing."""
+    """All facts of a job except its place in the log; for comparing."""
     return (
         e.id, e.queue.name, STATES[e.state].value, e.spec.priority, e.attempts, e.token, e.spec.max_attempts,
         e.spec.retry, e.spec.visibility_ms, e.enqueued_at_ms, e.due_ms if e.state == SCHEDULED else 0,

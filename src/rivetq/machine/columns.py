@@ -14,7 +14,7 @@ RUN_JOBS = 1024
 """Long enough that a backlog of ten millions is ten thousand runs, short enough to be read in a moment."""
 
 PAYLOAD_BYTES = 128
-"""What a payload in memory weighs besides its bytes, about, with the cells of its job, which stay as long."""
+"""About how much memory a payload takes beyond its bytes, including the cells of its job, which stay as long."""
 
 
 class Shelf(Protocol):
@@ -55,7 +55,7 @@ class Columns:
         self.specs: list[Spec] = []
         self.keys: list[str | None] | None = None  # None: no job has one
         self.payloads: list[bytes | None] | None = None
-        self.cached_bytes = 0  # of payloads that are also on disk; 0 where these are all there is of them
+        self.cached_bytes = 0  # of payloads that are also on disk; 0 if they are in memory only
         self.extras: dict[int, tuple[int, int, int, str | None]] | None = None
         """By id, of jobs that were delivered before: attempts, token, died_at_ms, last_error."""
 
@@ -139,7 +139,7 @@ class Columns:
             self.payloads += [None] * n
 
     def _forget_extras(self, ids: Sequence[int]) -> None:
-        """Those of jobs that left holes: they are replaced, since a checkpoint may be reading them."""
+        """Forget those of jobs that left holes. The dict is replaced, since a checkpoint may be reading the old one."""
         assert self.extras is not None, "there are extras"
         if any(job_id in self.extras for job_id in ids):
             self.extras = {job_id: extra for job_id, extra in self.extras.items() if job_id not in ids}
@@ -202,7 +202,7 @@ class Columns:
             self.extras = {i: (0, token, 0, error) for i, (_, token, _, error) in self.extras.items()}
 
     def payload_bytes(self) -> int:
-        """What the payloads that are still here take in memory, about."""
+        """About how much memory the payloads take that are still here."""
         payloads = self.payloads or ()
         return sum(len(payload) + PAYLOAD_BYTES for payload in payloads if payload is not None)
 

@@ -1,4 +1,4 @@
-"""What a commit of enqueues and answers does: all of them, or an error and nothing.
+"""Decides a commit of enqueues and answers: all of them happen, or an error is raised and nothing happens.
 
 The usual commits, one enqueue or acks alone, are decided straight on. Any mix goes through a `Plan`, in which each
 operation sees what those before it will have done.
@@ -28,13 +28,13 @@ from .machine import Machine
 from .queue import STATES, Queue
 
 SKEW_MS = 2
-"""The time line and the wall clock differ by so much from rounding alone."""
+"""Rounding alone can make the time line and the wall clock differ by this much."""
 
 
 def decide_commit(
     machine: Machine, operations: Sequence[Operation], now_ms: int, partial: bool = False
 ) -> tuple[list[Event], list[Answer]]:
-    """Events and answers of a commit: all of the operations or an error; `partial`: of those whose leases hold."""
+    """Events and answers of a commit: of all operations, or an error; `partial`: of those whose leases hold."""
     first = operations[0] if operations else None
     if (
         type(first) is Enqueue
@@ -120,7 +120,7 @@ def _check_burst(queue: Queue, count: int) -> None:
 
 
 def _check_limits(queue: Queue, new: int, live: int, now_ms: int) -> None:
-    """max_jobs and the enqueue rate, for `new` jobs and a change of `live` in the places that are taken."""
+    """Check max_jobs and the enqueue rate, for `new` jobs and a change of `live` in the occupied places."""
     limit = queue.config.max_jobs
     if limit is not None and queue.occupied() + live > limit:
         raise QueueFullError(
@@ -141,7 +141,7 @@ def _check_limits(queue: Queue, new: int, live: int, now_ms: int) -> None:
 
 
 def _acked(machine: Machine, operations: Sequence[Ack], now_ms: int) -> list[Event]:
-    """What `Plan` would decide, for nothing but acks: the end of every job passes here."""
+    """What `Plan` would decide for acks alone. Nearly every job ends here, so it is quick."""
     events: list[Event] = []
     seen: set[int] = set()
     ids: list[int] = []
@@ -160,7 +160,7 @@ def _acked(machine: Machine, operations: Sequence[Ack], now_ms: int) -> list[Eve
 
 
 def keys_until_ms(queue: Queue, now_ms: int) -> int:
-    """Until when the keys of jobs that are acked now stand for them; 0: they are free."""
+    """The moment until which the keys of jobs that are acked now stay in force; 0: they are free at once."""
     return now_ms + queue.ttl_ms if queue.ttl_ms else 0
 
 
@@ -258,7 +258,7 @@ class Plan:
         return None
 
     def check_limits(self) -> None:
-        """max_jobs and enqueue rates, at the end: an ack in the same commit makes room for a job before it."""
+        """Check max_jobs and enqueue rates at the end: a later ack in the same commit makes room for a job."""
         for name, count in self._new.items():
             queue = self._machine.queues.get(name)
             if queue is not None:
@@ -301,7 +301,7 @@ class Plan:
         return [JobId(self._keys[name, keys[i] or ""]) if job is None else job for i, job in enumerate(answer)]
 
     def _keeps_promise(self, operation: Enqueue, first_id: int) -> bool:
-        """Whether jobs with these ids are still to be made; False: they are there, the commit is made once more.
+        """Whether jobs with these ids are still to be made; False: they exist, since this commit is a repetition.
 
         Raises UsageError for ids that were never promised: a second job under one id would ruin the queue.
         """
@@ -356,7 +356,7 @@ class Plan:
         return fresh
 
     def _standing(self, name: str, key: str) -> int | None:
-        """The job that a key stands for when the acks before it in this commit have happened."""
+        """The job that a key stands for after the earlier acks in this commit."""
         known = look.find(self._machine, name, key, self._now_ms)
         return None if known in self._freed else known
 

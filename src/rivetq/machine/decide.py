@@ -1,7 +1,7 @@
 """The rules as decisions: look at the machine and at `now_ms`, change nothing, return events or raise.
 
-A caller's mistakes raise from the error tree, before anything is written. What is returned is in absolute values (see
-events), so that nothing is decided again when the log is replayed.
+A caller's mistakes raise from the error tree, before anything is written. The events hold absolute values (see events),
+so that nothing is decided again when the log is replayed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .machine import Machine
 from .queue import DEAD, LEASED, PRIORITIES, READY, SCHEDULED, Queue
 
 PART_JOBS = 1000
-"""Jobs that one record of a purge or a redrive changes at most, so that other calls get their turn in between."""
+"""The most jobs that one record of a purge or a redrive changes, so that other calls get their turn in between."""
 EXPIRY_BATCH = 1000
 """Leases that one call ends at most, in one record: a storm of expiries is shared among the calls and the timer."""
 LEASE_EXPIRED = "lease expired"
@@ -148,10 +148,9 @@ def held_jobs(machine: Machine) -> list[int]:
 
 
 def owner_gone(machine: Machine, now_ms: int, job_ids: Sequence[int] | None = None) -> list[Event]:
-    """The ends of leases, for an opening: a first attempt is ready at once, later ones wait by policy.
+    """The ends of leases at an opening: a job after its first attempt is ready at once, later ones wait by policy.
 
-    A poison job that takes its process with it would otherwise be leased again and again beside the same
-    neighbours.
+    Without the wait, a poison job that kills its process would be leased again and again with the same neighbours.
 
     Args:
         job_ids: which leases, if they have not ended meanwhile; None: all.
@@ -190,10 +189,10 @@ def failed(
 
 
 def purge(machine: Machine, name: str, state: int | None, below_id: int | None = None) -> Purged | None:
-    """Removal of the ready, scheduled and dead jobs, or of one of these states: of some PART_JOBS of them.
+    """Remove ready, scheduled and dead jobs, or those in one of these states: PART_JOBS of them at most.
 
     Args:
-        below_id: those from this id on came too late.
+        below_id: jobs from this id on came too late and stay.
     """
     queue = machine.queues.get(name)
     if queue is None:
@@ -222,7 +221,7 @@ def cancel(machine: Machine, job_id: int) -> Cancelled | None:
 
 
 def redrive_some(machine: Machine, name: str, job_ids: Sequence[int] | None, most: int) -> Redriven | None:
-    """PART_JOBS dead letters to bring back, in any order; of those that are named, the ones that are still dead."""
+    """Bring back PART_JOBS dead letters at most, in any order; of named jobs, those that are still dead."""
     queue = machine.queues.get(name)
     if queue is None:
         return None
@@ -257,7 +256,7 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
 
 
 def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> tuple[list[Event], QueueConfig]:
-    """The whole new configuration of a queue, and that. It creates an unknown queue, unless nothing is changed."""
+    """The events of the change and the whole new configuration. Creates an unknown queue, unless nothing changes."""
     queue = machine.queues.get(name)
     config = QueueConfig() if queue is None else queue.config
     changed = attrs.evolve(config, **changes)
@@ -271,7 +270,7 @@ def configure(machine: Machine, name: str, changes: Mapping[str, Any]) -> tuple[
 
 
 def remove_queue(machine: Machine, name: str, now_ms: int) -> QueueRemoved | None:
-    """The end of a queue in which nothing is; None if there is no such queue."""
+    """Remove a queue that holds nothing; None if there is no such queue."""
     queue = machine.queues.get(name)
     if queue is None:
         return None

@@ -1,4 +1,4 @@
-"""One live job as an object: what is leased, came back or was just looked at. Written by apply alone.
+"""One live job as an object: it is leased, came back, or was just looked at. Written by apply alone.
 
 Jobs that only wait have no object: see `run`.
 """
@@ -68,8 +68,8 @@ class Entry:
         self.died_at_ms = 0
         self.last_error: str | None = None
         self.key = key
-        # Where the payload is. The machine carries these for the engine and sums `size`, what the job weighs in the
-        # log, per segment.
+        # Where the payload is. The machine carries these for the engine. It sums `size`, the job's bytes in the log,
+        # per segment.
         self.segment = segment
         self.offset = offset
         self.length = length

@@ -1,13 +1,13 @@
 """What happened, in absolute values: the vocabulary of the log and the only way to change the machine.
 
-Log outcomes, not commands: replay is ``for event in log: apply(machine, event)``, the same function that the live path
-used, so that a later change to a rule cannot reinterpret an old log. What the clock will say again (a delay that falls
-due, a key's window that ends) is not an event.
+The log holds outcomes, not commands. Replay is ``for event in log: apply(machine, event)``, the same function as on the
+live path, so a later change to a rule cannot reinterpret an old log. Changes that the clock makes again (a delay falls
+due, a key's window ends) are not events.
 
-Every event can be applied to a state that already includes it or its successors: a checkpoint captures single jobs and
-keys in slices while the log goes on, and replay from its start overwrites with the same absolute values. (Jobs in runs
-it captures as they were at its start: they never include what comes.) Events about a job that is not known are skipped;
-the totals they carry are counted (docs/design.md, "Replay").
+Every event can be applied to a state that already includes it or its successors. A checkpoint captures single jobs and
+keys in slices while the log goes on; replay from its start overwrites them with the same absolute values. (It captures
+jobs in runs as they were at its start, without later changes.) Events about an unknown job are skipped, but the totals
+they carry are counted (docs/design.md, "Replay").
 
 The classes are plain slotted ones, not frozen: a frozen constructor costs four times as much in the per-call path.
 Treat them as values all the same.
@@ -41,7 +41,7 @@ class QueueConfigured:
 
 @attrs.define
 class Enqueued:
-    """One or more jobs with the same options, ids counting up from `first_id`; in columns."""
+    """One or more jobs with the same options, in columns. Their ids count up from `first_id`."""
 
     queue: int
     first_id: int
@@ -73,7 +73,7 @@ class Leased:
     attempts: Sequence[int]
     deadlines_ms: Sequence[int]
     places: Sequence[tuple[int, int, int]] = ()
-    """Where they waited: (queue, priority, how many), in order of `ids`. Jobs beyond these are searched for."""
+    """Where the jobs waited: (queue, priority, how many), in order of `ids`. Jobs beyond these are searched for."""
 
 
 @attrs.define
@@ -141,7 +141,7 @@ class Redriven:
 
 @attrs.define
 class IdsReserved:
-    """Ids below this may have been told to somebody; after a crash none of them is given again."""
+    """Callers may have been told ids below this one. After a crash none of them is given again."""
 
     next_id: int
 
@@ -184,7 +184,7 @@ class KeyCopied:
 
 @attrs.define
 class QueueCopied:
-    """All that is known of a queue besides its jobs and keys, rewritten so that its old segment can go."""
+    """All facts of a queue except its jobs and keys, rewritten so that its old segment can go."""
 
     number: int
     name: str
@@ -204,7 +204,7 @@ class Took(NamedTuple):
 
 @attrs.define
 class Called:
-    """The record is what a numbered request of a session did, and this is its answer."""
+    """Says that a numbered request of a session made this record, and holds the answer."""
 
     session: int
     number: int

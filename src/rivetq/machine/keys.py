@@ -1,10 +1,10 @@
 """Idempotency keys: which job each stands for, and until when.
 
-In memory are those that changed since the last checkpoint; the others are looked up on the shelf (the index). Without a
-shelf, as in the memory engine, all are here. A checkpoint freezes the changed ones while it writes them: they are
-looked up there, and changed in a copy.
+Keys that changed since the last checkpoint are in memory; the others are looked up on the shelf (the index). Without a
+shelf, as in the memory engine, all are in memory. A checkpoint freezes the changed keys while it writes them: a frozen
+key can still be looked up, and a change makes a new one.
 
-How many keys that outlived their job were written in each segment is counted over all of them, the shelf's included.
+For each segment the keys that outlived their job are counted, including those on the shelf.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Keys:
         self._ends: SortedList[Any] = SortedList()  # (expires_ms, queue number, text) of `changed`
 
     def get(self, number: int, text: str) -> Key | None:
-        """A key as it was last changed, its end come or not."""
+        """A key as it was last changed, whether or not its window has ended."""
         name = (number, text)
         key = self.changed.get(name) or self.frozen.get(name)
         if key is None and self.shelf is not None and (found := self.shelf.key(number, text)) is not None:
@@ -48,12 +48,12 @@ class Keys:
         return None if key is None or not key.job_id else key
 
     def all(self) -> dict[tuple[int, str], Key]:
-        """Those of the shelf included; for dumps and checks."""
+        """All keys, including those on the shelf; for dumps and checks."""
         names = {*self.changed, *self.frozen, *(self.shelf.key_names() if self.shelf is not None else ())}
         return {name: key for name in names if (key := self.get(*name)) is not None}
 
     def hold(self, number: int, text: str, key: Key) -> None:
-        """The key stands for another job, or for the same one in another way."""
+        """Set which job the key stands for, and until when."""
         old = self.get(number, text)
         if old is not None and old.expires_ms:
             self._ends.discard((old.expires_ms, number, text))
@@ -64,7 +64,7 @@ class Keys:
             self._count(key.segment, 1)
 
     def stand_in(self, number: int, now_ms: int) -> bool:
-        """Whether a key of this queue is in force. Looks at all that changed lately."""
+        """Whether a key of this queue is in force. Looks at all keys that changed lately."""
         for keys in (self.changed, self.frozen):
             for (n, text), key in keys.items():
                 newest = n == number and (keys is self.changed or (n, text) not in self.changed)
@@ -80,14 +80,14 @@ class Keys:
         """The key is free again."""
         self.hold(number, text, Key(0, 0))
         if self.shelf is None and not self.frozen:
-            del self.changed[number, text]  # nobody else knows it
+            del self.changed[number, text]  # it is nowhere else
 
     def first_end(self) -> tuple[int, int, str] | None:
         """Moment, queue number and text of the changed key whose window ends first."""
         return self._ends[0] if self._ends else None
 
     def sweep(self, ended: Iterable[tuple[int, str]], now_ms: int) -> None:
-        """Forget those of these keys of the shelf whose window is over: they may have changed meanwhile."""
+        """Forget those of these keys on the shelf whose window is over. Some may have changed meanwhile."""
         for number, text in ended:
             key = self.get(number, text)
             if key is not None and key.expires_ms and key.expires_ms <= now_ms:
@@ -96,14 +96,14 @@ class Keys:
     # A checkpoint
 
     def freeze(self) -> dict[tuple[int, str], Key]:
-        """The changed keys, to be written; looked up there until `thaw` or `written`."""
+        """The changed keys, to be written. Look-ups find them as frozen until `thaw` or `written`."""
         assert not self.frozen, "one checkpoint at a time"
-        # In one line, as in the two below: an exception finds all of it done or nothing.
+        # In one line, as in the two methods below: an exception finds all of it done or nothing.
         self.frozen, self.changed, self._ends = self.changed, {}, SortedList()
         return self.frozen
 
     def written(self, shelf: Shelf) -> None:
-        """The shelf has what was frozen."""
+        """The shelf has the frozen keys."""
         self.shelf, self.frozen = shelf, {}
 
     def thaw(self) -> None:
@@ -115,7 +115,7 @@ class Keys:
     # Segments
 
     def load_counts(self, counts: Iterable[tuple[int, int]]) -> None:
-        """What the shelf's keys count for."""
+        """Start from the counts of the shelf's keys."""
         for segment, count in counts:
             self._count(segment, count)
 
@@ -124,5 +124,5 @@ class Keys:
             del self.counts[segment]
 
     def _count(self, segment: int, change: int) -> None:
-        if segment and (change > 0 or segment in self.counts):  # not of a dropped one, and 0 is no file
+        if segment and (change > 0 or segment in self.counts):  # not for a dropped segment; 0 is no file
             self.counts[segment] = self.counts.get(segment, 0) + change

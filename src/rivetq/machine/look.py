@@ -1,4 +1,4 @@
-"""Answers about the state. Nothing here changes it, but for runs that are read back from the index."""
+"""Answers about the state. Nothing here changes it, except that runs are read back from the index."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def job(machine: Machine, job_id: int, number: int = 0, priority: int | None = N
 
 
 def alive(machine: Machine, number: int, priority: int, first_id: int, last_id: int) -> set[int]:
-    """Which jobs of a queue and priority with ids in this range there still are."""
+    """The ids in this range of jobs of a queue and priority that still exist."""
     found = {i for i in range(first_id, last_id + 1) if i in machine.jobs}
     for queue in machine.numbered(number):
         for _, window in machine.waiting[queue.number].each(priority):
@@ -80,7 +80,7 @@ def head(machine: Machine, window: Window, count: int) -> tuple[list[int], list[
 
 
 def within(machine: Machine, window: Window, count: int, max_bytes: int) -> tuple[int, int]:
-    """How many of the first `count` jobs of a window have payloads of `max_bytes` together, and of how many."""
+    """How many of the first `count` jobs of a window fit into `max_bytes` of payload, and their bytes."""
     found = size = 0
     for run, start, stop in window.walk():
         stop = min(stop, start + count - found)
@@ -102,7 +102,7 @@ def within(machine: Machine, window: Window, count: int, max_bytes: int) -> tupl
 def some_ids(machine: Machine, queue: Queue, states: Sequence[int], below_id: int, count: int) -> list[int]:
     """Up to `count` ids below `below_id` of jobs that wait in one of these states; none if there are none.
 
-    Not the lowest ones, but those that lie together: a few runs are read, however many there are.
+    Not the lowest ids, but jobs that lie together: only a few runs are read, however many there are.
     """
     ids: list[int] = []
     runs_read = 0
@@ -127,7 +127,7 @@ def some_ids(machine: Machine, queue: Queue, states: Sequence[int], below_id: in
 
 
 def ids_in(runs: Iterable[Run], after: int, below: int) -> list[tuple[int, Run]]:
-    """Ids between these two of jobs in these runs, each with its run; one that was used up meanwhile has none."""
+    """The ids between `after` and `below` in these runs, each with its run. A run used up meanwhile yields none."""
     found: list[tuple[int, Run]] = []
     for run in runs:
         if run.left and run.high > after and run.low < below:
@@ -137,7 +137,7 @@ def ids_in(runs: Iterable[Run], after: int, below: int) -> list[tuple[int, Run]]
 
 
 def listed(machine: Machine, name: str, run: Run | None, ids: Sequence[int]) -> Iterator[Entry]:
-    """The jobs of these ids, for looking only, which were in this run or loose a moment ago."""
+    """The jobs of these ids, for looking only. They were in this run, or loose, a moment ago."""
     queue, wanted = machine.queues.get(name), set(ids)
     if queue is None:
         return
@@ -221,7 +221,7 @@ def _stretch(
 
 
 def _by_due(window: Window, after: int, limit: int) -> list[tuple[Run | None, int, int]]:
-    """The jobs with the least ids above `after` of a window in order of due moments: it looks at all of them."""
+    """The jobs with the lowest ids above `after`, of a window in order of due moments. Looks at all its jobs."""
     found: list[tuple[int, Run | None, int]] = []
     for run in window.runs:
         if run.high > after and (not found or len(found) < limit or run.low < found[-1][0]):

@@ -1,4 +1,4 @@
-"""The queue state, and the steps that several of its changes share: no clock, no files, no threads.
+"""The state of all queues, and the steps that several changes share. It has no clock, files or threads.
 
 `apply` is the only writer of state and cannot fail; the live path and recovery share it. `advance` is the part of the
 rules that the clock alone decides (a delay falls due, a key's window ends); it writes no events. The decisions that
@@ -34,7 +34,7 @@ class Machine:
     Args:
         keep_payloads: nothing is on a disk: payloads stay here, and no changes are noted for a checkpoint.
         cache_bytes: memory for payloads of waiting jobs, if there is a disk to read the others from.
-        id_block: ids that are written down as told at a time; 0: none need be.
+        id_block: ids that one record reserves; 0: no reservation is needed.
     """
 
     def __init__(self, *, keep_payloads: bool = False, cache_bytes: int = 0, id_block: int = 0) -> None:
@@ -63,21 +63,21 @@ class Machine:
         self.leased_count = 0
         self.keep_payloads = keep_payloads
         self.is_live = False
-        """What is applied was just decided on this state; not so in a replay."""
+        """True: the events that are applied were just decided on this state. False in a replay."""
         self.cache = Cache(cache_bytes)
         self.id_block = id_block
         self.grain_ms = 0
-        """Of the clock that moments come from, which rounds them down: a job is due so much later, and no delay is too
+        """The grain of the clock, which rounds moments down. A job is due this much later, so that no delay is too
         short."""
         self.ahead_ms: Callable[[int], int] | None = None
-        """How far the wall clock is ahead of the time line, which has come to this moment: for an `eta_ms` alone, and
-        no part of the state. None: they show the same."""
+        """Gets a moment of the time line; returns how far the wall clock is ahead of it. Used for `eta_ms` only, and
+        no part of the state. None: both show the same."""
         self.unbegun: set[int] = set()
         """Tokens of a former owner's leases that were taken in advance and never begun: their attempts do not count."""
         self.promised: dict[int, int] = {}  # ids that were told in advance and have no job yet: first id -> how many
 
     def take_ids(self, count: int) -> int:
-        """The first of `count` ids that nobody else gets; a reservation covers them (see decide.ids)."""
+        """The first of `count` ids that no other caller gets. A reservation covers them (see decide.ids)."""
         first, self.next_id = self.next_id, self.next_id + count
         assert self.next_id <= self.reserved_id, f"ids up to {self.next_id} told, reserved are {self.reserved_id}"
         self.promised[first] = count
@@ -98,7 +98,7 @@ class Machine:
                 self.trim_due()
 
     def trim_due(self) -> None:
-        """Jobs that were cancelled leave their moment behind; without this they would fill memory until it comes."""
+        """Drop stale moments. Cancelled jobs leave theirs behind, which would fill memory until the moments come."""
         self.due = [
             (window.first()[0], queue.number, priority)
             for queue in self.numbers.values()
@@ -124,14 +124,14 @@ class Machine:
     # State changes that several events share
 
     def known(self, job_id: int) -> Entry | None:
-        """A loose job, which is about to change. What ends a delivery speaks of leased jobs, and these are loose."""
+        """A loose job, which is about to change. Events that end a delivery are about leased jobs, which are loose."""
         entry = self.jobs.get(job_id)
         if entry is not None:
             self.note(entry)
         return entry
 
     def meets(self, kind: type[Event], entry: Entry | None) -> None:
-        """An event of this kind is about to change a job. Live, it is one of those that it may meet."""
+        """An event of this kind is about to change a job. While the machine is live, assert that it may."""
         state = GONE if entry is None else entry.state
         assert not self.is_live or state in FROM[kind], f"{kind.__name__} of a job that is {name(state)}"
 
@@ -176,7 +176,7 @@ class Machine:
         return entry
 
     def take_out(self, found: Found) -> Entry:
-        """A job that was in a run, as an object, which is in the set of no state: for its caller to say."""
+        """A job that was in a run, as an object. It is in the set of no state yet; its caller puts it into one."""
         state, window, run, i = found
         head = run.head
         entry = run.pluck(i)
@@ -217,13 +217,13 @@ class Machine:
         return () if queue is None else (queue,)
 
     def wait(self, entry: Entry, due_ms: int, now_ms: int) -> None:
-        """Back to its place: ready, or scheduled until `due_ms`."""
+        """Put a job back to its place: ready, or scheduled until `due_ms`."""
         self.leave(entry)
         entry.due_ms = due_ms
         self.enter(entry, SCHEDULED if due_ms > now_ms else READY)
 
     def enter(self, entry: Entry, state: int) -> None:
-        """Into the set of its state; not for a lease."""
+        """Put a job into the set of its state; not for a lease."""
         entry.state = state
         entry.queue.counts[state] += 1
         self.line_up(entry)
@@ -241,7 +241,7 @@ class Machine:
             window.add(entry.id)
 
     def leave(self, entry: Entry) -> None:
-        """Out of the set of its state."""
+        """Take a job out of the set of its state."""
         queue = entry.queue
         state = entry.state
         queue.counts[state] -= 1
@@ -254,14 +254,14 @@ class Machine:
             )
 
     def drop(self, entry: Entry) -> None:
-        """Out of all structures but its key."""
+        """Take a job out of all structures except its key."""
         self.leave(entry)
         del self.jobs[entry.id]
         if entry.segment in self.live:
             self.live[entry.segment] -= entry.size
 
     def remove(self, ids: Iterable[int], keys_until_ms: int | None = None) -> None:
-        """Loose jobs are gone for good. Their keys stay until that moment if they were acked, else they go."""
+        """Remove loose jobs for good. With `keys_until_ms` (an ack) their keys stay until then, else they are free."""
         changed = set[int]() if self.changes is None else self.changes.jobs
         live, jobs = self.live, self.jobs
         is_acked = keys_until_ms is not None
@@ -294,7 +294,7 @@ class Machine:
                 self.end_key(entry.queue, entry.key, job_id, entry.segment, keys_until_ms)
 
     def insert(self, entry: Entry, state: int, now_ms: int) -> None:
-        """A whole job from the index or a copy, into the structures of its state."""
+        """Put a whole job from the index or a copy into the structures of its state."""
         if entry.segment:
             self.live[entry.segment] = self.live.get(entry.segment, 0) + entry.size
         if state == LEASED:
@@ -316,7 +316,7 @@ class Machine:
             self.note(entry)
             self.enter(entry, state)
             return
-        # Copies come in ascending order too: many of them, when the log is all there is, become runs again.
+        # Copies come in ascending order, too. In a rebuild many of them become runs again.
         entry.queue.counts[state] += 1
         if run is None:
             columns = Columns()
@@ -363,7 +363,7 @@ class Machine:
             self.changes.queues.add(queue.number)
 
     def _settle(self, queue: Queue, segment: int) -> None:
-        """A queue is written in another segment; 0: in none."""
+        """A queue was written to another segment; 0: to none."""
         if queue.segment in self.homes:
             self.homes[queue.segment] -= 1
         queue.segment = segment
@@ -384,7 +384,7 @@ class Machine:
             self.expect(key.expires_ms)
 
     def end_key(self, queue: Queue, text: str, job_id: int, segment: int, until_ms: int) -> None:
-        """The job ended: its key stands for it until then; 0: it is free."""
+        """The job ended. Its key stands for it until `until_ms`; 0: the key is free."""
         key = self.keys.get(queue.number, text)
         if key is None or key.job_id != job_id:
             return  # a replay that met the key's next job first

@@ -1,4 +1,4 @@
-"""What is known of a queue without looking at its jobs, and the states that a job is in. Written by apply alone."""
+"""A queue without its jobs, and the states of jobs. Written by apply alone."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Queue:
         # Tallies since the opening, no part of the state: deliveries, their ends by kind, refusals of the rate limit.
         self.delivered = self.retried = self.released = self.buried = self.expired = self.limited = 0
         self.bucket: TokenBucket | None = None
-        self.keyed = True  # False: it never had a key, which is known of queues that were made since the opening
-        self.token_at_ms = NEVER_MS  # when those who wait for a token are woken
+        self.keyed = True  # False: it never had a key, which is only known if it was made since the opening
+        self.token_at_ms = NEVER_MS  # when lessees that wait for a token are woken
         self.configure(QueueConfig(), 0)
 
     def configure(self, config: QueueConfig, now_ms: int) -> None:
@@ -39,7 +39,7 @@ class Queue:
             self.bucket = None
         elif self.bucket is None or self.bucket.limit != config.rate_limit:
             self.bucket = TokenBucket(config.rate_limit, now_ms)
-            self.token_at_ms = NEVER_MS  # that of the former bucket says nothing of this one
+            self.token_at_ms = NEVER_MS  # the old bucket's moment does not apply to the new bucket
         self.config = config
         self.visibility_ms = round(config.visibility_timeout * 1000)
         self.ttl_ms = round(config.idempotency_ttl * 1000)

@@ -1,13 +1,13 @@
 """Many waiting jobs of one queue and priority, in columns: what a backlog is made of.
 
 A job that only waits needs no object of its own. A run holds up to RUN_JOBS of them, sorted, as a few arrays: some 64
-bytes a job instead of several hundred, a batch goes in with a handful of array operations, and a checkpoint writes a
-run as one value. Jobs leave at the head; one that leaves becomes an `Entry`. A run that has been saved can give its
-columns away and read them back from the shelf (the index) when its turn comes: then it weighs as much as one job.
+bytes a job instead of several hundred. A batch goes in with a handful of array operations, and a checkpoint writes a
+run as one value. Jobs leave at the head; one that leaves becomes an `Entry`. A saved run can let go of its columns, and
+read them back from the shelf (the index) when its turn comes. Until then it takes as much memory as one job.
 
-Columns are shared with a checkpoint that is being written. So they are only ever appended to (behind what was taken)
-or replaced; nothing is removed in place. One exception: a job's segment and offset may be overwritten in place. Either
-value is valid, because both copies of the payload exist.
+Columns are shared with a checkpoint that is being written. For that reason they are only appended to (behind the part
+that was taken) or replaced; nothing is removed in place. One exception: a job's segment and offset may be overwritten
+in place. Either value is valid, because both copies of the payload exist.
 
 A job that leaves from the middle leaves a hole: its cell is marked, and nothing is copied. A run with more holes than
 jobs is copied without them, so each job that leaves pays for two cells at most.
@@ -29,7 +29,7 @@ FEW_HOLES = 32
 
 
 class Run:
-    """Columns, how far they are used up, and what is known of them while they are on the shelf."""
+    """Columns, how far they are used up, and the facts that are kept while they are on the shelf."""
 
     __slots__ = (
         "at",
@@ -104,7 +104,7 @@ class Run:
         return self.shelf.columns(self.number), 0
 
     def put_away(self, shelf: Shelf) -> None:
-        """Let go of the columns: what is on the shelf is what is left here."""
+        """Let go of the columns. The shelf must hold exactly the jobs that are left here."""
         assert self.number, "a run that was never saved is put away"
         self.columns, self.shelf, self.at = None, shelf, 0
         self.gone, self.holes = None, 0
@@ -152,7 +152,7 @@ class Run:
         return end if found < 0 else found
 
     def job(self, cell: int) -> int:
-        """The first cell from this one on that has a job; behind the last of them, if there is none."""
+        """The first cell from this one on that has a job; if there is none, the end of the columns."""
         if self.gone is None or cell >= len(self.gone):
             return cell
         found = self.gone.find(0, cell)
@@ -247,7 +247,7 @@ class Run:
         return part
 
     def order_by_id(self) -> bool:
-        """From an order by due moment to one by id; True if the cells changed their places."""
+        """Change the order from due moments to ids. Returns True if cells changed their places."""
         assert self.by_due
         self.close_holes()
         if self.head[0] == self.last[0]:  # one moment for all: in order already, and may stay on the shelf

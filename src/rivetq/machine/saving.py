@@ -1,4 +1,4 @@
-"""The state to the index and back, and packing loose jobs into runs for it."""
+"""Moves the state to the index and back, and packs loose jobs into runs for it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .window import FEW_JOBS, Window
 
 
 def snapshot(machine: Machine) -> Snapshot:
-    """What a segment's header and the index carry besides jobs, keys and queues."""
+    """The part of the state that is neither jobs, keys nor queues, for a segment's header and the index."""
     sessions = [Session(each.id, each.done_below, dict(each.answers)) for each in machine.sessions.values()]
     return Snapshot(machine.next_id, machine.reserved_id, machine.oldest_segment, machine.now_ms, sessions)
 
 
 def queue_copied(queue: Queue) -> QueueCopied:
-    """All that is known of a queue besides its jobs and keys."""
+    """All facts of a queue except its jobs and keys."""
     return QueueCopied(
         queue.number, queue.name, queue.config, queue.enqueued, queue.acked, queue.cancelled, queue.purged
     )

@@ -1,6 +1,6 @@
-"""Sessions: callers who number their requests, so that one whose answer was lost can be made again.
+"""Sessions: callers who number their requests, so that a request whose answer was lost can be made again.
 
-What is remembered has bounds: a session that never ends is forgotten when many others have called since.
+The memory for answers is bounded: a session that never ends is forgotten when many others have called since.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .queue import LEASED
 from .snapshot import Session
 
 SESSIONS = 1024
-"""Those that called last are remembered."""
+"""How many sessions are remembered: those that called last."""
 ANSWERS = 1000
-"""Of one session, those with the highest numbers."""
+"""How many answers of one session are remembered: those with the highest numbers."""
 
 
 class Told(NamedTuple):
-    """What a request was answered that was made before."""
+    """The answer of a request that was made before."""
 
     answer: Any
 
@@ -62,7 +62,7 @@ def _is_held(machine: Machine, job_id: int, token: int) -> bool:
 
 
 def note_called(machine: Machine, event: Called) -> None:
-    """Keep the answer. What the session says to have goes, and what is beyond the bounds."""
+    """Keep the answer. Forget answers that the session has received, and those beyond the bounds."""
     session = machine.sessions.pop(event.session, None) or Session(event.session)
     machine.sessions[event.session] = session  # at the end: it called last
     session.answers[event.number] = event.answer

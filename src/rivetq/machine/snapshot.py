@@ -1,4 +1,4 @@
-"""What is saved of the state, and where a record is. Written by apply alone."""
+"""The saved part of the state, and the place of a record. Written by apply alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import attrs
 from .run import Run
 
 RECORD_BYTES, JOB_BYTES, COPY_BYTES, KEY_BYTES, QUEUE_BYTES = 112, 8, 176, 64, 400
-"""What a record, a job in it, a copied job, a key and a queue weigh in the log besides payloads, about: for the garbage
-ratio only, so keys and headers of the caller are not counted."""
+"""About how many bytes a record, a job in it, a copied job, a key and a queue take in the log, without payloads. Only
+for the garbage ratio, so the caller's keys and headers are not counted."""
 
 
 @attrs.define
@@ -24,7 +24,7 @@ class Place:
 
 @attrs.define
 class Session:
-    """A caller who numbers its requests, to make them again without doing them twice."""
+    """A caller who numbers its requests, so that a repeated one is not done twice."""
 
     id: int
     done_below: int = 0
@@ -34,18 +34,18 @@ class Session:
 
 @attrs.define
 class Snapshot:
-    """What must outlive the segments that held it besides jobs, keys and queues, which are copied."""
+    """State that must outlive the segments that held it. (Jobs, keys and queues are copied instead.)"""
 
     next_id: int
     reserved_id: int
     oldest_segment: int
     now_ms: int
     sessions: list[Session]
-    """Those that called last are at the end."""
+    """Sessions that called last are at the end."""
 
 
 class Changes:
-    """What a checkpoint has to write: filled by apply, swapped out by the engine."""
+    """The changes that a checkpoint has to write. Apply fills it, the engine swaps it out."""
 
     __slots__ = ("cells", "gone", "jobs", "packed", "queues", "runs")
 

@@ -1,7 +1,7 @@
-"""Which events may meet a job in which states, and what it is then: the rules of `apply` as a table.
+"""The rules of `apply` as a table: which events may meet a job in which states, and its state after that.
 
-It is asserted while a machine is live. A replay meets jobs in other states, too: a checkpoint may have taken a job as
-it was after the record that is replayed, and `apply` passes over what the state already includes.
+The table is asserted while a machine is live. A replay meets jobs in other states, too: a checkpoint may have taken a
+job as it was after the record that is replayed, and `apply` skips changes that the state already includes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The jobs of one queue and priority that wait in one state, in order; only the head needs to be in memory.
 
-Some are objects of the machine ("loose": their sort keys are here), the others are in runs. Runs may overlap: the
-order is merged when somebody reads it, from the head of each. A run is loaded when its head comes up, so what must be
-in memory does not grow with the backlog.
+Some jobs are objects of the machine ("loose": their sort keys are here), the others are in runs. Runs may overlap: a
+reader of the order merges them, from the head of each. A run is loaded when its head comes up, so the memory that is
+needed does not grow with the backlog.
 
 Sort keys are ids (ready and dead jobs) or (due_ms, id) (scheduled ones).
 """
@@ -39,9 +39,9 @@ class Window:
         self.count = 0
         self.loose: SortedList[Any] = SortedList()
         self.runs: list[Run] = []  # by head
-        self.by_low: list[tuple[int, Run]] = []  # the same by their lowest ids when they came or grew; by due only
+        self.by_low: list[tuple[int, Run]] = []  # the same by their lowest ids when they came or grew; if by_due only
         self.span = 0  # no run has ids further apart than this
-        self.opens: list[Run] = []  # those of them that take more jobs, the one with the highest end first
+        self.opens: list[Run] = []  # runs that take more jobs, the one with the highest end first
 
     def __len__(self) -> int:
         return self.count
@@ -128,7 +128,7 @@ class Window:
             self.opens.remove(run)
 
     def popped(self, run: Run, count: int) -> None:
-        """`count` jobs left this run: it finds its new place, or goes when it is used up."""
+        """`count` jobs left this run. Put it into its new place, or remove it if it is used up."""
         self.count -= count
         runs = self.runs
         if run.left and (len(runs) == 1 or (runs[0] is run and run.head < runs[1].head)):
@@ -141,7 +141,7 @@ class Window:
             self._close(run)
 
     def plucked(self, run: Run, head: Any) -> None:
-        """A job left this run, whose head it was before that."""
+        """A job left this run; `head` is the run's head before that."""
         if run.left and run.head == head:
             self.count -= 1
         else:
@@ -155,7 +155,7 @@ class Window:
         return None
 
     def around(self, first_id: int, last_id: int) -> list[Run]:
-        """The runs that may have ids in this range. Costs two bisections, and those that are told."""
+        """The runs that may have ids in this range. Costs two bisections, plus the runs that it returns."""
         runs = self.runs
         if not runs:
             return []

@@ -1,9 +1,9 @@
 """A copy of a log as it is at one moment, taken while its owner works on.
 
-The log is its records in order, and what is behind any of them may be missing: so a copy of all segments, the last one
-up to its last whole record, is the state after that record. Sealed segments never change and are linked where the file
-system can; the tail is copied. Nobody has to stand still for it, not even in another process: a segment that goes
-meanwhile (a compaction drops the oldest first) only makes the copy begin anew.
+A log may end after any of its records. A copy of all segments, the last one up to its last whole record, is therefore
+the state after that record. Sealed segments never change and are linked where the file system can; the tail is copied.
+No caller has to wait for the copy, not even in another process. If a segment goes meanwhile (a compaction drops the
+oldest first), the copy begins again.
 
 The index is not copied. The first opening of the copy rebuilds it.
 """
@@ -105,7 +105,7 @@ def copy_log(disk: Disk, source: str, log: str, *, link: bool = True, least_lsn:
 
 
 def _copy_segments(disk: Disk, source: str, log: str, link: bool, least_lsn: int) -> tuple[list[int], int, int]:
-    mark = read_file(disk, os.path.join(source, MARK))  # first: what it testifies is in the files by now
+    mark = read_file(disk, os.path.join(source, MARK))  # first: the records that it covers are in the files by now
     numbers = list_segments(disk, source)
     if not numbers:
         raise StorageError(f"{source}: there is no log")

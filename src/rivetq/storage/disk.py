@@ -53,8 +53,8 @@ class SystemDisk:
     def forked(self) -> None:
         """In a forked child, whose files are its parent's: from here on nothing changes one.
 
-        A call that was under way in the thread that forked goes on in the child as well, and must not do a second time
-        what the parent does. Descriptors stay as they are: a number that was freed could soon be another file's.
+        A call that was under way in the thread that forked goes on in the child as well, and must not repeat what the
+        parent does. Descriptors stay open: a number that was freed could soon be another file's.
         """
         self._os = REFUSING
         for name in ("pwrite", "fdatasync"):
@@ -73,7 +73,7 @@ class SystemDisk:
         return b"".join(parts)
 
     def create(self, path: str) -> int:
-        """A new file, 0600 whatever the umask; FileExistsError if there is one."""
+        """Create a file with mode 0600, regardless of the umask. FileExistsError if there is one."""
         fd: int = self._os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         os.fchmod(fd, FILE_MODE)
         return fd
@@ -123,7 +123,7 @@ class SystemDisk:
         return []
 
     def make_directory(self, path: str) -> None:
-        """Create it as 0700 whatever the umask, with missing parents as the umask says; one that is there stays.
+        """Create it with mode 0700, regardless of the umask, and missing parents as the umask says. An old one stays.
 
         The names of new directories are synced: a file in them is not durable while they are not.
         """
@@ -143,7 +143,7 @@ class SystemDisk:
         parent = os.path.dirname(path)
         if not os.path.isdir(parent):
             self._make_parent(parent)
-        with contextlib.suppress(FileExistsError):  # somebody else was quicker
+        with contextlib.suppress(FileExistsError):  # another process was quicker
             self._os.mkdir(path)
         self.sync_directory(parent)
 
@@ -163,14 +163,14 @@ _living: weakref.WeakValueDictionary[int, OwnFile] = weakref.WeakValueDictionary
 class OwnFile:
     """A descriptor that is closed with the last reference, so no reader ever meets a reused number.
 
-    The program shares the table of descriptors. One that closes what it did not open (`os.closerange`, a daemon's
-    beginning in a handler) and opens files then has these under the numbers of the log's: records would go into
-    them, and closing would close them. So each descriptor of ours has two signs:
+    The program shares the table of descriptors. It may close descriptors that it did not open (`os.closerange`, a
+    daemon that starts in a handler) and then open files, which get the numbers of the log's files. Records would go
+    into these files, and closing would close them. For that reason each descriptor of ours has two signs:
 
-    - its offset, which pread and pwrite neither use nor move. It is looked at before a close.
-    - O_NONBLOCK, which has no effect on a regular file. It is looked at before each write and sync, as Python keeps
-      the interpreter meanwhile. To look at the offset it lets go of it, and with many busy threads it gets it back only
-      a switch interval later. A socket or a pipe may have the flag too, but refuses a pwrite by itself.
+    - its offset, which pread and pwrite neither use nor move. It is checked before a close.
+    - O_NONBLOCK, which has no effect on a regular file. It is checked before each write and sync, since Python keeps
+      the interpreter lock for this check. A check of the offset releases that lock, and with many busy threads it comes
+      back only a switch interval later. A socket or a pipe may have the flag too, but refuses a pwrite by itself.
 
     A new file of ours that gets the number of an older one tells the older one. A program that closes a descriptor at
     the same moment in another thread is not noticed.
@@ -230,7 +230,7 @@ class OwnFile:
 
 
 class _Refusing:
-    """In place of the module `os`."""
+    """Stands in for the module `os`."""
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         return _refuse
@@ -244,7 +244,7 @@ REFUSING = _Refusing()
 
 
 class CountingDisk(SystemDisk):
-    """Tells before each read how many bytes were read so far, for somebody who waits for the last one."""
+    """Tells before each read how many bytes were read so far, to show progress."""
 
     def __init__(self, tell: Callable[[int], None]) -> None:
         self._tell = tell

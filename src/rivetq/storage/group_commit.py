@@ -1,4 +1,4 @@
-"""Group commit: one sync for all who wait.
+"""Group commit: one sync for all callers that wait.
 
 The first caller that finds no sync under way is the leader: it writes and syncs in its own thread, so a lone caller
 pays for no hand-over. Callers that come during the sync wait, each on a lock of its own. After the sync all callers
@@ -8,7 +8,7 @@ docs/design.md.)
 
 Threads that were just woken are about to append their next records. After a sync that served several threads, the first
 to return waits for the others; the last one leads. It is already running, so no thread has to be woken. The first one
-waits for a few syncs' time at most. A lone caller never waits.
+waits for the time of a few syncs at most. A lone caller never waits.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import time
 from typing import Protocol
 
 PATIENCE = 2.0
-"""The longest that a caller waits for company, in syncs as they took lately. Until a thread has come back it takes
-several times as long as its work: the interpreter goes from one to the next."""
+"""The longest that a caller waits for others, in units of a recent sync. A thread needs several times as long as its
+work to come back, since the interpreter runs one thread after the other."""
 PATIENCE_S = 0.02
-"""And this at most, whatever a disk that stalled once has done to that figure."""
+"""The same limit in seconds, in case a disk that stalled once has spoiled the estimate."""
 COMPANY = 12
-"""As many are company enough: with more threads than that, the next ones gather while the disk is busy."""
+"""With so many callers, no one waits for more: with more threads, the next ones gather while the disk is busy."""
 
 _LAST = 2**64  # above every lsn: such a waiter is never covered, it is told to lead in the end
 
 
 class SyncTarget(Protocol):
-    """What is synced: the log."""
+    """The log, which is synced."""
 
     @property
     def broken(self) -> bool: ...
@@ -53,7 +53,7 @@ class _Waiter:
 
 
 class GroupCommit:
-    """Makes records durable for many threads. `failure` is why it cannot any more."""
+    """Makes records durable for many threads. `failure` is the reason why it no longer can."""
 
     def __init__(self, target: SyncTarget) -> None:
         self._target = target
@@ -95,9 +95,9 @@ class GroupCommit:
             waiter.wake()
 
     def close(self) -> None:
-        """Lead a last time, after the present leader, and for good: there is no sync after this has returned.
+        """Lead one last time, after the present leader. There is no sync after this has returned.
 
-        If that sync fails, everybody who still waits is told.
+        If that sync fails, all callers that still wait are told.
         """
         waiter = _Waiter(_LAST)
         try:
@@ -112,7 +112,7 @@ class GroupCommit:
             if self.failure is None:
                 self._target.sync()
         except BaseException as error:
-            if self._leader is waiter:  # and stays it: the log is about to be closed
+            if self._leader is waiter:  # it stays the leader: the log is about to be closed
                 self.fail(error)
             self._leave(waiter)
             raise
@@ -120,7 +120,7 @@ class GroupCommit:
             self._wake(_LAST)
 
     def _join(self, waiter: _Waiter) -> None:
-        """Return when it is covered, or leads, or all is lost."""
+        """Return when the waiter is covered or leads; raise if no sync can succeed any more."""
         with self._lock:
             if self.failure is not None:
                 raise self.failure
@@ -155,9 +155,9 @@ class GroupCommit:
             self._pass_on()
 
     def _leave(self, waiter: _Waiter) -> None:
-        """After an exception at any point, Ctrl-C say: what it was about to do for others is done here.
+        """After an exception at any point, such as Ctrl-C: do what the waiter was about to do for others.
 
-        It may have led, it may have been the patient one that others count on, and it may have named the next leader
+        It may have been the leader, or the patient caller that others rely on, or it may have named the next leader
         without waking it.
         """
         with self._lock:

@@ -1,4 +1,4 @@
-"""What a segment begins with.
+"""The header, with which a segment begins.
 
 Format version 2. To change it: add the new version beside the old reader, raise VERSION, describe both in
 docs/file-format.md, keep a directory of the old version under tests/ and prove that it opens.
@@ -6,7 +6,7 @@ docs/file-format.md, keep a directory of the old version under tests/ and prove 
 Header, little-endian, padded with zeros to 8 bytes::
 
     magic 8 bytes   "RivetQ\\0\\n"
-    version u32     the only field besides magic, size and crc that every version keeps in place
+    version u32     kept in place by every version, as are magic, size and crc
     size u32        bytes of the whole header, padding included
     crc u32         masked CRC32C of magic, version, size and of all behind this field
     epoch u32       counts the openings of the directory

@@ -39,7 +39,7 @@ class DirectoryLock:
                     f"{path}: a symbolic link, which is not followed here; nothing was changed. Remove it; to keep the "
                     f"files elsewhere, make the whole directory a link"
                 )
-        # An object that closes itself: whatever breaks in, the lock is let go with the last who knows of it.
+        # An object that closes itself: after any exception, the lock is released with the last reference.
         self._file = self._acquire(directory)
         _held.add(self)
         self._former = os.pread(self._file.fileno(), 4096, 0)

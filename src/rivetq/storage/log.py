@@ -1,6 +1,6 @@
 """The directory of segments: append, write, sync, read, drop.
 
-Two locks, neither of them here for the caller's data:
+Two locks matter, and neither guards the caller's data:
 
 - `append`, `begin_segment` and the room questions are called with the engine's lock held and do no I/O: they put frames
   into a buffer and say where they will be on disk.
@@ -8,10 +8,10 @@ Two locks, neither of them here for the caller's data:
   it, so that others write meanwhile. One thread at a time syncs (see group).
 
 Failure is for good: after an exception while writing or syncing, `broken` is True in that thread, the next write or
-sync raises, and nobody may say "ok" again.
-An fsync is never repeated: on ext4 and xfs the second one says OK although the data of the first is gone.
+sync raises, and no call may report success again.
+An fsync is never repeated: on ext4 and xfs the second one succeeds although the data of the first is gone.
 
-The mark is written after each sync and is itself not synced: a witness that may be old, never wrong.
+The mark is written after each sync, but is not synced itself: it is a witness that may be old, but is never wrong.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .segment import OPEN_SEGMENTS, OUT_OF_DESCRIPTORS, SegmentFile, SegmentFile
 from .space import Space
 
 READ_BYTES, READ_GAP_BYTES = 1 << 18, 1 << 12
-"""Payloads that lie this close together are read at once, up to so much."""
+"""Payloads that lie at most READ_GAP_BYTES apart are read at once, up to READ_BYTES."""
 
 
 def read_payload(file: SegmentFile, offset: int, length: int, crc: int) -> bytes:
@@ -70,7 +70,7 @@ class Log:
         self.log_id = log_id
         self._epoch = epoch
         self.space = Space(disk, directory, segment_bytes)
-        # Guarded by the engine's lock: what the next frame follows.
+        # Guarded by the engine's lock: the place of the next frame.
         self._tail_id = 0
         self._salt = 0
         self._crc = 0
@@ -84,11 +84,11 @@ class Log:
         self._written_to = 0
         self.written_lsn = 0
         self.durable_lsn = 0
-        # Set before and cleared after: whatever breaks in leaves them set.
+        # Set before the call and cleared after it: any exception in between leaves them set.
         self._writing = 0  # the thread that does it
         self._syncing = 0
         self._mark: OwnFile | None = None
-        # Of the tail and the spares there are references of their own: they stay open when others are let go here.
+        # The tail and the spares have other references, too, so they stay open when this cache lets files go.
         self._files = SegmentFiles(disk, directory, OPEN_SEGMENTS)
         self.records = self.syncs = self.bytes_written = 0
         self.jobs = 0  # in all records so far; counted by the engine
@@ -106,7 +106,7 @@ class Log:
         now_ms: int,
         body_length: int = 1,
     ) -> None:
-        """From the next record on a new segment, made of a spare that `body_length` fits into."""
+        """Begin a new segment with the next record. It is made of a spare that `body_length` fits into."""
         spare = self.space.take(body_length, len(snapshot))
         header = encode_header(
             Header(
@@ -169,12 +169,12 @@ class Log:
                 self._write_buffer()
 
     def flush(self) -> None:
-        """Hand over the whole buffer, a begun segment without records included."""
+        """Hand over the whole buffer, including a begun segment without records."""
         with self._write_lock:
             self._write_buffer()
 
     def _write_buffer(self) -> None:
-        # Caller holds _write_lock. Whatever interrupts this, KeyboardInterrupt included, leaves `_writing` set: some of
+        # Caller holds _write_lock. Any exception in here, KeyboardInterrupt included, leaves `_writing` set: some of
         # the frames may be in the file and some not, and the buffer has forgotten them.
         if self._writing:
             raise OSError("an earlier write of the log failed")
@@ -198,7 +198,7 @@ class Log:
         self._writing = 0
 
     def _write_frames(self, frames: list[_Frame]) -> None:
-        """Neighbours, in one system call."""
+        """Write neighbouring frames, in one system call."""
         if not frames:
             return
         data, start, lsn = frames[0]
@@ -226,8 +226,8 @@ class Log:
         self._written_to = item.header.size
 
     def _publish(self, begun: _Begin | None) -> None:
-        # Caller holds _write_lock. The frames of the same buffer are in the file before it gets its name: what a
-        # recovery writes again must not be cut off by a header that stands alone.
+        # Caller holds _write_lock. The frames of the same buffer are in the file before it gets its name: a header
+        # without frames must not cut off the records that a recovery writes again.
         if begun is not None:
             path = self._files.path(begun.header.id)
             try:
@@ -235,7 +235,7 @@ class Log:
             except OSError as error:
                 if error.errno not in OUT_OF_DESCRIPTORS:
                     raise
-                self._sync_names()  # all but this is done: nothing else of it opens a file
+                self._sync_names()  # the last step, and the only one that opens a file
                 begun.file.path = path
             self.syncs += 1
 
@@ -343,7 +343,7 @@ class Log:
                 file.check()
 
     def drop(self, upto: int) -> None:
-        """Remove the segments up to this id, oldest first. That they are not needed is on disk already."""
+        """Remove the segments up to this id, oldest first. A record on disk already says that they are not needed."""
         numbers = sorted(s for s in self.sizes if s <= upto)
         for number in numbers:
             with contextlib.suppress(FileNotFoundError):
@@ -377,7 +377,7 @@ class Log:
             mark.close()
 
     def forked(self) -> None:
-        """In the child: nothing is written any more, and the holders of the locks are not here."""
+        """In the child: nothing is written any more, and the holders of the locks do not exist."""
         self._disk.forked()
         self._write_lock = threading.Lock()
         self.space.forked()

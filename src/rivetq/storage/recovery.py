@@ -1,6 +1,6 @@
-"""Opening a directory: index and tail, or the log alone; both give the same state.
+"""Opening a directory: from the index and the tail, or from the log alone; both give the same state.
 
-Nothing in the directory is changed here. What can be read is read and judged first; a refusal leaves all as it was.
+Nothing in the directory is changed here. Everything is read and judged first; a refusal leaves all as it was.
 
 Torn or damaged? Frames are read in order until there is no good one. Let n be the lsn that should come there. If any
 witness says that record n was on disk once (the mark file, the durable lsn in any whole frame of the segment, also
@@ -40,7 +40,7 @@ from .segment import OPEN_SEGMENTS, OPEN_TO_READ, Record, Scan, SegmentFile, Seg
 logger = logging.getLogger("rivetq")
 
 ROUNDS, TAIL_ROUNDS = 20, 3
-"""So often a log that somebody else writes is read anew, when segments went and when the tail looked damaged."""
+"""How often a log that another process writes is read again: if segments went, and if the tail looked damaged."""
 T = TypeVar("T")
 
 
@@ -61,7 +61,7 @@ class Recovered:
     end_offset: int = 0
     """Where that record ends in the last segment."""
     surplus: list[bytes] = attrs.Factory(list)
-    """Bodies of the whole records behind `end_lsn`, which nobody knows to be on disk: to be written again."""
+    """Bodies of the whole records behind `end_lsn`. They may not be on disk, so they are written again."""
     sizes: dict[int, int] = attrs.Factory(dict)
     """Bytes per segment."""
     applied_lsn: int = 0
@@ -96,11 +96,11 @@ def recover(
 
 
 def beside_its_owner(directory: str, read: Callable[[], T]) -> T:
-    """Read a log that somebody may be writing: `read` begins anew when the files moved under it.
+    """Read a log that its owner may be writing. `read` is repeated if the files change under it.
 
     Raises:
-        StorageError: they do so each time.
-        CorruptLogError: a file is damaged each time.
+        StorageError: the files changed each time.
+        CorruptLogError: a file was damaged each time.
     """
     turn = 1
     while True:
@@ -109,7 +109,7 @@ def beside_its_owner(directory: str, read: Callable[[], T]) -> T:
         except FileNotFoundError as error:  # a compaction dropped it meanwhile
             if turn == ROUNDS:
                 raise StorageError(f"{directory}: its segments go quicker than they are read; again") from error
-        except CorruptLogError:  # the tail was written while it was read, or it is damaged in earnest
+        except CorruptLogError:  # the tail was written while it was read, or it really is damaged
             if turn >= TAIL_ROUNDS:
                 raise
         turn += 1
@@ -118,9 +118,9 @@ def beside_its_owner(directory: str, read: Callable[[], T]) -> T:
 def time_line(clock: Clock, last: Header | None, latest_ms: int) -> tuple[int, int]:
     """The moment at which the time line goes on, or begins, and the boot-time clock at it.
 
-    It goes on by the boot-time clock within one boot, else by the wall clock, and never back. So a step of the wall
-    clock changes nothing within a boot; after a reboot with the clock set back, what was granted is the most that is
-    left to wait.
+    Within one boot it goes on by the boot-time clock, else by the wall clock, and never back. A step of the wall clock
+    changes nothing within a boot. After a reboot with the clock set back, no wait is longer than the one that was
+    granted.
     """
     boot_ms, now_ms = read_together(clock)
     if last is not None and last.boot_id == clock.boot_id:
@@ -131,7 +131,7 @@ def time_line(clock: Clock, last: Header | None, latest_ms: int) -> tuple[int, i
 def records(disk: Disk, directory: str) -> Iterator[tuple[SegmentFile, Record]]:
     """All records in order, each with its file. Raises CorruptLogError, at the latest behind the last good one."""
     log_directory = os.path.join(directory, LOG)
-    # Somebody may be writing: what the mark testifies is in the files by now, and a segment may go before it is opened.
+    # The owner may be writing. Records that the mark covers are in the files; a segment may go before it is opened.
     mark = read_file(disk, os.path.join(log_directory, MARK))
     numbers = list_segments(disk, log_directory)
     if not numbers:

@@ -1,8 +1,8 @@
-"""How much of the disk a log has taken ahead: the rest of its tail, and spares.
+"""The disk space that a log has taken in advance: the rest of its tail, and spares.
 
-Space is taken before it is promised: a record is accepted only where blocks of the disk are its own already. A segment
-grows in preallocated steps, a spare one waits beside it, and enqueues stop while RESERVE_BYTES are still there for acks
-and leases. When the disk has nothing more for the tail, the spare is begun early.
+Space is taken before it is promised: a record is accepted only if blocks of the disk are allocated for it. A segment
+grows in preallocated steps, and a spare waits beside it. Enqueues stop while RESERVE_BYTES are still left for acks and
+leases. When the disk has no more space for the tail, the spare is begun early.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _ROOMY_BYTES = RESERVE_BYTES + HEADER_BYTES + ALIGN
 FIRST_BYTES = 512 * 1024
 """Preallocated at the start; a small queue takes little disk."""
 SMALL_BYTES = 64 * 1024
-"""On a nearly full disk spares get smaller, down to this one, or to what an answer needs."""
+"""On a nearly full disk spares get smaller, down to this size, or to the size that an answer needs."""
 STEP_BYTES = 16 * 2**20
 """The largest step: a segment doubles up to this one."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE}
-"""What passes by itself, or when somebody makes room: files that can be opened are a kind of space too."""
+"""Errors that pass by themselves, or when a user makes room. File descriptors are a kind of space, too."""
 _NEW = ".new"
 _HEADER_SLACK = 4096  # what a header may grow between the question for room and its writing
 
@@ -48,7 +48,7 @@ class Space:
         self._closed = False
 
     def is_roomy(self, body_length: int) -> bool:
-        """There is room for this record and the reserve in the tail alone: what all but a few find."""
+        """The tail alone has room for this record and the reserve, as for all but a few records."""
         tail = self.tail
         return tail is not None and self.tail_offset + body_length + _ROOMY_BYTES <= tail.size
 
@@ -122,7 +122,7 @@ class Space:
                 raise self._no_space(error) from error
 
     def _no_space(self, error: OSError) -> DiskFullError | OSError:
-        """What a failure to get space is to the caller: something that passes, or a failure of the disk."""
+        """The error to raise when space could not be got: one that passes, or a failure of the disk."""
         if error.errno not in _NO_SPACE:
             return error
         return DiskFullError(
@@ -162,7 +162,7 @@ class Space:
                 raise self._no_space(error) from error
 
     def _largest_spare(self, size: int, least: int) -> SegmentFile:
-        """Of `size`, or of what a nearly full disk still has, down to `least`."""
+        """A spare of `size`, or of the size that a nearly full disk still has, down to `least`."""
         while True:
             try:
                 return self._new_spare(size)
@@ -180,7 +180,7 @@ class Space:
         return spare
 
     def adopt(self) -> None:
-        """Take over the spares of the former owner; what is unusable goes."""
+        """Take over the spares of the former owner; unusable ones are removed."""
         for name in sorted(self._disk.list(self._directory)):
             if not name.startswith(SPARE):
                 continue

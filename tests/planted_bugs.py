@@ -238,7 +238,7 @@ BUGS = (
     Bug(
         "dead record stays dead",
         "schedules/scheduler.py",
-        "                elif job.state == JobState.DEAD:  # somebody took it for a job of theirs\n"
+        "                elif job.state == JobState.DEAD:  # a worker took it for one of its own jobs\n"
         "                    self._broker.redrive(SCHEDULES, job_ids=[job.id])\n",
         "",
         "test_schedules.py::test_a_record_that_somebody_rejected_comes_back_with_the_next_start",

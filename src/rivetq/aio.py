@@ -116,7 +116,7 @@ class AsyncBroker:
             try:
                 await self._in_thread(open_)
             except asyncio.CancelledError:
-                # Whoever comes second, this or the thread, sees the other. The loop may be gone before the thread ends.
+                # This and the thread: the second one sees the first. The loop may be gone before the thread ends.
                 unwanted.set()
                 for broker in opened:
                     threading.Thread(target=broker.close, name="rivetq-close").start()
@@ -380,7 +380,7 @@ class AsyncBroker:
         return told
 
     def _give_back(self, grants: list[Grant]) -> None:
-        """Nobody waits for these any more."""
+        """Release these leases: no caller waits for them any more."""
         operations = [Release(grant.id, grant.token) for grant in grants]
         with suppress(RivetQError):  # lost or closed: then they come again by themselves
             self.broker._engine.call_soon(Commit(operations), _ignore)
@@ -610,7 +610,7 @@ class AsyncTransaction:
 
 
 class _Answer:
-    """What an engine will tell a future, and what to do with it if nobody waits for it any more."""
+    """The answer of an engine for a future, and what to do with it if no caller waits for it any more."""
 
     def __init__(self, mailbox: _Mailbox, unwanted: Callable[[Any], None] | None = None) -> None:
         self.future: asyncio.Future[Any] = mailbox.loop.create_future()
@@ -648,7 +648,7 @@ class _Answer:
             self.future.set_exception(error)
 
     def drop(self) -> None:
-        """Nobody waits for it; the loop may end before it could deliver what is on its way."""
+        """No caller waits for it any more. The loop may end before it could deliver an answer that is on its way."""
         with self._lock:
             self._is_dropped = True
             answers, self._answer = self._answer, []
@@ -708,7 +708,7 @@ class _Mailbox:
 
 
 def _ignore(answer: Any, error: BaseException | None) -> None:
-    """Nobody asks what became of it."""
+    """For a call whose answer does not matter."""
 
 
 def _in_loop(mailbox: _Mailbox, tell: Callable[[bool], None]) -> Callable[[bool], None]:

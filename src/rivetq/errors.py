@@ -1,7 +1,7 @@
 """The error tree: what a caller can do differs per class, the facts are attributes, the message says what to do now.
 
     RivetQError
-      UsageError(ValueError)      the call itself is wrong; mend the program
+      UsageError(ValueError)      the call itself is wrong; fix the program
       JobError                    about one job: JobNotFoundError, LeaseLostError, DuplicateJobError
       CapacityError               try later or elsewhere: QueueFullError, RateLimitedError, DiskFullError
       StorageError                the directory: CorruptLogError, BrokerFailedError, BrokerLockedError, FormatError

@@ -1,4 +1,4 @@
-"""Counts of measured values by size, so that somebody who looks now and then sees how they are spread."""
+"""Counts of measured values by size, so that a reader who looks now and then sees how they are spread."""
 
 from __future__ import annotations
 

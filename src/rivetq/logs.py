@@ -51,9 +51,9 @@ class JobFields(logging.Filter):
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON in ASCII: time, level, logger, message, all `extra` fields, exception, stack.
 
-    The time is ISO 8601 in UTC with milliseconds. What JSON cannot say is there as its text, and whatever a field or an
-    argument does when it is asked for its text, formatting does not raise. An `extra` field with one of the names above
-    gets an underscore behind it.
+    The time is ISO 8601 in UTC with milliseconds. A value that JSON cannot express appears as its text. If a field or
+    an argument raises when it is asked for its text, formatting still does not raise. An `extra` field with one of the
+    names above gets an underscore behind it.
     """
 
     def format(self, record: logging.LogRecord) -> str:

@@ -314,7 +314,7 @@ def _run_all(undo: list[Callable[[], object]]) -> None:
 
 
 def _remove(worker: Worker, durations: JobDurations) -> None:
-    with suppress(ValueError):  # somebody else did
+    with suppress(ValueError):  # it was removed elsewhere
         worker.on_settled.remove(durations)
 
 

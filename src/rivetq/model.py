@@ -167,7 +167,7 @@ class Deliveries:
     expired: int = 0
     """Ended at their deadline, or because their owner was gone at the opening."""
     dead: int = 0
-    """Made a dead letter, in whatever way."""
+    """Made a dead letter, in any way."""
     rate_limited: int = 0
     """Calls that a rate limit refused a job: an enqueue with RateLimitedError, a lease with nothing."""
 
@@ -221,7 +221,7 @@ class Job:
 
 
 class LeaseLike(Protocol):
-    """Whatever names a delivery: a Lease, a LeaseRef, or an object of yours."""
+    """An object that names a delivery: a Lease, a LeaseRef, or an object of yours."""
 
     @property
     def id(self) -> int: ...

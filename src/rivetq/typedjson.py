@@ -3,7 +3,7 @@
 Plain values look like plain JSON, so that any other program can read and write a job. What JSON cannot say becomes an
 object with one key that begins with a dollar, as in ``{"$datetime": "2026-01-01T00:00:00+00:00"}``. Nothing of a
 payload is ever executed: a dataclass or attrs class comes back only if the application named it, as an annotation of a
-task's argument or by `register`. (With pickle whoever can write into the queue can run code in the worker.)
+task's argument or by `register`. (With pickle a process that can write into the queue can run code in the worker.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .texts import quoted, shown
 _ESCAPE = "$object"
 _TUPLE = "$tuple"
 _CLASS = "$class"
-"""Its name and fields; and what an instance has besides them, if anything."""
+"""The name and fields of a class; and further attributes of an instance, if it has any."""
 _NAMES = 10
 """Of many wrong ones, so many are named."""
 _ATTRS_HASH = "_attrs_cached_hash"
@@ -74,7 +74,7 @@ class TypedJson:
                 self.register_annotations(hints(each))
 
     def register_annotations(self, annotations: Iterable[Any]) -> None:
-        """Register all classes that these annotations mention, at whatever depth."""
+        """Register all classes that these annotations mention, at any depth."""
         for annotation in annotations:
             for each in _mentioned(annotation):
                 if _is_record(each) or _is_enum(each):
@@ -250,7 +250,7 @@ def _is_made_of_its_fields(kind: type) -> bool:
 
 
 def _computed(value: Any, fields: Collection[str]) -> dict[str, Any]:
-    """What an instance has besides its fields: its constructor computed it. A cached property is computed again."""
+    """The attributes of an instance that are not fields: its constructor computed them. Cached properties excepted."""
     kind = type(value)
     return {
         key: item
@@ -290,7 +290,7 @@ def hints(owner: Any) -> list[Any]:
     """The annotations of a function or class; those that cannot be resolved (yet) are left out."""
     try:
         found: Mapping[str, Any] = typing.get_type_hints(owner)
-    except Exception:  # a name that exists for type checkers only, say: what a class's own error is nobody can tell
+    except Exception:  # a name that exists for type checkers only, say: it cannot be told from an error of the class
         found = {name: _hint(owner, text) for name, text in getattr(owner, "__annotations__", {}).items()}
     return [annotation for annotation in found.values() if not isinstance(annotation, str)]
 

@@ -368,12 +368,12 @@ class Broker:
         begun: bool = True,
         max_bytes: int | None = None,
     ) -> Waiting:
-        """`lease_many` that waits for ever and blocks nobody: for event loops, and for a wait that must end early.
+        """`lease_many` that waits for ever without blocking: for event loops, and for a wait that must end early.
 
         Args:
             done: called once, with the leases and None, or None and an error: perhaps before this returns, perhaps in
-                a thread of the broker's, which everybody who waits like this shares. So it must not raise and must not
-                wait for anything: put the leases into a queue of yours.
+                a thread of the broker that all such callers share. It must neither raise nor wait for anything: put
+                the leases into a queue of yours.
             begun, max_bytes: as in `lease_many`.
 
         Returns:
@@ -387,7 +387,7 @@ class Broker:
             if grants is not None:
                 try:
                     leases = requests.leases_of(grants, self, self._wall_ms)
-                except BaseException as trouble:  # no memory, say: whoever waits is told
+                except BaseException as trouble:  # no memory, say: the waiting caller is told
                     error = trouble
             done(leases, error)
 
@@ -414,7 +414,7 @@ class Broker:
         self._commit([requests.release(lease, delay)])
 
     def reject(self, lease: LeaseLike, *, error: str | None = None) -> None:
-        """Make the job a dead letter now, whatever attempts are left."""
+        """Make the job a dead letter now, even if attempts are left."""
         self._commit([requests.reject(lease, error)])
 
     def extend(self, lease: LeaseLike, seconds: Duration) -> Lease:
@@ -449,12 +449,12 @@ class Broker:
         return [answer if isinstance(answer, Lost) else None for answer in told]
 
     def commit(self, operations: Iterable[Operation], *, once: Once | None = None) -> list[Answer]:
-        """Do all of these operations of `rivetq.engine` as one record of the log, or none; the answer of each.
+        """Do all of these operations of `rivetq.engine` as one record of the log, or none. Returns their answers.
 
         Args:
             operations: in the order in which they are decided.
-            once: the number of this commit in a session of the caller. Made again with it, also after a restart, it is
-                not done twice: it gets the answers of the first time.
+            once: the number of this commit in a session of the caller. A repetition with the same number, also after a
+                restart, is not done twice: it gets the answers of the first time.
 
         Raises:
             UsageError: an operation is malformed, or the session had the answer of this number long ago.

@@ -1,7 +1,7 @@
 """The command line ``rivetq``: `pip install rivetq[cli]`.
 
-Commands that look work on a directory whatever process has it open, and say as of when. Commands that change something
-open it themselves, and say who has it if somebody does.
+Commands that only look work on a directory even if a process has it open, and say as of when. Commands that change
+something open it themselves; if another process has it open, they say which one.
 
 What the exit statuses mean stands in `command`.
 """

@@ -110,7 +110,7 @@ def print_table(table: Table) -> None:
 
 @contextmanager
 def slow(text: str) -> Iterator[tools.Progress]:
-    """Shows on a terminal how far something is that has taken a second; or only that it goes on, if nobody tells."""
+    """After a second, shows progress on a terminal: how far it is, or, if that is unknown, only that it goes on."""
     if not errors.is_terminal:
         yield lambda done, most: None
         return

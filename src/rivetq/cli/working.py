@@ -50,7 +50,7 @@ def worker(app: str | None, concurrency: int | None, **given_here: Any) -> int:
     configure(level=settings.log_level, json=settings.log_json, logger=own)
     given = {name for name, origin in settings.origins.items() if origin != "default"}
     options = {name: value for name, value in settings.broker_options().items() if name in given}
-    if options or "path" in given:  # what nobody set is as the app has it
+    if options or "path" in given:  # options that are not set are as the app has them
         found.use(settings.path if "path" in given else None, **options)
     made = settings.worker(found)
     if settings.metrics_port is None:

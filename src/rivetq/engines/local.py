@@ -1,7 +1,7 @@
 """The durable engine: a directory that this process owns. It is opened, kept in order and closed here.
 
-Threads in addition to the timer: `rivetq-keeper` makes spare segments, checkpoints and compacts; `rivetq-sync` syncs, with
-``fsync="interval"`` only. A failure in one of them fails the broker: the next call raises it.
+Threads in addition to the timer: `rivetq-keeper` makes spare segments, checkpoints and compacts; `rivetq-sync` syncs,
+with ``fsync="interval"`` only. A failure in one of them fails the broker: the next call raises it.
 
 Lock order: _keeper_lock, then the engine's _lock, then the log's own.
 """

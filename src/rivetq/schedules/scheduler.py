@@ -1,9 +1,9 @@
 """Schedules: tasks that are enqueued by the clock.
 
 A schedule is one record, itself a job: it waits in the queue `SCHEDULES` until its next tick is due. Then one
-transaction acks it, enqueues the tick's job, and enqueues the record of the tick that follows: all three or none. So a
-tick that was fired is never fired again, whatever dies in between, and the chain does not break. As a second guard each
-tick's job has an idempotency key of schedule and tick.
+transaction acks it, enqueues the tick's job, and enqueues the record of the tick that follows: all three or none. A
+tick that was fired is never fired again, even after a crash in between, and the chain does not break. As a second guard
+each tick's job has an idempotency key of schedule and tick.
 
 Ticks are moments of the wall clock. What is missed while no worker runs is found at the next opening, in the record.
 """
@@ -60,7 +60,7 @@ class Scheduler:
     def __init__(self, broker: Broker, schedules: dict[str, Schedule]) -> None:
         self._broker = broker
         self._schedules = schedules
-        self._strangers: dict[int, int] = {}  # records of schedules that nobody has: seen first at boot_ms
+        self._strangers: dict[int, int] = {}  # records whose schedule no app has: seen first at boot_ms
         self._inbox: queue.SimpleQueue[tuple[list[Lease] | None, BaseException | None] | None] = queue.SimpleQueue()
         with _lock:
             for other in _live.setdefault(broker, WeakSet()):
@@ -176,7 +176,7 @@ class Scheduler:
             for job, _ in known:
                 if job not in valid[-1:]:
                     self._broker.cancel(job.id)
-                elif job.state == JobState.DEAD:  # somebody took it for a job of theirs
+                elif job.state == JobState.DEAD:  # a worker took it for one of its own jobs
                     self._broker.redrive(SCHEDULES, job_ids=[job.id])
 
     def fire(self, lease: Lease) -> None:
@@ -231,7 +231,7 @@ class Scheduler:
         return None
 
     def _end_stranger(self, lease: Lease) -> None:
-        """Of a schedule that nobody has: another app's whose worker is about to start, or one that is there no more."""
+        """For a record whose schedule no app has: its app's worker is about to start, or the schedule was removed."""
         now_ms = self._broker.clock.boot_ms()
         if now_ms - self._strangers.setdefault(lease.id, now_ms) < LOOK_MS:
             self._broker.release(lease, delay=AGAIN_S)

@@ -394,7 +394,7 @@ class App:
     def _known_codec(self) -> Codec:
         """The codec, once it knows the classes of all tasks. Not before: annotations may name what comes later."""
         if self._unhinted:
-            with self._lock:  # whoever comes second finds all of them known
+            with self._lock:  # a second thread waits here until all of them are known
                 while self._unhinted:
                     task = self._unhinted[-1]
                     if isinstance(self.codec, TypedJson):

@@ -65,7 +65,7 @@ class CurrentJob:
 
     @property
     def cancelled(self) -> bool:
-        """Stop as soon as you can: the lease was lost, somebody cancelled it, or its time limit is over.
+        """Stop as soon as you can: the lease was lost, the job was cancelled, or its time limit is over.
 
         A handler in a thread cannot be stopped from outside; one that runs for long should look here now and then. In
         a child process neither this nor `stopping` is ever set: the child is killed.
@@ -85,8 +85,8 @@ class CurrentJob:
         """Ack this job together with what the block enqueues, all or nothing: ``with current_job().finish() as tx``.
 
         So a step and the one that follows it cannot come apart: ``next_step.options(transaction=tx).enqueue(...)``.
-        When the block has ended the job is done, whatever becomes of the handler. On an exception in it nothing
-        happened.
+        When the block has ended the job is done, however the handler ends. After an exception in the block nothing
+        has happened.
 
         It waits for the disk; an async handler calls it in a thread (`asyncio.to_thread`) where that matters.
 

@@ -187,7 +187,7 @@ def _noted(failures: list[BaseException]) -> Callable[..., None]:
 
 
 async def run_async(delivery: Delivery, hooks: Sequence[Hook]) -> None:
-    """Run an async handler in this event loop; sets how it ended. Raises nothing, whatever happens."""
+    """Run an async handler in this event loop and set how it ended. Never raises."""
     started, own = time.perf_counter(), _copies
     delivery.started_at = time.monotonic()
     try:
@@ -257,6 +257,6 @@ def _log_failure(delivery: Delivery, error: BaseException) -> None:
 
 
 def fields(delivery: Delivery) -> dict[str, Any]:
-    """What a log record says about a job, besides its text."""
+    """The fields about a job that a log record has in addition to its text."""
     lease = delivery.lease
     return {"job_id": lease.id, "queue": lease.queue, "task": delivery.task.name, "attempt": lease.attempt}

@@ -47,7 +47,7 @@ class Drained:
     """Attempts that ended in a retry or a dead letter."""
     released: int = 0
     errors: list[BaseException] = attrs.Factory(list)
-    """What handlers raised, in order, besides `Retry`, `Snooze` and `Reject`."""
+    """The exceptions that handlers raised, in order, except `Retry`, `Snooze` and `Reject`."""
 
     @property
     def jobs(self) -> int:
@@ -149,7 +149,7 @@ class TestingApp:
                 task_name = job.headers.get(TASK_HEADER)
                 if task_name is not None and (task is None or task.name == task_name):
                     content = self.app.codec.loads(job.payload)
-                    if not isinstance(content, dict):  # somebody's who enqueued it by hand
+                    if not isinstance(content, dict):  # enqueued by hand
                         continue
                     found.append(EnqueuedCall(task_name, content.get("args", []), content.get("kwargs", {}), job))
         return sorted(found, key=lambda call: call.job.id)

@@ -1,4 +1,4 @@
-"""A disk that knows what a power cut would leave of it, for the tests of whoever writes files that must last.
+"""A disk that knows what a power cut would leave of it, for tests of code that writes files that must last.
 
 `SimulatedDisk` has the calls that a log needs of a disk. What its caller sees is in real files below one directory, so
 that anything may read them. Beside that it keeps, for every file and directory, what is durable and what was done
@@ -82,7 +82,7 @@ class SimulatedDisk:
     Args:
         root: where the files are that its caller sees.
         space: bytes that all files together may take; a call that needs more raises ENOSPC. None: no limit.
-        opaque: names of directories whose files somebody else writes, past this disk. A power cut leaves them as they
+        opaque: names of directories whose files other code writes, past this disk. A power cut leaves them as they
             are, or without some of their bytes, or takes them away.
     """
 
@@ -136,7 +136,7 @@ class SimulatedDisk:
         self._short = range(at, at + times)
 
     def mend(self) -> None:
-        """From here on nothing goes wrong any more. What failed syncs took is still lost."""
+        """From here on nothing goes wrong any more. Data of failed syncs is still lost."""
         self._cut_at = None
         self._faults.clear()
         self._short = range(0)
@@ -305,7 +305,7 @@ class SimulatedDisk:
             self.space += node.size
 
     def elsewhere(self, path: str) -> None:
-        """Somebody else is about to change an opaque file, past this disk: a call as any other, which may fail."""
+        """Other code is about to change an opaque file, past this disk. Like any other call, this may fail."""
         self._operate("elsewhere", path, act=lambda: None)
 
     def list(self, directory: str) -> list[str]:

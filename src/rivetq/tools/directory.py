@@ -16,7 +16,7 @@ from ..storage.lock import DirectoryLock
 
 Path = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
-"""Called now and then with how many bytes of a log were read, and of how many; (0, 0): nobody knows."""
+"""Called now and then with how many bytes of a log were read, and of how many; (0, 0): unknown."""
 
 
 def check(path: Path) -> str:
@@ -51,7 +51,7 @@ def readable(directory: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def owned(directory: str) -> Iterator[None]:
-    """No broker has it, or gets it meanwhile. What cannot be written nobody else can open either."""
+    """Keep brokers out of the directory. If it cannot be written, no other process can open it either."""
     try:
         lock = DirectoryLock(directory, SystemClock().wall_ms())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A state to look at, whatever process has the directory open."""
+"""The state of a directory to look at, even while a process has it open."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .directory import Path, Progress, directory_of, disk_of, readable
 
 T = TypeVar("T")
 LOOKS = 10
-"""So often a look begins anew because what it reads was moved meanwhile."""
+"""How often a look is repeated because the payloads that it reads were moved meanwhile."""
 
 
 class Look:

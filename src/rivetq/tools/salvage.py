@@ -1,8 +1,8 @@
 """What can still be read of a damaged log, written into a new directory. The damaged one is not touched.
 
-An opening refuses a damaged log, since nobody can tell what it lost. Here that is the point: every whole record is
-taken, in order, also behind a gap, and the state is what they say. What is missing is told as exactly as it is known:
-which bytes, which records. Of a job whose end was in a missing record, nobody knows that it ended: it comes again.
+An opening refuses a damaged log, since it cannot know what was lost. Salvage takes every whole record, in order, also
+behind a gap; the state is what these records give. It reports the missing part as exactly as it is known: which bytes,
+which records. If the end of a job was in a missing record, the job comes again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from ..storage.segment import SegmentFile, SegmentFiles, read_header
 
 REPORT = "salvage.json"
 SKIPPED_IDS = 2**40
-"""Ids that are not given any more, if a record is missing: it may have told them to somebody."""
+"""How many ids are skipped if a record is missing: callers may have been told them."""
 _BATCH_JOBS, _BATCH_BYTES = 256, 1 << 20
 _SEGMENT_BYTES = 64 * 2**20
 _SECTOR_BYTES = 4096
@@ -122,7 +122,7 @@ class _Part:
         self.header: Header | None = None
         self.snapshot: Snapshot | None = None
         self.upto_lsn: int | None = None
-        """Records from this one on are those of a later segment. None: nobody knows."""
+        """Records from this one on are those of a later segment. None: unknown."""
 
     @property
     def file(self) -> SegmentFile:

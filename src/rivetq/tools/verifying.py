@@ -26,7 +26,7 @@ from ..units import moment
 from .directory import Path, Progress, directory_of, disk_of, owned, readable
 
 VERIFY_ROUNDS, VERIFY_PATIENCE_S, VERIFY_PAUSE_S = 3, 5.0, 0.05
-"""An index that does not match is looked at so often, and for so long, while somebody writes it."""
+"""How often, and for how long, an index that does not match is read again while its owner writes it."""
 
 
 @attrs.define(kw_only=True)

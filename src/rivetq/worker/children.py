@@ -2,8 +2,8 @@
 
 A message of the child is ("up", None), its first; ("begun", None): it has the module of a task with a time limit;
 ("put", ...), which asks the parent to enqueue; ("log", record); ("done", (token, ending, memory)); or ("broken", why),
-the last one of a child that cannot import the task. The token says whose end it is, so that a child that got out of
-step answers for nobody else; it is killed then.
+the last one of a child that cannot import the task. The token says which job ended. A child that got out of step
+therefore cannot answer for another job; it is killed then.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class ProcessPool:
                     ending = self._run_in(child, delivery) or child.died(delivery)
                 delivery.ending = ending
             except BaseException as error:
-                if child is not None:  # what is in its pipe now nobody can tell
+                if child is not None:  # the content of its pipe is unknown now
                     child.kill()
                 logger.exception("job %s: the process pool failed", delivery.lease.id, extra=fields(delivery))
                 delivery.ending = Ending("nack", f"{type(error).__name__}: {error}")
@@ -200,13 +200,13 @@ class _Child:
         try:
             is_sent = is_taken = False
             while True:
-                if self._is_up and not is_sent:  # not before: to what does not read, much would be sent for ever
+                if self._is_up and not is_sent:  # not before: a large job would block while the child does not read
                     if not may_begin(delivery):  # once more: a child takes its time to come up
                         return delivery.ending
                     is_sent = True
                     self._pipe.send((delivery.task, delivery.lease))
                 left = None if until is None else max(0, until - time.monotonic())
-                # A look at the process now and then: what a handler forked may hold the pipe open after its end.
+                # Check the process now and then: one that a handler forked may hold the pipe open after its end.
                 if left == 0 or not self._pipe.poll(LOOK_S if left is None else min(left, LOOK_S)):
                     if left is not None and left <= LOOK_S:
                         job.cancel(TIME_LIMIT)
@@ -259,7 +259,7 @@ class _Child:
         return None if in_pipe else self.died(delivery)
 
     def died(self, delivery: Delivery) -> Ending:
-        """Of a job whose child ended without a word."""
+        """The ending of a job whose child ended without a message."""
         error = f"ChildDied: the process of the job ended with exit code {self._process.exitcode}"
         if not self._is_up:
             error += (
@@ -316,7 +316,7 @@ _forking = threading.local()
 
 
 def _hold_signals() -> None:
-    """Before a handler forks: told to end in its first moment, what it forks would take no notice, as this process."""
+    """Before a handler forks: hold signals, since the new process would at first ignore them, as this process does."""
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS_SIGNALS)
 
 
@@ -325,7 +325,7 @@ def _let_signals() -> None:
 
 
 def _leave_pool(pipe: Connection) -> None:
-    """In what a handler forked: it would hold the pipe open, and not end when it is told to."""
+    """In a process that a handler forked: else it would hold the pipe open, and ignore signals to end."""
     pipe.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -370,7 +370,7 @@ class _Remote:
         self._pipe = pipe
         self._pid = os.getpid()
         self._lock = threading.RLock()  # one question at a time: a thread may outlive its handler, and ask or log
-        self.is_asked = False  # a handler runs: the parent answers questions, and nobody else reads the pipe
+        self.is_asked = False  # a handler runs: the parent answers questions, and nothing else reads the pipe
 
     def tell(self, kind: str, content: Any = None) -> None:
         with self._lock:

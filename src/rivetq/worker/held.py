@@ -22,11 +22,11 @@ logger = logging.getLogger("rivetq.worker")
 LEASE_LOST = "the lease was lost"
 CANCELLED = "cancelled"
 LEAST_S = 0.05
-"""That an async handler gets to end after it was cancelled, whatever the grace time was."""
+"""The least time that an async handler gets to end after it was cancelled, even if the grace time is shorter."""
 RENEWALS = 3
-"""A lease is extended so often in its time: one extension may come late, and the next still saves it."""
+"""How often a lease is extended in its time. If one extension comes late, the next still saves the lease."""
 RETRY_S = 1.0
-"""After an answer that found the disk full."""
+"""The pause after an answer that found the disk full."""
 
 
 class Cancel:
@@ -119,7 +119,7 @@ class Held:
         return False
 
     def let_go(self, deliveries: Sequence[Delivery]) -> None:
-        """They are answered, or lost. A call that cancels one finds it in `deliveries`, or learns that it was."""
+        """Remove answered or lost deliveries. A call that cancels one finds it in `deliveries`, or learns its end."""
         if self.cancels:
             gone = {delivery.lease.id for delivery in deliveries}
             with self.changed:
@@ -136,7 +136,7 @@ class Held:
             self.changed.notify_all()
 
     def wait_for_fetcher(self) -> None:
-        """Until all that was leased so far is in `deliveries`, or was."""
+        """Return when every job that was leased so far is in `deliveries`, or was there."""
         with self.changed:
             self.asked += 1
             ticket = self.asked
@@ -149,8 +149,8 @@ class Held:
         self.rooms[delivery.kind].pool.cancel(delivery)
 
     def take_back(self, room: Room) -> bool:
-        """What waits in a pool goes back to its queues; whether there was any."""
-        # Caller holds self.changed. A thread of the pool that takes a job at this moment has it, or has it not.
+        """Give back the jobs that wait in a pool. Returns whether there were any."""
+        # Caller holds self.changed. If a thread of the pool takes a job at this moment, either it or this gets the job.
         found = room.pool.take_back()
         for delivery in found:
             self.give_back(delivery)
@@ -180,7 +180,7 @@ class Held:
             self.poked.set()
 
     def end(self, delivery: Delivery) -> None:
-        """In place of its pool: one that did not begin, or that cannot be ended, is given back."""
+        """End a delivery on behalf of its pool: it did not begin, or cannot be ended, and is given back."""
         delivery.ending = delivery.ending or GIVEN_BACK
         self.done(delivery)
 

@@ -1,6 +1,6 @@
-"""What a worker leases next: whose turn it is among its queues, and how many jobs ahead of the free slots of a pool.
+"""What a worker leases next: from which queue, and how many jobs beyond the free slots of a pool.
 
-Both are told what was leased and what became of it. They lock nothing and wait for nothing; the worker guards them.
+`Order` and `Room` are told what was leased and how it ended. They neither lock nor wait; the worker guards them.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from ..units import seconds_of
 from .pools import Pool
 
 PREFETCH_S = 0.02
-"""A job that was leased in advance and has not begun for so long is given back, if none before it begins any more."""
+"""A job that was leased in advance and has not begun after this time is given back, if none before it still begins."""
 LONGEST_WAIT_S = 3 * PREFETCH_S
-"""And after so long in any case. A process that got no processor for a moment need not lease all anew."""
+"""After this time it is given back in any case. A process that got no processor for a moment keeps its jobs."""
 AIM_S = PREFETCH_S / 2
-"""So long jobs that are leased in advance should wait: enough to keep a pool busy while the next batch is leased, and
-half of what they may, since handlers do not all take the same time."""
+"""How long jobs that are leased in advance should wait: enough to keep a pool busy while the next batch is leased, but
+only half of the allowed time, since handlers do not all take the same time."""
 PREFETCH_JOBS = 512
-"""And so many at most, for each pool."""
+"""The most jobs leased in advance, for each pool."""
 PREFETCH_BYTES = 4 * 2**20
-"""And so much of payloads, the running jobs of the pool included. A handler that reads a larger one takes so long that
-leasing ahead gains nothing."""
+"""The most bytes of payloads, including those of the pool's running jobs. A handler that reads a larger payload takes
+so long that leasing in advance gains nothing."""
 FIRST_JOBS = 64
-"""As many at first, before it is known how long they wait."""
+"""The most jobs at first, before it is known how long they wait."""
 LONGEST_QUIET_S = 1.0
-"""Nothing is leased in advance for at most so long after jobs had to be given back."""
+"""The longest time without leasing in advance after jobs had to be given back."""
 TURN_JOBS = 32
 """The longest turn of the queue with the largest weight, while others wait for theirs: a few turns fill a pool, and
 shares are right within a few hundred jobs."""
 OWED_JOBS = 64
-"""A queue that could not be served for long, since a pool of its tasks was full, gets at most so many at once."""
+"""The most jobs at once for a queue that could not be served for long because a pool of its tasks was full."""
 SHOWN_QUEUES = 10
 
 
@@ -48,8 +48,8 @@ class Order:
 
     A sequence of queues is in order of preference. With weights each queue gets its share of the jobs, in each pool
     that its tasks use: the next turn is that of the queue that was given the least for its weight (start-time fair
-    queueing). What a queue does not use, being empty, paused or limited, goes to the others by their weights; it can
-    neither be saved up nor is it owed.
+    queueing). A share that a queue does not use, being empty, paused or limited, goes to the others by their weights;
+    it is neither saved up nor owed.
     """
 
     def __init__(self, queues: Sequence[str] | Mapping[str, float]) -> None:

@@ -1,7 +1,7 @@
 """Where handlers run: threads and an event loop here, child processes in `children`. One shape for all three.
 
-A pool is given deliveries and tells each one's ending to `done`, in whatever thread it happens. It knows no broker:
-what an ending means for the job is the worker's business.
+A pool is given deliveries and tells each one's ending to `done`, in the thread where it ended. It knows no broker: the
+worker decides what an ending means for the job.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Pool(Protocol):
     def submit(self, deliveries: Sequence[Delivery]) -> None: ...
 
     def cancel(self, delivery: Delivery) -> None:
-        """The job was told to stop (`CurrentJob.cancel`): whatever more can be done here."""
+        """The job was told to stop (`CurrentJob.cancel`). Do what else the pool can do to stop it."""
         ...
 
     def take_back(self) -> list[Delivery]:
-        """Those that have not begun; they never will."""
+        """Take out the deliveries that have not begun. They never will."""
         ...
 
     def stop(self, seconds: float) -> None:
-        """Nothing comes any more. Ends what runs if that can be ended; returns after so many seconds at the latest."""
+        """No more jobs come. End running handlers if possible; return after this many seconds at the latest."""
         ...
 
 
@@ -57,10 +57,10 @@ Done = Callable[[Delivery], None]
 
 
 def may_begin(delivery: Delivery, *, later: bool = False) -> bool:
-    """In every pool, when there is a slot for the job: its handler begins now. False: it must not; its end is set.
+    """Called in every pool when there is a slot for the job. False: its handler must not begin, and its ending is set.
 
     Args:
-        later: something else must be ready first, and this is asked once more then.
+        later: something else must be ready first; then this is called once more.
     """
     if delivery.job.cancelled:  # before it began, so it does not begin
         delivery.ending = stopped(delivery)
@@ -133,7 +133,7 @@ def program_ends() -> bool:
 
 
 def drained(waiting: queue.SimpleQueue[Delivery | None]) -> list[Delivery]:
-    """What nobody has taken yet."""
+    """The deliveries that no thread has taken yet."""
     found: list[Delivery] = []
     while True:
         try:
@@ -274,7 +274,7 @@ class LoopPool:
         self._loop.close()
 
     async def _end(self, seconds: float) -> bool:
-        """Cancel what runs; whether all of it ended. Otherwise the loop goes on until that has, and nobody waits."""
+        """Cancel all tasks. Returns whether all ended; else the loop goes on until they have, without a waiter."""
         tasks = asyncio.all_tasks() - {asyncio.current_task()}  # handlers, and what these began
         for task in tasks:
             task.cancel()
@@ -293,7 +293,7 @@ class LoopPool:
         self._loop.stop()
 
     def _begin(self) -> None:
-        """Start as many as there is room for."""
+        """Start as many handlers as there is room for."""
         tasks, waiting = self._tasks, self._waiting
         while waiting and len(tasks) < self.slots and not program_ends():
             try:

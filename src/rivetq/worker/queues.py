@@ -15,15 +15,15 @@ from .held import Held
 from .order import Order
 
 LOOKED_JOBS = 20
-"""Of a queue that may hold calls, at once."""
+"""How many jobs of a queue that may hold calls are examined at once."""
 LOOK_S = 1.0
 """How often a worker looks for calls in queues that it does not know as its own."""
 LOOK_SHARE = 0.01
-"""Of its time that such a look may take, about."""
+"""About which share of its time a worker spends on this."""
 
 
 class Queues:
-    """Those that were given, or those of the app's tasks and others in which calls of these wait.
+    """The queues that were given, or those of the app's tasks and others in which calls of these tasks wait.
 
     Args:
         app: whose tasks are run.
@@ -83,7 +83,7 @@ class Queues:
     def look_for_calls(self) -> None:
         """Follow further queues in which calls of the app's tasks wait, however they came there.
 
-        It takes a hundredth of the time: what was not looked at comes next.
+        It takes a hundredth of the time; the next call goes on where this one stopped.
         """
         began = time.monotonic()
         names = [name for name in self._held.broker.queues() if name not in self.order and name != SCHEDULES]
@@ -97,7 +97,7 @@ class Queues:
         self.look_at = now + max(LOOK_S, (now - began) / LOOK_SHARE)
 
     def look_into(self, queue: str) -> bool:
-        """Follow a queue if a call is among its next jobs that wait; whether there are more to look at."""
+        """Follow a queue if a call is among its next waiting jobs. Returns whether there are more jobs to examine."""
         kinds: set[str] = set()
         more = False
         for state in ("ready", "scheduled"):

@@ -1,4 +1,4 @@
-"""The settler: takes all endings that came meanwhile and answers them in one commit, so that one sync covers them."""
+"""The settler: takes all endings that have come and answers them in one commit, so that one sync covers them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Settler:
                 return
 
     def _answer(self, batch: list[Delivery]) -> None:
-        """Answer all of them in one commit; what was lost meanwhile is left out."""
+        """Answer all of them in one commit, except those whose leases were lost meanwhile."""
         held = self._held
         # Each once: at a stop a job may be given back while its handler ends, and it comes here twice.
         batch = [delivery for delivery in dict.fromkeys(batch) if not delivery.is_answered]
@@ -109,8 +109,8 @@ class Settler:
                 held.changed.notify_all()
 
     def _write(self, batch: list[Delivery]) -> tuple[dict[Delivery, Ending], list[Delivery]]:
-        """Commit how they ended. What became of each, and those whose leases were lost."""
-        # As each has ended by now: it may be that its handler did after the job was given back.
+        """Commit how they ended. Returns the ending of each, and those whose leases were lost."""
+        # Use the ending as it is now: the handler may have ended after the job was given back.
         in_hand = self._held.deliveries
         finished = {each for each in batch if each.job.finished and _was_finished(each)}
         endings = {each: _ending(each) for each in batch if each.lease.token in in_hand}
@@ -152,7 +152,7 @@ class Settler:
         for listener in self._listeners:
             try:
                 listener(Settled(delivery.lease.queue, delivery.task.name, ending, delivery.seconds))
-            except BaseException:  # whatever it is, the answers of others must go on
+            except BaseException:  # even SystemExit: the answers of other jobs must go on
                 logger.exception("a listener of the worker failed")
 
     def _check_limits(self) -> None:

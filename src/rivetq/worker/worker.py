@@ -1,13 +1,13 @@
 """The worker: leases jobs in batches, runs their tasks in pools, and answers in batches.
 
-Three threads of its own, besides those of the pools::
+Three threads of its own, in addition to those of the pools::
 
     fetcher   waits for room in the pools and for jobs; leases up to the room there is
     settler   takes all endings that came meanwhile and answers them in one commit, so that one sync covers them
     renewer   extends leases before they end; tells a handler that its lease was lost or its time is over; gives back
               what was leased in advance and does not begin; looks for calls in further queues
 
-So throughput is the broker's: a job costs no round trip of its own, and no handler waits for the disk.
+The broker alone limits throughput: a job costs no round trip of its own, and no handler waits for the disk.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from .settler import Settler
 logger = logging.getLogger("rivetq.worker")
 
 MARGIN_S = 2.0
-"""Of the grace time that is kept for giving back what still runs and closing, a fifth of it at most; of a short one
-half a second, and half of it at most."""
+"""How much of the grace time is kept for giving back running jobs and closing, a fifth of it at most. Of a short grace
+time half a second is kept, and half of it at most."""
 SIGNAL_S = 0.05
 
 
@@ -59,11 +59,11 @@ class Worker:
             gets its share of the jobs; None: those of the app's tasks, and others in which calls of these wait, with
             equal weights.
         concurrency: handlers at a time: an int, a `Concurrency`, or a mapping with threads, processes and tasks.
-        grace: seconds that running jobs get to end after a stop. What still runs then is given back with its attempt
-            refunded, if it can be stopped or not.
+        grace: seconds that running jobs get to end after a stop. Jobs that still run then are given back with their
+            attempts refunded, whether their handlers can be stopped or not.
         visibility_timeout: seconds that its leases last and are renewed for; None: as the job or its queue says.
-        prefetch: jobs leased in advance for each pool at most; 0: none. What does not begin within 20 milliseconds (60
-            if jobs before it still begin) is given back, its attempt not counted.
+        prefetch: the most jobs leased in advance for each pool; 0: none. A job that does not begin within 20
+            milliseconds (60 if jobs before it still begin) is given back, its attempt not counted.
         max_jobs: stop in order after so many jobs; a supervisor begins another worker.
         max_memory: stop in order when the process occupies more bytes than that after a job.
         child_max_jobs, child_max_memory: the same for the children of the process pool, which the worker replaces.
@@ -194,7 +194,7 @@ class Worker:
             self._scheduler.close()
 
     def stop(self, grace: Duration | None = None) -> None:
-        """Lease no more, let run what runs for the grace time, give back the rest, end the threads. May be repeated."""
+        """Stop leasing, let handlers run for the grace time, give back the rest, end the threads. May be repeated."""
         if any(delivery.job is here() for delivery in list(self._held.deliveries.values())):
             raise UsageError("stop: a handler cannot wait for its own end; let another thread stop the worker")
         with self._stop_lock:
@@ -221,13 +221,13 @@ class Worker:
         for delivery in left:
             if delivery.ending is None:
                 held.tell_handler(delivery, SHUTDOWN)
-        # What can be ended is; what comes behind it needs a moment of the grace time as well.
+        # Pools end the handlers that can be ended. The steps after that need a moment of the grace time as well.
         now = time.monotonic()
         until = now + 0.8 * min(_margin(grace), begun + grace - now)
         for room in held.rooms.values():
             room.pool.stop(max(LEAST_S, until - time.monotonic()))
         for delivery in left:
-            if not delivery.is_told:  # a thread that goes on; how it ends is not asked any more
+            if not delivery.is_told:  # a thread that goes on; its ending does not matter any more
                 held.end(delivery)
         held.is_settling = False
         held.poked.set()
@@ -245,7 +245,7 @@ class Worker:
             thread.join()
 
     def _wait_for_handlers(self, begun: float, most: float) -> None:
-        """Until nothing runs or the grace time is over; a signal may shorten it."""
+        """Return when no handler runs or the grace time is over; a signal may shorten it."""
         held = self._held
         with held.changed:
             while any(room.jobs for room in held.rooms.values()) and self.failure is None:
@@ -265,9 +265,9 @@ class Worker:
         self.stop()
 
     def cancel(self, job_id: int) -> bool:
-        """Remove a job that waits, or tell its handler to stop if it runs here; False if it is neither.
+        """Remove a job that waits, or tell its handler to stop if it runs here; False if neither was possible.
 
-        The job of a handler that stops is removed then. One that was leased and has not begun never does.
+        When the handler stops, its job is removed. A job that was leased and has not begun never begins.
         """
         return self._held.cancel(job_id)
 
@@ -277,7 +277,7 @@ class Worker:
         return len(self._held.deliveries)
 
     def _guarded(self, target: Callable[[], None]) -> None:
-        """A thread of the worker's: what ends it ends the worker."""
+        """Run a thread of the worker. An exception that ends it ends the worker."""
         try:
             target()
         except BaseException as error:
@@ -289,7 +289,7 @@ class Worker:
 
 
 def _margin(grace: float) -> float:
-    """Seconds of a grace time in which nothing is waited for any more."""
+    """The seconds at the end of a grace time in which the worker waits for no handler."""
     return min(MARGIN_S, max(grace / 5, min(0.5, grace / 2)))
 
 

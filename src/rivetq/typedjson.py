@@ -33,7 +33,7 @@ _TUPLE = "$tuple"
 _CLASS = "$class"
 """The name and fields of a class; and further attributes of an instance, if it has any."""
 _NAMES = 10
-"""Of many wrong ones, so many are named."""
+"""How many names an error lists at most."""
 _ATTRS_HASH = "_attrs_cached_hash"
 """Where a class with attrs.define(cache_hash=True) keeps its hash, which holds in its own process only."""
 

@@ -131,7 +131,7 @@ class CheckpointingEngine(DurableEngine):
             jobs += [(job_id.to_bytes(8, "big"), None) for job_id in taken.jobs & taken.packed]
             with self._lock:
                 # Keys last. A job that ended after `lsn` and before its slice is missing in the index, and replay skips
-                # the end of a job that it does not know. So the index must have the key that the job left behind.
+                # the end of a job that it does not know. The index therefore must have the key that the job left.
                 keys = machine.keys.freeze()
                 key_counts = dict(machine.keys.counts)
                 last_lsn = self._last_lsn()

@@ -112,7 +112,7 @@ class CompactingEngine(CheckpointingEngine):
         return scan.next_lsn > upto_lsn
 
     def _last_lsn_in(self, segment: int) -> int:
-        """Of a sealed segment."""
+        """The last lsn in a sealed segment."""
         return read_header(self._log.open_segment(segment + 1)).first_lsn - 1
 
     # Copying

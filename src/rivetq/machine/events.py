@@ -136,7 +136,7 @@ class Redriven:
     queue: int
     ids: Sequence[int]
     found: Any = attrs.field(default=None, eq=False, repr=False)
-    """Of a single job: as `Cancelled.found`."""
+    """For a single job: as `Cancelled.found`."""
 
 
 @attrs.define

@@ -29,7 +29,7 @@ class Session:
     id: int
     done_below: int = 0
     answers: dict[int, Any] = attrs.Factory(dict)
-    """Of its requests from `done_below` on, by number."""
+    """The answers to its requests from `done_below` on, by number."""
 
 
 @attrs.define

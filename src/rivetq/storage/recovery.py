@@ -51,7 +51,7 @@ class Recovered:
     machine: Machine
     log_id: bytes
     epoch: int
-    """Of the opening that is under way: one above the last."""
+    """The number of the opening that is under way: one above the last."""
     last_segment: int = 0
     first_lsn: int = 1
     """The first record that is there."""

@@ -84,7 +84,7 @@ class CurrentJob:
     def finish(self) -> Iterator[Transaction]:
         """Ack this job together with what the block enqueues, all or nothing: ``with current_job().finish() as tx``.
 
-        So a step and the one that follows it cannot come apart: ``next_step.options(transaction=tx).enqueue(...)``.
+        A step and the one that follows it then cannot come apart: ``next_step.options(transaction=tx).enqueue(...)``.
         When the block has ended the job is done, however the handler ends. After an exception in the block nothing
         has happened.
 

@@ -123,7 +123,7 @@ class Order:
             self.idle.add(name)
 
     def took_back(self, name: str, count: int, pools: Collection[str]) -> None:
-        """So many jobs came back to their queue and did not begin."""
+        """This many jobs came back to their queue and did not begin."""
         self.idle.discard(name)
         if self._weights is not None and name in self._weights:
             for pool in pools:
@@ -190,7 +190,7 @@ class Room:
         return self.pool.slots - self.jobs
 
     def free_bytes(self) -> int:
-        """Of payloads, if more jobs are leased than slots are free."""
+        """Bytes of payloads that may be leased, if more jobs are leased than slots are free."""
         return max(1, PREFETCH_BYTES - self.bytes)
 
     def is_wanting(self) -> bool:

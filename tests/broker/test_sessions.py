@@ -279,6 +279,68 @@ def test_what_is_remembered_has_bounds() -> None:
         assert broker.stats("q").enqueued == total + 1
 
 
+def test_many_ids_in_answers_are_forgotten_first_of_those_who_called_longest_ago(broker: Broker) -> None:
+    keys = [[f"{session} {n}" for n in range(15_000)] for session in range(3)]
+    for session in (0, 1):
+        broker.commit([Enqueue("q", [b""] * 15_000, keys=keys[session])], once=Once(session, 1))
+    before = broker.stats("q").enqueued
+    again = broker.commit([Enqueue("q", [b""] * 15_000, keys=keys[1])], once=Once(1, 1))
+    assert again[0] is not None
+    assert {getattr(each, "created", None) for each in again[0]} == {True}  # type: ignore[union-attr]  # ids
+    forgotten = broker.commit([Enqueue("q", [b""] * 15_000, keys=keys[0])], once=Once(0, 1))
+    assert {getattr(each, "created", None) for each in forgotten[0]} == {False}  # type: ignore[union-attr]  # its keys stand
+    assert broker.stats("q").enqueued == before
+    broker.commit([Enqueue("q", [b""] * 15_000, keys=keys[2])], once=Once(1, 2))
+    with pytest.raises(UsageError, match="answered long ago"):
+        broker.commit([Enqueue("q", [b""])], once=Once(1, 1))
+
+
+def test_an_answer_that_its_caller_changes_is_kept_as_it_was(broker: Broker, engine: Engine) -> None:
+    request = Commit([Enqueue("q", [b"a", b"b"])], once=Once(1, 1))
+    for _ in range(3):
+        answers = engine.call(request)
+        assert answers == [[1, 2]]
+        assert isinstance(answers[0], list)
+        answers[0].clear()
+        answers.append(None)
+
+
+def test_a_number_that_stood_for_another_verb_is_refused(broker: Broker, engine: Engine) -> None:
+    a_job(broker, 2000)
+    engine.call(Commit([Enqueue("q", [b"x"])], once=Once(1, 1)))
+    with pytest.raises(UsageError, match="request 1 was no lease"):
+        engine.call(Take(["q"], 1, once=Once(1, 1)))
+    with pytest.raises(UsageError, match="request 1 was another one"):
+        engine.call(Redrive("q", list(range(1, 1500)), once=Once(1, 1)))
+
+
+def test_a_redrive_of_many_by_id_that_is_made_again_gets_its_first_answer(broker: Broker, engine: Engine) -> None:
+    dead_ones(broker, 2500)
+    request = Redrive("q", list(range(1, 2501)), once=Once(1, 1))
+    assert [engine.call(request), engine.call(request)] == [2500, 2500]
+
+
+def test_a_lease_that_is_answered_again_hands_its_wake_up_on(broker: Broker, engine: Engine) -> None:
+    """Of three lessees the second waits with the number of the first: when that has a job, it takes no other."""
+    told: dict[str, list[int]] = {}
+    over = {name: threading.Event() for name in "abc"}
+
+    def wait(name: str, once: Once | None) -> None:
+        def done(grants: Any, error: BaseException | None) -> None:
+            assert error is None
+            told[name] = [grant.id for grant in grants]
+            over[name].set()
+
+        engine.call_soon(Take(["q"], 1, wait_ms=None, once=once), done)
+
+    wait("a", Once(1, 1))
+    wait("b", Once(1, 1))
+    wait("c", None)
+    a_job(broker, 2)
+    assert all(event.wait(PATIENCE_S) for event in over.values())
+    assert told == {"a": [1], "b": [1], "c": [2]}
+
+
 # An exchange
 
 

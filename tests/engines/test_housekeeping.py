@@ -12,13 +12,16 @@ from inside import inside, shrink_runs
 
 import rivetq.engines.checkpoint
 import rivetq.engines.local
-from rivetq import Broker, CorruptLogError, RateLimit
+from rivetq import Broker, CorruptLogError, RateLimit, tools
+from rivetq.engine import Enqueue, Once
 from rivetq.engines.compaction import MANY_SEGMENTS
 from rivetq.engines.local import LocalEngine
 from rivetq.machine import saving
+from rivetq.machine.events import Cancelled, KeyCopied
 from rivetq.machine.keys import Keys
 from rivetq.storage.codec import encode_snapshot
 from rivetq.storage.disk import SystemDisk
+from rivetq.storage.recovery import queues_of
 from rivetq.testing import ManualClock
 
 
@@ -448,3 +451,58 @@ def test_a_job_that_leaves_its_run_just_before_a_checkpoint_takes_it_is_in_the_i
     with Broker(crashed, clock=ManualClock()) as broker:
         inside(broker).audit()
         assert [job.id for job in broker.jobs("q", limit=1000)] == list(range(1, 201))
+
+
+def test_a_key_that_is_over_is_not_copied_behind_the_removal_of_its_queue(tmp_path: Path) -> None:
+    data, clock = tmp_path / "data", ManualClock()
+    with Broker(data, clock=clock) as broker:
+        broker.enqueue("gone", b"x", idempotency_key="k")
+        broker.ack(broker.lease_many("gone", 1)[0])
+        broker.enqueue("other", b"y")
+        broker.checkpoint()
+        clock.advance(86_410)
+        broker.remove_queue("gone")
+        broker.rotate()
+        inside(broker)._compact(1)
+        assert min(inside(broker)._log.sizes) > 1
+    shutil.rmtree(data / "index")
+    with Broker(data, clock=clock) as broker:
+        assert broker.queues() == ["other"]
+        inside(broker).audit()
+
+
+def test_long_answers_in_the_headers_do_not_call_for_compactions(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data", clock=ManualClock(), fsync="never", segment_bytes=65_536) as broker:
+        broker.enqueue_many("live", [b"x" * 100] * 1000)
+        for session in (1, 2):
+            for number in range(1, 1001):
+                broker.commit([Enqueue("q", [b""])], once=Once(session, number))
+        broker.purge("q")
+        engine = inside(broker)
+        with engine._lock:
+            assert len(encode_snapshot(saving.snapshot(engine._machine))) > 40_000
+        for _ in range(30):
+            engine._keep(overdue=False)
+        written = broker.metrics()["log_bytes_written"]
+        for _ in range(10):
+            engine._keep(overdue=False)
+        assert broker.metrics()["log_bytes_written"] == written
+
+
+def test_keys_that_are_over_are_not_copied(tmp_path: Path) -> None:
+    data, clock = tmp_path / "data", ManualClock()
+    with Broker(data, clock=clock) as broker:
+        broker.enqueue_many("q", [b"x"] * 3, idempotency_keys=["a", "b", None])
+        broker.ack_many(broker.lease_many("q", 2))
+        broker.checkpoint()
+        broker.rotate()
+        clock.advance(86_410)
+        inside(broker)._compact(1)
+    kinds = [event["event"] for record in tools.dump(data) for event in record["events"]]
+    assert "Copied" in kinds
+    assert "KeyCopied" not in kinds
+
+
+def test_a_key_whose_queue_is_gone_is_replayed_without_it() -> None:
+    assert list(queues_of(KeyCopied(7, "k", 1, 2))) == []
+    assert list(queues_of(Cancelled(7, 1))) == [7]

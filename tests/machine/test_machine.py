@@ -1216,6 +1216,12 @@ def test_a_snapshot_brings_back_counters_configurations_and_the_time_line() -> N
     assert (queue.ttl_ms, again.numbers[MAIL]) == (1000, queue)
 
 
+def test_a_number_that_has_another_name_leaves_none_of_the_old_one() -> None:
+    machine = Bench().machine
+    apply(machine, QueueCreated(MAIL, "post"), NOW, Place())
+    assert (machine.queues.keys(), machine.numbers[MAIL].name) == ({"post", "audit"}, "post")
+
+
 def test_a_snapshot_is_loaded_into_an_empty_machine_only() -> None:
     machine = Bench().machine
     with pytest.raises(AssertionError, match="a snapshot is loaded into an empty machine"):

@@ -685,6 +685,16 @@ def test_salvage_asks_the_index_for_names_and_configurations_that_the_log_lost(t
         assert broker.configure_queue("third").max_jobs == 4, "a clean close made the last checkpoint"
 
 
+def test_salvage_of_many_queues_and_keys_goes_in_records_of_a_bounded_size(tmp_path: Path) -> None:
+    with Broker(tmp_path / "data", fsync="never") as broker:
+        for n in range(300):
+            broker.enqueue_many(f"q{n}", [b""] * 3, idempotency_keys=[f"{n} {i}" for i in range(3)])
+            broker.ack(broker.lease_many(f"q{n}", 1)[0])
+    tools.salvage(tmp_path / "data", tmp_path / "out")
+    assert max(len(record["events"]) for record in tools.dump(tmp_path / "out")) <= 256
+    assert state(tmp_path / "out") == state(tmp_path / "data")
+
+
 def test_salvage_leaves_out_a_dropped_segment_that_a_power_cut_brought_back(tmp_path: Path) -> None:
     with Broker(tmp_path / "data", segment_bytes=SEGMENT_BYTES) as broker:
         broker.enqueue_many("q", [b"x" * 500] * 60)

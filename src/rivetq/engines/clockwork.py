@@ -34,7 +34,7 @@ from ..machine.entry import Entry
 from ..machine.events import Called, Event
 from ..machine.machine import Machine
 from ..machine.queue import NEVER_MS, Queue
-from ..machine.sessions import told
+from ..machine.sessions import kept, told
 from ..machine.snapshot import Place
 from ..model import Health
 from .lessees import LONGEST_SLEEP_S, Lessees, SleepingLessee
@@ -188,7 +188,7 @@ class Clockwork:
             return [], before.answer
         events, answer = plan(now_ms)
         if events:
-            events = [*events, Called(once.session, once.number, once.done_below, answer)]
+            events = [*events, Called(once.session, once.number, once.done_below, kept(answer))]
         return events, answer
 
     def _apply(self, events: Sequence[Event], now_ms: int, place: Place) -> None:

@@ -52,8 +52,9 @@ class CompactingEngine(CheckpointingEngine):
         with self._lock:
             sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
             queues = look.queue_bytes(self._machine)
+        headers = self._snapshot_bytes * len(sizes)  # they come again with every segment: no garbage
         slack = 0 if self._short_of_space else self._segment_bytes  # on a full disk every byte counts
-        total, limit = sum(sizes.values()), 2 * (sum(live.values()) + sum(queues.values())) + slack
+        total, limit = sum(sizes.values()), 2 * (sum(live.values()) + sum(queues.values())) + headers + slack
         upto = 0
         if total > slack:
             for segment in sorted(sizes)[:-1]:
@@ -84,7 +85,9 @@ class CompactingEngine(CheckpointingEngine):
         """On demand: the last segment with a fair share of garbage. All segments before it must go first."""
         with self._lock:
             sizes, live = dict(self._log.sizes), look.live_bytes(self._machine)
-        return max((s for s in sorted(sizes)[:-1] if live.get(s, 0) <= WORTH_COPYING * sizes[s]), default=0)
+            queues = look.queue_bytes(self._machine)
+        needed = {s: live.get(s, 0) + queues.get(s, 0) for s in sizes}
+        return max((s for s in sorted(sizes)[:-1] if needed[s] <= WORTH_COPYING * sizes[s]), default=0)
 
     # At an opening
 
@@ -186,7 +189,8 @@ class CompactingEngine(CheckpointingEngine):
             yield copied(entry, item.payload)
         elif item.key is not None:
             key = self._machine.keys.get(item.queue, item.key)
-            if key is not None and key.expires_ms and key.segment == segment and key.job_id == item.job_id:
+            is_in_force = key is not None and key.expires_ms > self._machine.now_ms
+            if key is not None and is_in_force and key.segment == segment and key.job_id == item.job_id:
                 yield KeyCopied(item.queue, item.key, key.job_id, key.expires_ms)
 
     def _contents(self, segment: int) -> Iterator[_Live]:

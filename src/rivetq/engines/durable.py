@@ -88,6 +88,7 @@ class DurableEngine(LiveEngine):
         self._fsync_interval = fsync_interval
         self._sync_poked = threading.Event()
         self._must_sync: tuple[int, ...] = ()  # records that are synced in every mode, and may not be yet
+        self._snapshot_bytes = 0  # in the header of the tail
         self._unsaved_bytes = 0  # log written since the last checkpoint began
         self._keeper_poked = threading.Event()
         super().__init__(machine, clock, now_ms, boot_ms)
@@ -139,6 +140,7 @@ class DurableEngine(LiveEngine):
         return snapshot
 
     def _begin_segment(self, snapshot: bytes, now_ms: int, body_length: int = 1) -> None:
+        self._snapshot_bytes = len(snapshot)
         boot_id, boot_ms = self.clock.boot_id, now_ms - self._offset_ms  # at that moment, not now
         try:
             self._log.begin_segment(snapshot, boot_id=boot_id, boot_ms=boot_ms, now_ms=now_ms, body_length=body_length)

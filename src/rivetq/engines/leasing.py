@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from ..engine import Done, Grant, Take
-from ..errors import RivetQError
+from ..errors import RivetQError, UsageError
 from ..machine import decide
 from ..machine.entry import Entry
 from ..machine.events import Called, Event, Leased, Took
@@ -114,6 +114,8 @@ class LeasingEngine(LookingEngine):
             now_ms = self._tick()
             once = request.once
             if once is not None and (before := told(machine, once, now_ms)) is not None:
+                if not isinstance(before.answer, Took):
+                    raise UsageError(f"session {once.session}: request {once.number} was no lease")
                 return self._granted_before(request, lessee, before.answer, now_ms)
             most = request.max_jobs if request.max_jobs < PART_LEASES else PART_LEASES
             event, limited = decide.lease(
@@ -157,6 +159,8 @@ class LeasingEngine(LookingEngine):
         if lessee is not None:
             self._lessees.remove(lessee, request.queues)
             lessee.over = True
+            if self._lessees.lines:
+                self._wake_lessees(request.queues)  # it may have been woken for a job that another can have
         return self._last_lsn(), now_ms, event, entries, [entry.last_error for entry in entries]
 
     def _hand_out_all(self, request: Take, taken: _Taken) -> list[Grant]:

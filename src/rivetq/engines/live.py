@@ -251,7 +251,9 @@ class LiveEngine(LeasingEngine):
 
         try:
             if once is not None and (before := self._look(partial(told, self._machine, once))) is not None:
-                return int(before.answer)
+                if not isinstance(before.answer, int):
+                    raise UsageError(f"session {once.session}: request {once.number} was another one")
+                return before.answer
             while step != steps:
                 changed = self._change(part, sync=False)
                 if not changed and steps is None:
@@ -297,7 +299,9 @@ class LiveEngine(LeasingEngine):
         if ids is None:
             ids = [job_id for job_id, _ in self._lowest(queue, DEAD, 0, limit or 0)]
         else:
-            for start in range(0, len(ids), most):  # check all of them first: if one is not dead, nothing changes
+            # All of them are looked at first: if one is not dead, nothing changes. With a number it may be made again
+            # after a part was done: then it passes over what is not dead any more.
+            for start in range(0, len(ids), most) if request.once is None else ():
                 part = ids[start : start + most]
                 self._look(partial(timeless, partial(decide.redrive, machine, queue, part, None)))
             ids = ids[:limit]
@@ -383,7 +387,7 @@ class _Exchange:
         take = attrs.evolve(self._take, wait_ms=0) if self._unwanted else self._take
         try:
             leasing = self._engine.call_soon(take, self._leased)
-        except RivetQError:
+        except Exception:  # the commit was done: its answers are told
             self._leased([], None)
             return
         with self._lock:

@@ -37,7 +37,7 @@ from .keys import Key
 from .machine import Found, Machine
 from .queue import DEAD, LEASED, NEVER_MS, READY, Queue
 from .run import Run
-from .sessions import note_called
+from .sessions import end_session, note_called
 from .snapshot import COPY_BYTES, Place
 from .window import FEW_JOBS, Window
 
@@ -93,7 +93,7 @@ def apply(machine: Machine, event: Event, now_ms: int, place: Place) -> None:
         case Called():
             note_called(machine, event)
         case SessionEnded():
-            machine.sessions.pop(event.session, None)
+            end_session(machine, event.session)
         case _:
             assert_never(event)
 

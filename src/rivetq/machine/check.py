@@ -9,6 +9,7 @@ from .entry import Entry
 from .look import everything
 from .machine import Machine
 from .queue import DEAD, LEASED, NEVER_MS, READY, SCHEDULED, STATES
+from .sessions import answered
 
 
 def dump(machine: Machine) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def check(machine: Machine) -> None:
                 if state == SCHEDULED and window.count:
                     first_due = min(first_due, window.first()[0])
                     waits = {(number, each) for _, number, each in machine.due}
-                    assert (queue.number, priority) in waits, f"queue {queue.name!r}: nobody waits for its due jobs"
+                    assert (queue.number, priority) in waits, f"queue {queue.name!r}: its due jobs are not waited for"
     assert loose == {i: e.state for i, e in machine.jobs.items()}, "the sets and the jobs' states differ"
     assert not machine.due or machine.due[0][0] <= first_due, "a due moment would be missed"
     _check_segments(machine, jobs)
@@ -89,6 +90,8 @@ def _check_segments(machine: Machine, jobs: dict[int, Entry]) -> None:
         kept.pop(0, None)
     counted = {s: n for s, n in machine.live.items() if n and s}
     assert {s: n for s, n in live.items() if n} == counted, f"live bytes: counted {counted}, found {live}"
+    weight = answered(machine)
+    assert machine.answered == weight, f"answers weigh {machine.answered}, found {weight}"
     homes = Counter(queue.segment for queue in machine.numbers.values() if queue.segment)
     counted = {s: n for s, n in machine.homes.items() if n}
     assert homes == counted, f"queues per segment: counted {counted}, found {dict(homes)}"

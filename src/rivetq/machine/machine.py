@@ -53,6 +53,7 @@ class Machine:
         self.wake_ms = NEVER_MS  # nothing happens by the clock alone before this; may be earlier than what does happen
         self.live: dict[int, int] = {}  # bytes of living jobs per segment; see `live_bytes`
         self.homes: dict[int, int] = {}  # how many queues were written last in each segment
+        self.answered = 0  # what the answers of all sessions weigh
         self.sessions: dict[int, Session] = {}  # those that called last are at the end
         self.changes: Changes | None = None if keep_payloads else Changes()
         self.woken: set[str] = set()  # queues in which something became ready since the engine last looked
@@ -348,6 +349,8 @@ class Machine:
     def name_queue(self, number: int, name: str, segment: int) -> None:
         """A queue, new or not, has this name, and was written in this segment."""
         queue = self.numbers.get(number) or self.add_queue(number)
+        if queue.name != name and self.queues.get(queue.name) is queue:
+            del self.queues[queue.name]  # in a salvage: the record of its removal is missing
         queue.name = name
         self.queues[name] = queue
         self._settle(queue, segment)

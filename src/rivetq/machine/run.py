@@ -56,6 +56,7 @@ class Run:
         self.by_due = state == SCHEDULED
         self.number = 0  # of its value on the shelf; 0: never saved
         self.columns: Columns | None = None
+        self.gone: bytearray | None = None
         self.shelf: Shelf | None = None
         self._replace(columns)
 
@@ -74,12 +75,9 @@ class Run:
         return run
 
     def _replace(self, columns: Columns) -> None:
-        self.columns = columns
-        self.at = 0
-        self.gone: bytearray | None = None
-        """1 for each hole; it may be shorter than the columns."""
-        self.holes = 0  # from `at` on, which is the cell of a job
-        self.left = len(columns)
+        # `gone` has 1 for each hole, and may be shorter than the columns. `holes` counts those from `at` on, which
+        # is the cell of a job. In one line: an exception finds all of it done or nothing.
+        self.columns, self.at, self.gone, self.holes, self.left = columns, 0, None, 0, len(columns)
         ids = columns.ids
         self.head, self.last = self.key(0), self.key(-1)
         self.low, self.high = (min(ids), max(ids)) if self.by_due else (ids[0], ids[-1])
@@ -106,8 +104,7 @@ class Run:
     def put_away(self, shelf: Shelf) -> None:
         """Let go of the columns. The shelf must hold exactly the jobs that are left here."""
         assert self.number, "a run that was never saved is put away"
-        self.columns, self.shelf, self.at = None, shelf, 0
-        self.gone, self.holes = None, 0
+        self.columns, self.shelf, self.at, self.gone, self.holes = None, shelf, 0, None, 0
 
     def key(self, i: int) -> Any:
         """The sort key of a cell: id, or due moment and id."""

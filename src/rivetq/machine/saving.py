@@ -12,6 +12,7 @@ from .events import QueueCopied
 from .machine import Machine
 from .queue import READY, Queue
 from .run import Run
+from .sessions import load_sessions
 from .snapshot import Place, Session, Snapshot
 from .window import FEW_JOBS, Window
 
@@ -36,7 +37,7 @@ def load(machine: Machine, snapshot: Snapshot) -> None:
     machine.reserved_id = snapshot.reserved_id
     machine.oldest_segment = snapshot.oldest_segment
     machine.now_ms = snapshot.now_ms
-    machine.sessions = {session.id: session for session in snapshot.sessions}
+    load_sessions(machine, snapshot.sessions)
 
 
 def load_queue(machine: Machine, saved: QueueCopied, segment: int) -> None:

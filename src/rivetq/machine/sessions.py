@@ -5,6 +5,7 @@ The memory for answers is bounded: a session that never ends is forgotten when m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..engine import Deadline, Once
@@ -18,6 +19,8 @@ SESSIONS = 1024
 """How many sessions are remembered: those that called last."""
 ANSWERS = 1000
 """How many answers of one session are remembered: those with the highest numbers."""
+ANSWERED_IDS = 20_000
+"""What all answers together weigh, in ids, but for the last one: some hundred KiB in the header of each segment."""
 
 
 class Told(NamedTuple):
@@ -51,9 +54,14 @@ def _as_of_now(machine: Machine, answer: Any, now_ms: int) -> Any:
         case Took(ids, tokens):
             held = [(i, token) for i, token in zip(ids, tokens, strict=True) if _is_held(machine, i, token)]
             return Took([i for i, _ in held], [token for _, token in held])
-        case [*each] if not (each and isinstance(each[0], int)):
-            return [_as_of_now(machine, one, now_ms) for one in each]
+        case list():
+            return [_as_of_now(machine, each, now_ms) for each in answer]
     return answer
+
+
+def kept(answer: Any) -> Any:
+    """A copy: the caller may change the lists that it gets."""
+    return [kept(each) for each in answer] if type(answer) is list else answer
 
 
 def _is_held(machine: Machine, job_id: int, token: int) -> bool:
@@ -62,17 +70,51 @@ def _is_held(machine: Machine, job_id: int, token: int) -> bool:
 
 
 def note_called(machine: Machine, event: Called) -> None:
-    """Keep the answer. Forget answers that the session has received, and those beyond the bounds."""
+    """Keep the answer. Answers that the session has are forgotten, and what is beyond the bounds."""
     session = machine.sessions.pop(event.session, None) or Session(event.session)
     machine.sessions[event.session] = session  # at the end: it called last
+    session.done_below = max(session.done_below, event.done_below)
     session.answers[event.number] = event.answer
-    if event.done_below > session.done_below:
-        session.done_below = event.done_below
-        for number in [n for n in session.answers if n < event.done_below]:
-            del session.answers[number]
-    if len(session.answers) > ANSWERS:
+    machine.answered += _weight(event.answer)
+    for number in [n for n in session.answers if n < session.done_below]:
+        _forget_answer(machine, session, number)
+    while len(machine.sessions) > 1 and (len(machine.sessions) > SESSIONS or machine.answered > ANSWERED_IDS):
+        end_session(machine, next(iter(machine.sessions)))
+    while len(session.answers) > 1 and (len(session.answers) > ANSWERS or machine.answered > ANSWERED_IDS):
         lowest = min(session.answers)
-        del session.answers[lowest]
-        session.done_below = lowest + 1
-    if len(machine.sessions) > SESSIONS:
-        del machine.sessions[next(iter(machine.sessions))]
+        _forget_answer(machine, session, lowest)
+        session.done_below = max(session.done_below, lowest + 1)
+
+
+def end_session(machine: Machine, number: int) -> None:
+    """Forget a session and its answers."""
+    session = machine.sessions.pop(number, None)
+    if session is not None:
+        machine.answered -= sum(map(_weight, session.answers.values()))
+
+
+def load_sessions(machine: Machine, sessions: Iterable[Session]) -> None:
+    """Those of a snapshot, in place of all that there are."""
+    machine.sessions = {session.id: session for session in sessions}
+    machine.answered = answered(machine)
+
+
+def answered(machine: Machine) -> int:
+    """What all kept answers weigh. Costs a walk over them."""
+    return sum(_weight(answer) for session in machine.sessions.values() for answer in session.answers.values())
+
+
+def _forget_answer(machine: Machine, session: Session, number: int) -> None:
+    machine.answered -= _weight(session.answers.pop(number))
+
+
+def _weight(answer: Any) -> int:
+    """About how many ids an answer holds."""
+    match answer:
+        case Took(ids, _):
+            return 1 + 2 * len(ids)
+        case [int(), *_]:
+            return 1 + len(answer)
+        case list():
+            return 1 + sum(map(_weight, answer))
+    return 1

@@ -26,7 +26,7 @@ from ..errors import CorruptLogError, FormatError, StorageError
 from ..machine import saving
 from ..machine.advance import advance
 from ..machine.apply import apply
-from ..machine.events import Event, Leased, SegmentsDropped
+from ..machine.events import Event, KeyCopied, Leased, SegmentsDropped
 from ..machine.machine import Machine
 from ..machine.snapshot import Place
 from .codec import decode_record, decode_snapshot
@@ -348,6 +348,8 @@ def queues_of(event: Event) -> Sequence[int]:
     match event:
         case Leased():
             return [number for number, _, _ in event.places]
+        case KeyCopied():
+            return ()
         case _:
             number = getattr(event, "queue", None)
             return () if number is None else (number,)

@@ -101,7 +101,7 @@ def text_of(error: BaseException | None) -> str:
 
 def _returned(value: Any) -> Ending:
     if inspect.isawaitable(value) or inspect.isgenerator(value) or inspect.isasyncgen(value):
-        return Ending("nack", f"TypeError: the handler returned a {type(value).__name__}, which nobody runs")
+        return Ending("nack", f"TypeError: the handler returned a {type(value).__name__}, which does not run by itself")
     if isinstance(value, type) and issubclass(value, Outcome):  # as `raise` makes an instance of a class
         value = value()
     return ending_of(value) if isinstance(value, Outcome) else ACK

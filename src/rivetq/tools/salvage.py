@@ -40,6 +40,7 @@ from ..machine.events import (
 )
 from ..machine.machine import Machine
 from ..machine.queue import STATES
+from ..machine.sessions import load_sessions
 from ..machine.snapshot import Place, Snapshot
 from ..storage.backup import under_another_name
 from ..storage.codec import decode_record, decode_snapshot, encode_snapshot
@@ -273,7 +274,7 @@ class _Wreck:
         machine.reserved_id = max(machine.reserved_id, snapshot.reserved_id)
         machine.oldest_segment = max(machine.oldest_segment, snapshot.oldest_segment)
         advance(machine, max(machine.now_ms, snapshot.now_ms))
-        machine.sessions.update((session.id, session) for session in snapshot.sessions)
+        load_sessions(machine, snapshot.sessions)
 
     def _apply(self, part: _Part, at: int, frame: Frame, body: bytes) -> None:
         try:
@@ -390,7 +391,9 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
         cache_bytes=0, window_jobs=200_000, clock=clock, disk=disk,
     )  # fmt: skip
     try:
-        batch: list[Event] = [*_queues(machine)]
+        for part in _batches([*_queues(machine)]):
+            engine.record(part)
+        batch: list[Event] = []
         size = 0
         for entry in sorted(look.everything(machine), key=lambda entry: entry.id):
             payload = wreck.payload(entry)
@@ -401,16 +404,18 @@ def _write(disk: Disk, wreck: _Wreck, directory: str, clock: Clock) -> None:
             if len(batch) == _BATCH_JOBS or size > _BATCH_BYTES:
                 engine.record(batch)
                 batch, size = [], 0
-        batch += [
-            KeyCopied(number, text, key.job_id, key.expires_ms)
-            for (number, text), key in machine.keys.all().items()
-            if key.expires_ms
-        ]
-        if batch:
-            engine.record(batch)
+        ended = [(name, key) for name, key in machine.keys.all().items() if key.expires_ms > machine.now_ms]
+        keys = [KeyCopied(number, text, key.job_id, key.expires_ms) for (number, text), key in ended]
+        for part in _batches([*batch, *keys]):
+            engine.record(part)
         engine.sync()  # close() would not raise
     finally:
         engine.close()
+
+
+def _batches(events: list[Event]) -> Iterator[list[Event]]:
+    for start in range(0, len(events), _BATCH_JOBS):
+        yield events[start : start + _BATCH_JOBS]
 
 
 def _queues(machine: Machine) -> Iterator[QueueCopied]:

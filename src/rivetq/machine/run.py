@@ -83,7 +83,7 @@ class Run:
         self.low, self.high = (min(ids), max(ids)) if self.by_due else (ids[0], ids[-1])
 
     def load(self) -> Columns:
-        """The columns, read back if they are on the shelf."""
+        """The columns, read back if they are on the shelf: that costs a read of all cells."""
         columns = self.columns
         if columns is None:
             assert self.shelf is not None, f"run {self.number} has neither columns nor a shelf"
@@ -156,21 +156,24 @@ class Run:
         return len(self.gone) if found < 0 else found
 
     def cells(self) -> Sequence[int]:
-        """Those that have a job."""
+        """Those that have a job. Costs O(cells) if there are holes, else O(1)."""
         end, gone = len(self.load()), self.gone
         if gone is None:
             return range(self.at, end)
         return [*(i for i in range(self.at, len(gone)) if not gone[i]), *range(len(gone), end)]
 
     def close_holes(self) -> None:
-        """Copy the run without them."""
+        """Copy the run without them. Costs O(cells)."""
         if self.gone is not None:
             self.keep(self.cells())
 
     # Shrinking
 
     def pop(self, count: int, state: int) -> list[Entry]:
-        """The first `count` jobs, as objects in this state; they are not here any more. No hole lies among them."""
+        """The first `count` jobs, as objects in this state; they are not here any more. No hole lies among them.
+
+        Costs O(count).
+        """
         columns, at, queue = self.load(), self.at, self.queue
         entries = columns.entries(at, at + count, queue, state)
         if columns.payloads is not None:
@@ -229,7 +232,7 @@ class Run:
             self.close_holes()
 
     def keep(self, cells: Sequence[int]) -> None:
-        """Only these cells stay."""
+        """Only these cells stay. Costs O(cells)."""
         if cells:
             self._replace(self.load().picked(cells))
         else:
@@ -260,7 +263,10 @@ class Run:
     # Finding
 
     def find(self, job_id: int) -> int:
-        """The cell of a job, -1 if it is not here."""
+        """The cell of a job, -1 if it is not here.
+
+        Costs a bisection; O(cells) if the order of ids is not that of due moments.
+        """
         if not self.low <= job_id <= self.high or not self.left:
             return -1
         ids = self.load().ids
@@ -279,7 +285,7 @@ class Run:
         return i
 
     def between(self, first_id: int, last_id: int) -> Sequence[int]:
-        """The ids in this range, both ends included."""
+        """The ids in this range, both ends included. Costs a bisection; O(cells) by due moments or with holes."""
         ids = self.load().ids
         if self.gone is not None:
             return [i for i in map(ids.__getitem__, self.cells()) if first_id <= i <= last_id]

@@ -30,7 +30,10 @@ _low, _head = itemgetter(0), attrgetter("head")
 
 
 class Window:
-    """Keys in order, each at most once."""
+    """Keys in order, each at most once.
+
+    Costs, with n loose keys and r runs: a loose key O(log n), a whole run O(r) pointers.
+    """
 
     __slots__ = ("by_due", "by_low", "count", "loose", "opens", "runs", "span")
 
@@ -58,7 +61,7 @@ class Window:
         self.count -= before - len(self.loose)
 
     def first(self) -> Any:
-        """The least key, or None."""
+        """The least key, or None. Costs O(1)."""
         runs, loose = self.runs, self.loose
         if runs and (not loose or runs[0].head < loose[0]):
             return runs[0].head
@@ -67,14 +70,14 @@ class Window:
     # Runs
 
     def open_for(self, key: Any) -> Run | None:
-        """A run that a job with this key can be appended to; its caller calls `grown`."""
+        """A run that a job with this key can be appended to; its caller calls `grown`. Costs O(OPEN_RUNS)."""
         for run in self.opens:
             if run.takes(key):
                 return run
         return None
 
     def grown(self, run: Run, count: int) -> None:
-        """`count` jobs were appended to one of the runs."""
+        """`count` jobs were appended to one of the runs. Costs a bisection, if the order is by due moments."""
         self._delist(run)
         run.grown()
         self._enlist(run)
@@ -96,7 +99,7 @@ class Window:
             self.opens.sort(key=lambda each: each.last, reverse=True)
 
     def insert(self, run: Run, *, is_open: bool = False) -> None:
-        """Add a whole run; if it is open, others may follow it."""
+        """Add a whole run; if it is open, others may follow it. Costs a bisection and a move of up to r pointers."""
         self.runs.insert(bisect_left(self.runs, run.head, key=_head), run)
         self.count += run.left
         self.span = max(self.span, run.high - run.low)
@@ -148,7 +151,7 @@ class Window:
             self.popped(run, 1)
 
     def find(self, job_id: int) -> tuple[Run, int] | None:
-        """The run and the cell of a job."""
+        """The run and the cell of a job. Costs `around`, and `Run.find` in each run that it tells."""
         for run in self.around(job_id, job_id):
             if (i := run.find(job_id)) >= 0:
                 return run, i
@@ -174,6 +177,8 @@ class Window:
 
     def walk(self, after: int | None = None) -> Iterator[tuple[Run | None, int, int]]:
         """Stretches in order: (run, first cell, end), or (None, first position among the loose keys, end).
+
+        Each step costs O(log r) of the runs that overlap there; with `after` the first one costs O(r).
 
         Args:
             after: only ids above this one; for a window in order of ids. The window must not change meanwhile.

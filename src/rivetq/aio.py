@@ -563,7 +563,10 @@ class AsyncTransaction:
             self._broker.broker._max_payload_bytes, queue, [payload], priority, delay, eta, headers, max_attempts,
             retry, visibility_timeout, keys, on_duplicate,
         )  # fmt: skip
-        return (await self._do(self._block.enqueue(operation)))[0]
+        if idempotency_key is not None:
+            return (await self._do(self._block.enqueue(operation)))[0]
+        first = await self._broker._soon(self._block.reserve(operation))
+        return self._block.promised(operation, first)[0]
 
     async def enqueue_many(
         self,

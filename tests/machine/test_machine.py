@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from inside import shrink_runs, waiting_of
 
-from rivetq.machine import look, saving
+from rivetq.machine import decide, look, saving
 from rivetq.machine.advance import RIPE_JOBS, _ripen, advance, ended_leases, expect_token, next_wakeup_ms, resume
 from rivetq.machine.apply import apply
 from rivetq.machine.check import check, dump
@@ -1214,6 +1214,42 @@ def test_a_snapshot_brings_back_counters_configurations_and_the_time_line() -> N
     assert (again.next_id, again.reserved_id, again.oldest_segment, again.now_ms) == (5, 50, 4, NOW + 9)
     assert queue.config.paused
     assert (queue.ttl_ms, again.numbers[MAIL]) == (1000, queue)
+
+
+def packed_dead_letters() -> Bench:
+    """Dead letters 1 to 5, of which 2 to 5 are in a run; the index knows 2 and 3 from before."""
+    bench = Bench()
+    bench.enqueue(5)
+    bench.bury(1, 2, 3, 4, 5)
+    for job_id in (2, 3):
+        bench.job(job_id).indexed = True
+    for state, window in saving.crowded(bench.machine, 0):
+        assert saving.pack(bench.machine, state, window, 128)
+    assert bench.machine.jobs.keys() == {1}
+    return bench
+
+
+def test_a_redrive_of_one_dead_letter_takes_it_from_where_the_decision_found_it() -> None:
+    with small(1000, 1):
+        bench = packed_dead_letters()
+        for job_id, in_run in ((4, True), (1, False)):
+            event = decide.redrive(bench.machine, "mail", [job_id], None)
+            assert event is not None
+            assert (event.found is not None) == in_run
+            bench.apply(event)
+        assert bench.states() == {"ready": [1, 4], "dead": [2, 3, 5]}
+        assert (bench.job(4).attempts, bench.job(4).died_at_ms) == (0, 0)
+
+
+def test_what_the_index_has_of_a_packed_job_is_its_own_again_when_it_leaves_the_run() -> None:
+    with small(1000, 1):
+        bench = packed_dead_letters()
+        changes = bench.machine.changes
+        assert changes is not None
+        assert changes.packed == {2, 3}
+        assert (bench.loosen(4).indexed, changes.packed) == (False, {2, 3})
+        assert (bench.loosen(2).indexed, changes.packed) == (True, {3})
+        assert 2 in changes.jobs
 
 
 def test_a_number_that_has_another_name_leaves_none_of_the_old_one() -> None:

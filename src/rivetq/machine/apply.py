@@ -115,6 +115,8 @@ def _apply_to_queue(
             machine.wake(queue)
         case QueueCopied():
             _apply_queue_copied(machine, event, now_ms, place)
+        case _:
+            assert_never(event)
 
 
 def _apply_leased(machine: Machine, event: Leased, now_ms: int) -> None:

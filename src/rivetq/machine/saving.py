@@ -43,8 +43,8 @@ def load(machine: Machine, snapshot: Snapshot) -> None:
 def load_queue(machine: Machine, saved: QueueCopied, segment: int) -> None:
     """A queue of the index, written in this segment."""
     apply(machine, saved, machine.now_ms, Place(segment))
-    if machine.changes is not None:
-        machine.changes.queues.discard(saved.number)
+    assert machine.changes is not None, "a queue of an index is loaded into memory without one"
+    machine.changes.queues.discard(saved.number)
 
 
 def load_entry(machine: Machine, entry: Entry, state: int) -> None:

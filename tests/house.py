@@ -165,7 +165,7 @@ def breaks(order: list[str], more: Collection[str] = ()) -> list[str]:
 
 
 def circles() -> list[set[str]]:
-    """Files that import each other, on whatever way; imports for types count, too."""
+    """Files that import each other, directly or not; imports for types count, too."""
     reach = {module: {found for found, _ in imports(module, for_types=True)} - {module} for module in MODULES}
     for middle in MODULES:
         for module in MODULES:

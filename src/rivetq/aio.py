@@ -330,7 +330,7 @@ class AsyncBroker:
 
     async def commit(self, operations: Iterable[Operation], *, once: Once | None = None) -> list[Answer]:
         """See `Broker.commit`."""
-        return await self._commit(requests.operations(operations, self.broker._max_payload_bytes), once)
+        return await self._commit(requests.operations(operations, self.broker._max_payload_bytes), requests.once(once))
 
     async def _commit(self, operations: Sequence[Operation], once: Once | None = None) -> list[Answer]:
         answers = await self._soon(Commit(operations, once=once))

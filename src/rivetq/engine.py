@@ -18,6 +18,7 @@ import attrs
 from .clock import Clock
 from .histogram import Histogram
 from .model import Deliveries, Health, Job, JobState, QueueConfig, QueueStats, RateLimit, RetryPolicy
+from .units import checked_int
 
 FsyncMode = Literal["always", "interval", "never"]
 A = TypeVar("A")
@@ -177,7 +178,12 @@ class Once:
     number: int
     """From 1; each request of a session has its own."""
     done_below: int = 0
-    """The session has the answers of all its requests with lower numbers: they are forgotten."""
+    """The session has the answers of all its requests with lower numbers: they are forgotten. At most `number`."""
+
+    def __attrs_post_init__(self) -> None:
+        checked_int(self.session, "session", 0, 2**64 - 1)
+        checked_int(self.number, "number", 1, 2**64 - 1)
+        checked_int(self.done_below, "done_below", 0, self.number)
 
 
 @attrs.define

@@ -198,7 +198,7 @@ def test_jobs_newest_first_in_pages(broker: Broker, engine: Engine) -> None:
     for state in JobState:
         newest = engine.call(Jobs("q", state, limit=100, newest=True))
         assert [job.id for job in newest] == [job.id for job in reversed(broker.jobs("q", state=state))]
-    assert engine.call(Jobs("nobody's", newest=True)) == []
+    assert engine.call(Jobs("empty", newest=True)) == []
     assert engine.call(Jobs("q", limit=2, newest=True, payloads=False))[0].payload == b""
 
 
@@ -268,7 +268,7 @@ def test_a_block_that_is_settled_by_settle_many_is_left_alone(broker: Broker) ->
     [
         5, "ack", [5], [Enqueue("q", [b""])], [Ack("1", 1)], [Ack(1, True)], [Nack(1, 1, 5)], [Nack(1, 1, "e", -1)],
         [Release(1, 1, 0.5)], [Reject(1, 1, b"e")], [Extend(1, 1, None)], [None],
-    ],  # type: ignore[arg-type]
+    ],  # type: ignore[arg-type]  # wrong on purpose, as a caller may be
     ids=repr,
 )  # fmt: skip
 def test_bad_answers_are_refused(broker: Broker, bad: Any) -> None:
@@ -283,7 +283,7 @@ def test_bad_answers_are_refused(broker: Broker, bad: Any) -> None:
         [Enqueue("q", [b""], delay_ms=-1)], [Enqueue("q", [b""], visibility_ms=-1)], [Enqueue("q", [b""], eta_ms=1.5)],
         [Enqueue("q", [b""], keys=[])], [Enqueue("q", [b""], keys=[""])], [Enqueue("q", [b""], headers={"a": 1})],
         [Enqueue("q", [b""], retry=5)], [Enqueue("q", [b""], max_attempts=0)], [Enqueue("q", [b""], promised=99)],
-    ],  # type: ignore[arg-type, list-item]
+    ],  # type: ignore[arg-type, list-item]  # wrong on purpose, as a caller may be
     ids=repr,
 )  # fmt: skip
 def test_bad_operations_are_refused(broker: Broker, bad: Any) -> None:
@@ -293,7 +293,7 @@ def test_bad_operations_are_refused(broker: Broker, bad: Any) -> None:
 
 
 def test_a_commit_does_any_operations_or_none(broker: Broker) -> None:
-    ((first,), (second, third)) = broker.commit(  # type: ignore[misc]
+    ((first,), (second, third)) = broker.commit(  # type: ignore[misc]  # two answers with ids, which the type cannot say
         [Enqueue("q", [b"a"]), Enqueue("r", [b"b", b"c"], keys=["k", "k"])]
     )
     assert second == third == JobId(first + 1)

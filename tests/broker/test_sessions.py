@@ -32,6 +32,7 @@ from rivetq.engine import (
     Request,
     Take,
 )
+from rivetq.engines.live import _Exchange
 from rivetq.engines.memory import MemoryEngine
 from rivetq.machine.sessions import ANSWERS, SESSIONS
 from rivetq.testing import ManualClock
@@ -341,6 +342,35 @@ def test_a_lease_that_is_answered_again_hands_its_wake_up_on(broker: Broker, eng
     assert told == {"a": [1], "b": [1], "c": [2]}
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (-1, 1),
+        (2**64, 1),
+        ("a", 1),
+        (True, 1),
+        (1, 0),
+        (1, 2**64),
+        (1, "a"),
+        (1, 1.0),
+        (1, 1, -1),
+        (1, 1, 2),
+        (1, 1, None),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_number_that_is_none_is_refused(numbers: tuple[Any, ...]) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        Once(*numbers)
+
+
+@pytest.mark.parametrize("once", ["retry-7", 5, (1, 1), b"id"], ids=repr)
+def test_what_is_no_number_of_a_session_is_refused(broker: Broker, once: Any) -> None:
+    with pytest.raises(UsageError, match=r"once: a rivetq\.engine\.Once expected"):
+        broker.commit([Enqueue("q", [b"x"])], once=once)
+    assert broker.queues() == []
+
+
 # An exchange
 
 
@@ -399,3 +429,31 @@ def test_an_exchange_whose_commit_is_refused_leases_nothing(broker: Broker, engi
         assert over.wait(PATIENCE_S)
         raise told[0][1]
     assert broker.stats("q").leased == 0
+
+
+def test_an_exchange_that_is_cancelled_before_its_commit_leases_nothing() -> None:
+    with Broker(":memory:") as broker:
+        a_job(broker)
+        told: list[Any] = []
+        engine: Any = broker._engine
+        exchange = _Exchange(engine, Take(["q"], 5), lambda *each: told.append(each))
+        exchange.cancel(lambda done: None)
+        exchange.committed([None], None)
+        assert told == [(([None], []), None)]
+        assert broker.stats("q").ready == 1
+
+
+def test_an_exchange_tells_its_answers_though_its_lease_breaks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Broker(":memory:") as broker:
+        told: list[Any] = []
+        engine: Any = broker._engine
+
+        def broken(request: Any, done: Any) -> Any:
+            raise ValueError("a bug")
+
+        monkeypatch.setattr(engine, "_take_soon", broken)
+        _Exchange(engine, Take(["q"], 5), lambda *each: told.append(each)).committed([None], None)
+        assert told == [(([None], []), None)]
+        assert "the lease of an exchange failed" in caplog.text

@@ -459,7 +459,7 @@ class Broker:
         Raises:
             UsageError: an operation is malformed, or the session had the answer of this number long ago.
         """
-        return self._commit(requests.operations(operations, self._max_payload_bytes), once)
+        return self._commit(requests.operations(operations, self._max_payload_bytes), requests.once(once))
 
     def _commit(self, operations: Sequence[Operation], once: Once | None = None) -> list[Answer]:
         answers = self._engine.call(Commit(operations, once=once))

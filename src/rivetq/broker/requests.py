@@ -23,6 +23,7 @@ from ..engine import (
     Jobs,
     KeyStands,
     Nack,
+    Once,
     Operation,
     Purge,
     QueueChanges,
@@ -33,7 +34,7 @@ from ..engine import (
 )
 from ..errors import UsageError
 from ..model import Job, JobState, Lease, LeaseLike, RateLimit, RetryPolicy, Settler
-from ..units import MAX_DURATION_MS, Duration, checked_int, duration_ms, moment, moment_ms, quoted
+from ..units import MAX_DURATION_MS, Duration, checked_int, duration_ms, moment, moment_ms, quoted, shown_value
 from .arguments import (
     MAX_KEY_BYTES,
     MAX_QUEUE_BYTES,
@@ -239,6 +240,13 @@ def extends(leases: Iterable[LeaseLike], seconds: Duration) -> list[Extend]:
 
 
 # Operations that a caller made
+
+
+def once(given: object) -> Once | None:
+    """The number of a request, if it has one."""
+    if given is None or isinstance(given, Once):
+        return given
+    raise UsageError(f"once: a rivetq.engine.Once expected, got {shown_value(given)}")
 
 
 def operations(made: Iterable[Operation], max_payload_bytes: int) -> list[Operation]:

@@ -7,12 +7,12 @@ What the exit statuses mean stands in `command`.
 """
 
 try:
-    import click  # noqa: F401
-    import rich  # noqa: F401
+    import click  # noqa: F401  # only to see whether it is there
+    import rich  # noqa: F401  # the same
 except ImportError as error:  # pragma: no cover  # the tests run where both are installed
     raise SystemExit(f"rivetq: the command line needs click and rich ({error}): pip install rivetq[cli]") from None
 
-from . import changing, looking, measuring, repairing, working  # noqa: F401
+from . import changing, looking, measuring, repairing, working  # noqa: F401  # they add their commands to `main`
 from .command import main
 from .working import load_app
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +56,7 @@ from .leasing import LeasingEngine
 from .looking import number_of
 
 A = TypeVar("A")
+logger = logging.getLogger("rivetq")
 ID_BLOCK = 1024
 """Ids reserved at a time for transactions. At most this many are skipped after a crash."""
 MANY_JOBS = 500
@@ -384,11 +386,13 @@ class _Exchange:
             self._done(None, error)
             return
         self._answers = answers
-        take = attrs.evolve(self._take, wait_ms=0) if self._unwanted else self._take
-        try:
-            leasing = self._engine.call_soon(take, self._leased)
-        except Exception:  # the commit was done: its answers are told
+        if self._unwanted:
             self._leased([], None)
+            return
+        try:
+            leasing = self._engine.call_soon(self._take, self._leased)
+        except Exception as failure:
+            self._leased([], failure)
             return
         with self._lock:
             self._leasing = leasing
@@ -397,6 +401,9 @@ class _Exchange:
             self._stop(leasing)
 
     def _leased(self, grants: Any, error: BaseException | None) -> None:
+        """The commit was done, so its answers are told with an error of the lease, too."""
+        if error is not None and not isinstance(error, RivetQError):
+            logger.error("rivetq: the lease of an exchange failed", exc_info=error)
         self._done(Exchanged(self._answers, [] if error is not None else grants), None)
 
     def cancel(self, done: Callable[[bool], None]) -> None:

@@ -20,6 +20,7 @@ The suite uses the public names only. It checks after each refused call that not
 lower bounds of real time and generous upper ones, so that a slow machine fails nothing.
 """
 
+# The rules of all sections are handed on as they are.
 # ruff: noqa: F403
 
 from .answers import *

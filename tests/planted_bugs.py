@@ -1151,8 +1151,8 @@ BUGS = (
     ),
     Bug(
         "answer shared with the caller",
-        "engines/clockwork.py",
-        "once.done_below, kept(answer))",
+        "machine/sessions.py",
+        "once.done_below, _copied(answer))",
         "once.done_below, answer)",
         "test_sessions.py::test_an_answer_that_its_caller_changes_is_kept_as_it_was[local]",
     ),

@@ -31,10 +31,10 @@ from ..machine.advance import advance, expect_token, next_wakeup_ms
 from ..machine.apply import apply, tally_expired
 from ..machine.check import check, dump
 from ..machine.entry import Entry
-from ..machine.events import Called, Event
+from ..machine.events import Event
 from ..machine.machine import Machine
 from ..machine.queue import NEVER_MS, Queue
-from ..machine.sessions import kept, told
+from ..machine.sessions import called, told
 from ..machine.snapshot import Place
 from ..model import Health
 from .lessees import LONGEST_SLEEP_S, Lessees, SleepingLessee
@@ -188,7 +188,7 @@ class Clockwork:
             return [], before.answer
         events, answer = plan(now_ms)
         if events:
-            events = [*events, Called(once.session, once.number, once.done_below, kept(answer))]
+            events = [*events, called(once, answer)]
         return events, answer
 
     def _apply(self, events: Sequence[Event], now_ms: int, place: Place) -> None:

@@ -13,8 +13,8 @@ from ..engine import Done, Grant, Take
 from ..errors import RivetQError, UsageError
 from ..machine import decide
 from ..machine.entry import Entry
-from ..machine.events import Called, Event, Leased, Took
-from ..machine.sessions import told
+from ..machine.events import Event, Leased, Took
+from ..machine.sessions import called, told
 from .clockwork import NeedRoomError, give_turn
 from .lessees import Lessee, SleepingLessee
 from .looking import LookingEngine
@@ -136,8 +136,7 @@ class LeasingEngine(LookingEngine):
                     self._note_unbegun(event)  # first: after a crash behind the record the note must be there
                 events: list[Event] = [event]
                 if once is not None:
-                    answer = Took(event.ids, event.tokens)
-                    events.append(Called(once.session, once.number, once.done_below, answer))
+                    events.append(called(once, Took(event.ids, event.tokens)))
                 lsn = self._record(events, now_ms)
             except BaseException:
                 if not begun:

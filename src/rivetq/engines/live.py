@@ -47,9 +47,9 @@ from ..engine import (
 from ..errors import RateLimitedError, RivetQError, UsageError
 from ..machine import decide
 from ..machine.commit import decide_commit
-from ..machine.events import Called, Event, Purged, Redriven, SessionEnded
+from ..machine.events import Event, Purged, Redriven, SessionEnded
 from ..machine.queue import DEAD
-from ..machine.sessions import told
+from ..machine.sessions import called, told
 from ..model import QueueConfig
 from .clockwork import NeedRoomError, give_turn, timeless
 from .leasing import LeasingEngine
@@ -263,10 +263,8 @@ class LiveEngine(LeasingEngine):
                 step, count = step + 1, count + changed
                 if changed > MANY_JOBS:
                     give_turn()
-            called: list[Event] = []
-            if once is not None and count:
-                called.append(Called(once.session, once.number, once.done_below, count))
-            self._change(lambda now_ms: (called, None))  # waits until all parts are durable
+            last: list[Event] = [called(once, count)] if once is not None and count else []
+            self._change(lambda now_ms: (last, None))  # waits until all parts are durable
         except RivetQError as error:
             if count:
                 error.outcome = "unknown"  # some parts were done

@@ -242,9 +242,9 @@ def redrive(machine: Machine, name: str, job_ids: Sequence[int] | None, limit: i
         ids, found = sorted(set(job_ids)), None
         for job_id in ids:
             entry = machine.jobs.get(job_id)
-            if entry is None and queue is not None:
-                found = machine.locate(job_id, (queue,), DEAD)
-            if (entry is None and found is None) or (entry is not None and (entry.queue, entry.state) != (queue, DEAD)):
+            found = machine.locate(job_id, (queue,), DEAD) if entry is None and queue is not None else None
+            is_dead = found is not None if entry is None else (entry.queue, entry.state) == (queue, DEAD)
+            if not is_dead:
                 raise JobNotFoundError(
                     f"redrive: job {quoted(job_id)} is no dead letter of queue {name!r}; nothing was changed",
                     job_id=job_id,

@@ -59,9 +59,13 @@ def _as_of_now(machine: Machine, answer: Any, now_ms: int) -> Any:
     return answer
 
 
-def kept(answer: Any) -> Any:
-    """A copy: the caller may change the lists that it gets."""
-    return [kept(each) for each in answer] if type(answer) is list else answer
+def called(once: Once, answer: Any) -> Called:
+    """The event behind those of a request. The answer is copied: the caller may change the lists that it gets."""
+    return Called(once.session, once.number, once.done_below, _copied(answer))
+
+
+def _copied(answer: Any) -> Any:
+    return [_copied(each) for each in answer] if type(answer) is list else answer
 
 
 def _is_held(machine: Machine, job_id: int, token: int) -> bool:

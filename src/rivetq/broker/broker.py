@@ -462,7 +462,7 @@ class Broker:
         return self._commit(requests.operations(operations, self._max_payload_bytes), requests.once(once))
 
     def _commit(self, operations: Sequence[Operation], once: Once | None = None) -> list[Answer]:
-        answers = self._engine.call(Commit(operations, once=once))
+        answers = self._engine.call(Commit(operations, False, once))
         if self._watched:
             self._note_settled(operations)
         return answers

@@ -79,7 +79,7 @@ class LeasingEngine(LookingEngine):
             if self._ended is not None:
                 self._check()
             try:
-                return self._attempt(request, None, waits=False, one_at_least=one_at_least)
+                return self._attempt(request, None, False, one_at_least)
             except NeedRoomError as need:
                 self._make_room(need)
 
@@ -101,9 +101,7 @@ class LeasingEngine(LookingEngine):
             if self._ended is None:  # else the engine may have woken all lessees before this one was in the line
                 lessee.park(timeout_s)
 
-    def _attempt(
-        self, request: Take, lessee: Lessee | None, *, waits: bool, one_at_least: bool = True
-    ) -> _Taken | None:
+    def _attempt(self, request: Take, lessee: Lessee | None, waits: bool, one_at_least: bool = True) -> _Taken | None:
         """Look for jobs once. A lessee that finds nothing and `waits` is woken from now on, in order of arrival."""
         machine, queues, begun = self._machine, request.queues, request.begun
         with self._lock:

@@ -87,7 +87,9 @@ def lease(
 
     Their payloads have `max_bytes` together at most; but one job is leased in any case, if `one_at_least`.
     """
-    ids, attempts, deadlines = list[int](), list[int](), list[int]()
+    ids: list[int] = []
+    attempts: list[int] = []
+    deadlines: list[int] = []
     places: list[tuple[int, int, int]] = []
     limited: list[Queue] = []
     for name in names:
@@ -96,10 +98,9 @@ def lease(
             continue
         room, bucket = max_jobs - len(ids), queue.bucket
         if bucket is not None and bucket.limit.on == "lease":
-            allowed = bucket.available(now_ms)
-            if not allowed:
+            room = min(room, bucket.available(now_ms))
+            if not room:
                 limited.append(queue)
-            room = min(room, allowed)
         default_ms = now_ms + queue.visibility_ms
         for priority in range(PRIORITIES - 1, -1, -1):
             if room <= 0:
@@ -119,9 +120,8 @@ def lease(
             if not wanted:
                 break
             here, before, visibilities = look.head(machine, window, wanted)
-            count = len(here)
-            assert count <= room, f"{count} jobs are leased, {room} were asked for"
-            room -= count
+            room -= (count := len(here))
+            assert room >= 0, f"{-room} jobs more are leased than were asked for"
             ids += here
             attempts += [n + 1 for n in before]
             if visibility_ms is not None:

@@ -16,7 +16,8 @@ demo: $(VENV)/ready ## the main job on real input, killed four times on the way
 # Half of the time of all tests goes into these: the model, and what can go wrong at every place. Two processes of pytest,
 # these and the others, use two processors.
 HUNTS := tests/engines/test_crash_points.py tests/storage/test_recovery.py \
-  $(addprefix tests/test_,$(addsuffix .py,kill model planted simulation sweeps))
+  $(addprefix tests/test_,$(addsuffix .py,kill model planted simulation sweeps)) \
+  tests/broker tests/test_aio.py tests/test_aio_contract.py  # no hunts, but the halves run side by side
 RUN := $(BIN)/python
 
 test: $(VENV)/ready ## all tests

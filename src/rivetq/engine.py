@@ -437,7 +437,7 @@ class Call(Protocol):
 
 Done = Callable[[Any, BaseException | None], None]
 """Told once: (answer, None) or (None, error), perhaps before the call returns, perhaps in a thread of the engine's. It
-must not raise and must not wait."""
+must not raise and must not wait. If memory runs out meanwhile, it is told once more; the first telling counts."""
 
 
 class Keeping(Protocol):

@@ -1047,6 +1047,23 @@ def test_a_callback_that_raises_disturbs_nobody_else(tmp_path: Path, caplog: pyt
         assert broker.health().is_well
 
 
+def test_a_callback_for_which_memory_runs_out_is_called_once_more(tmp_path: Path) -> None:
+    with opened(tmp_path, "always") as broker:
+        told: list[bytes] = []
+        calls = itertools.count()
+
+        def done(leases: list[Lease] | None, error: BaseException | None) -> None:
+            if not next(calls):
+                raise MemoryError
+            told.extend(lease.payload for lease in leases or ())
+
+        broker.lease_soon("q", 1, done)
+        broker.enqueue("q", b"one")
+        settles(lambda: told == [b"one"])
+        assert next(calls) == 2
+        assert broker.health().is_well
+
+
 def test_a_notifier_that_cannot_go_on_fails_the_broker_and_tells_all(tmp_path: Path) -> None:
     """Out of memory in its own code, say."""
     with opened(tmp_path, "always") as broker:

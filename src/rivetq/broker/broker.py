@@ -373,7 +373,7 @@ class Broker:
         Args:
             done: called once, with the leases and None, or None and an error: perhaps before this returns, perhaps in
                 a thread of the broker that all such callers share. It must neither raise nor wait for anything: put
-                the leases into a queue of yours.
+                the leases into a queue of yours. If memory runs out in it, it is called once more.
             begun, max_bytes: as in `lease_many`.
 
         Returns:

@@ -281,9 +281,15 @@ class SoonLease:
         self._tell(None, error)
 
     def _tell(self, grants: list[Grant] | None, error: BaseException | None) -> None:
-        if not self._told:
+        if self._told:
+            return
+        try:
             self._told = True
             self._done(grants, error)
+        except (MemoryError, KeyboardInterrupt):
+            self._told = True
+            self._done(grants, error)  # once more: it may have come before the caller was told
+            raise
 
     def _hand_out(self, taken: _Taken) -> None:
         """Tell the caller at once if no wait is needed, else from the notifier's thread."""

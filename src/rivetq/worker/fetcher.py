@@ -73,7 +73,6 @@ class Fetcher:
         self._served: dict[str, int] = {}  # by pool: a number that grows, of its last turn
         self._numbers = itertools.count()
         self._careful: dict[str, int] = {}  # see CAREFUL_JOBS
-        self._leased: tuple[list[Lease] | None, BaseException | None] | None = None  # what a waiting lease was told
 
     def run(self) -> None:
         held = self._held
@@ -178,34 +177,36 @@ class Fetcher:
         most, max_bytes = self._bounds(names, groups)
         if not most:
             return []
-        self._leased, wanted = None, [group.names for group in groups]
+        told: list[tuple[list[Lease] | None, BaseException | None]] = []
+        wanted = [group.names for group in groups]
+
+        def tell(leases: list[Lease] | None, error: BaseException | None) -> None:
+            with held.changed:
+                told.append((leases, error))
+                held.changed.notify_all()
+
         waiting = held.broker.lease_soon(
-            names, most, self._told, visibility_timeout=self._visibility, begun=False, max_bytes=max_bytes
+            names, most, tell, visibility_timeout=self._visibility, begun=False, max_bytes=max_bytes
         )
         with held.changed:
             while (
-                self._leased is None
+                not told
                 and not held.is_stopping
                 and held.reached == held.asked
                 and [each.names for each in self._open_groups()] == wanted
             ):
                 held.changed.wait()
-        if self._leased is None and waiting.cancel():
+        if not told and waiting.cancel():
             return []
         with held.changed:
-            while self._leased is None:
+            while not told:
                 held.changed.wait()
-            leases, error = self._leased
+        leases, error = told[0]
         if error is not None:
             raise error
         if leases:
             self._note_given(names, most, max_bytes, leases)
         return leases or []
-
-    def _told(self, leases: list[Lease] | None, error: BaseException | None) -> None:
-        with self._held.changed:
-            self._leased = leases, error
-            self._held.changed.notify_all()
 
     def _hand_out(self, leases: list[Lease]) -> None:
         """Give each job to the pool of its task; what is no call of a task is answered at once."""
